@@ -1,0 +1,177 @@
+"""The reference assignment as a plain script: what the fast trainer is compared with.
+
+Pillow in a DataLoader, fp32, NCHW, eager, default threads. It imports nothing of fastcnn, on purpose.
+
+    python bench/baselines/seed.py DATA --epochs 5            # the faster of 0 and 2 workers, tried for one epoch each
+    python bench/baselines/seed.py DATA --epochs 5 --workers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+class Photos(Dataset[tuple[Tensor, int]]):
+    """Photos as normalised (3, size, size) fp32 tensors, decoded by Pillow each time they are asked for."""
+
+    def __init__(self, photos: list[tuple[Path, int]], size: int) -> None:
+        self.photos, self.size = photos, size
+
+    def __len__(self) -> int:
+        """Return the number of photos."""
+        return len(self.photos)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        """Return photo and label."""
+        path, label = self.photos[item]
+        with Image.open(path) as photo:
+            image = ImageOps.exif_transpose(photo).convert("RGB")
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return (pixels - MEAN) / STD, label
+
+
+def small_cnn(num_classes: int, size: int) -> nn.Sequential:
+    """Return the five-block network: conv 3x3, ReLU, max pool, batch norm; dense 128; output."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for _ in range(5):
+        layers += [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(32)]
+        channels = 32
+    side = size // 32
+    layers += [nn.Flatten(), nn.Linear(32 * side * side, 128), nn.ReLU(), nn.Linear(128, num_classes)]
+    return nn.Sequential(*layers)
+
+
+def list_photos(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Return (path, label) of every file below the class folders."""
+    return [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
+
+
+def split_photos(data: Path, seed: int) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Return class names, training photos and validation photos: the folders' own, else 80/20 a class."""
+    train_dir = data / "train" if (data / "train").is_dir() else data
+    classes = sorted(p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
+    photos = list_photos(train_dir, classes)
+    held_out = [data / name for name in ("val", "valid", "validation") if (data / name).is_dir()]
+    if held_out and (data / "test").is_dir():
+        return classes, photos, list_photos(held_out[0], classes)
+    rng = np.random.default_rng(seed)
+    train, val = [], []
+    for label in range(len(classes)):
+        mine = [photo for photo in photos if photo[1] == label]
+        order = rng.permutation(len(mine))
+        cut = round(len(mine) * 0.2)
+        val += [mine[i] for i in order[:cut]]
+        train += [mine[i] for i in order[cut:]]
+    return classes, train, val
+
+
+def read_split(path: Path, data: Path) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Return what `split_photos` does, read from a split.csv (path, label, split)."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    classes = sorted({row["label"] for row in rows})
+    train, val = (
+        [(data / row["path"], classes.index(row["label"])) for row in rows if row["split"] == split]
+        for split in ("train", "val")
+    )
+    return classes, train, val
+
+
+def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: torch.device) -> tuple[float, float]:
+    """Return mean loss and accuracy over the loader."""
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    with torch.no_grad():
+        for images, labels in loader:
+            logits = model(images.to(device))
+            labels = labels.to(device)
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += int((logits.argmax(1) == labels).sum())
+            count += len(labels)
+    return loss / count, correct / count
+
+
+def train(args: argparse.Namespace, workers: int, epochs: int, *, validate: bool = True) -> list[dict[str, float]]:
+    """Train for some epochs and return a row an epoch: loss, accuracy, seconds and images a second."""
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.split:
+        classes, train_photos, val_photos = read_split(args.split, args.data)
+    else:
+        classes, train_photos, val_photos = split_photos(args.data, args.seed)
+    options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
+    train_loader = DataLoader(Photos(train_photos, args.image_size), shuffle=True, drop_last=True, **options)
+    val_loader = DataLoader(Photos(val_photos, args.image_size), **options)
+    model = small_cnn(len(classes), args.image_size).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    rows = []
+    for epoch in range(1, epochs + 1):
+        model.train()
+        start, total, count = time.perf_counter(), 0.0, 0
+        for images, labels in train_loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(labels)
+            count += len(labels)
+        seconds = time.perf_counter() - start
+        row = {
+            "epoch": epoch,
+            "train_seconds": seconds,
+            "images_per_second": count / seconds,
+            "train_loss": total / count,
+        }
+        if validate:
+            row["val_loss"], row["val_accuracy"] = evaluate(model, val_loader, device)
+        rows.append(row)
+        print(json.dumps({"workers": workers, **row}), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Train and print a JSON line an epoch, then one with everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", type=Path, help="a split.csv: path, label, split")
+    parser.add_argument("--workers", type=int, help="DataLoader workers; left out: the faster of 0 and 2")
+    args = parser.parse_args()
+    workers = args.workers
+    if workers is None:
+        rates = {n: train(args, n, 1, validate=False)[0]["images_per_second"] for n in (0, 2)}
+        workers = max(rates, key=lambda n: rates[n])
+    start = time.perf_counter()
+    rows = train(args, workers, args.epochs)
+    print(json.dumps({"workers": workers, "seconds": time.perf_counter() - start, "epochs": rows}))
+
+
+if __name__ == "__main__":
+    main()
