@@ -1,0 +1,274 @@
+"""Decoded photos on disk: each photo of a folder decoded once, into a memory-mapped array of uint8 pixels.
+
+A cache is a folder named by the hash of what determines pixels (data folder, image size, resize rule, decoder), with
+
+    cache.json     the header: format version and those values
+    pixels.bin     rows of (size, size, 3) uint8, only ever appended to
+    photos.jsonl   a journal, a line a photo: path, size, mtime, row, CRC-32 of the row, or the reason why it has none
+
+A photo is found again by path, size and modification time, so that photos added later are decoded alone and an
+interrupted build goes on where it stopped. A line that is cut short or damaged, or a row whose checksum is wrong, only
+means that its photo is decoded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+
+import pipelines
+from fastcnn.errors import FastCNNError
+from fastcnn.index import Index
+
+FORMAT = 1
+RESIZE = "squash-bilinear-antialias"
+CHUNK = 256  # photos between two writes: what a killed build loses at most
+
+_TRANSIENT = frozenset({"unreadable"})  # verdicts about the moment, not the file: asked again by the next run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The decoded photos of an index."""
+
+    folder: Path
+    images: npt.NDArray[np.uint8]
+    """(R, size, size, 3), memory-mapped, read-only."""
+    rows: npt.NDArray[np.int64]
+    """(N,) row in `images` of each photo of the index, -1 where it is unusable."""
+    reasons: tuple[str, ...]
+    """(N,) why a photo is unusable, "" where it is not."""
+    num_decoded: int
+    """Photos that this build decoded; the rest were there."""
+    decode_seconds: float
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(N,) whether each photo has pixels."""
+        return self.rows >= 0
+
+    def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
+        """Return the cache of `index.take(keep)`."""
+        reasons = tuple(reason for reason, kept in zip(self.reasons, keep, strict=True) if kept)
+        return Cache(**{**vars(self), "rows": self.rows[keep], "reasons": reasons})
+
+    def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+        """Return (n, size, size, 3): the pixels of photos, by their positions in the index, in memory."""
+        return np.take(self.images, self.rows[photos], axis=0)
+
+
+def build(
+    index: Index,
+    *,
+    image_size: int,
+    decoder: str,
+    gpu: int | None = None,
+    workers: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Cache:
+    """Return the cache of an index, after decoding what it lacks.
+
+    Args:
+        index: the photos.
+        image_size: side in pixels.
+        decoder: a name in `pipelines.BACKENDS`.
+        gpu: device on which DALI decodes; None is the CPU.
+        workers: decoding threads; None is one a core.
+        cache_dir: where caches are kept; None is the user's cache folder.
+        progress: told photos decoded and photos to decode.
+        note: told, once, that another run is building this cache.
+
+    Raises FastCNNError where the cache cannot be written.
+    """
+    header = {
+        "format": FORMAT,
+        "root": str(index.root.resolve()),
+        "image_size": image_size,
+        "resize": RESIZE,
+        "decoder": pipelines.identity(decoder, gpu),
+    }
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    folder = default_folder(cache_dir) / key
+    start = time.perf_counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, note):
+            (folder / "cache.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+            journal = _read_journal(folder / "photos.jsonl")
+            missing = _missing(index, journal, _map(folder, image_size))
+            _check_space(folder, len(missing) * image_size**2 * 3)
+            for photos in _chunks(missing):
+                paths = [index.root / index.paths[i] for i in photos]
+                pixels = np.zeros((len(photos), image_size, image_size, 3), np.uint8)
+                verdicts = pipelines.decode(paths, image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
+                _append(folder, index, photos, pixels, [verdict.reason for verdict in verdicts], journal)
+                progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
+    except OSError as error:
+        raise FastCNNError(
+            f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
+        ) from None
+    entries = [journal[path] for path in index.paths]
+    return Cache(
+        folder=folder,
+        images=_map(folder, image_size),
+        rows=np.array([entry["row"] for entry in entries], np.int64),
+        reasons=tuple(entry["reason"] for entry in entries),
+        num_decoded=len(missing),
+        decode_seconds=time.perf_counter() - start,
+    )
+
+
+def default_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the folder that caches are kept in."""
+    return Path(cache_dir) if cache_dir else platformdirs.user_cache_path("fastcnn")
+
+
+def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
+    """Return a mapping a cache: key, root, image_size, decoder, photos, bytes, modified (seconds since the epoch)."""
+    caches = []
+    for folder in sorted(_cache_folders(cache_dir)):
+        header = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        files = [path.stat() for path in folder.iterdir()]
+        journal = _read_journal(folder / "photos.jsonl")
+        caches.append(
+            {
+                "key": folder.name,
+                **{name: header.get(name) for name in ("root", "image_size", "decoder")},
+                "photos": sum(entry["row"] >= 0 for entry in journal.values()),
+                "bytes": sum(stat.st_size for stat in files),
+                "modified": max(stat.st_mtime for stat in files),
+            }
+        )
+    return caches
+
+
+def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
+    """Delete one cache, or all; return the bytes freed. Only folders that hold a cache are touched."""
+    freed = 0
+    for folder in _cache_folders(cache_dir):
+        if key is None or folder.name == key:
+            freed += sum(path.stat().st_size for path in folder.iterdir())
+            shutil.rmtree(folder)
+    return freed
+
+
+def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
+    return [path.parent for path in default_folder(cache_dir).glob("*/cache.json")]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """Hold the cache's lock. The system gives it up when its holder dies."""
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        note("another run is decoding these photos: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the last whole line of each photo, by path."""
+    journal = {}
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if _is_entry(entry):
+                    journal[entry["path"]] = entry
+    return journal
+
+
+def _is_entry(entry: object) -> bool:
+    kinds = {"path": str, "size": int, "mtime": int, "row": int, "crc": int, "reason": str}
+    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+
+
+def _missing(index: Index, journal: dict[str, dict[str, Any]], images: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Return the positions of the photos that have no entry, or one that does not hold any more."""
+
+    def holds(i: int) -> bool:
+        entry = journal.get(index.paths[i])
+        if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
+            return False
+        if entry["row"] < 0:
+            return bool(entry["reason"]) and entry["reason"] not in _TRANSIENT
+        row: int = entry["row"]
+        return row < len(images) and zlib.crc32(images[row]) == entry["crc"]
+
+    return np.array([i for i in range(len(index)) if not holds(i)], np.intp)
+
+
+def _chunks(photos: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
+    for start in range(0, len(photos), CHUNK):
+        yield photos[start : start + CHUNK]
+
+
+def _append(
+    folder: Path,
+    index: Index,
+    photos: npt.NDArray[np.intp],
+    pixels: npt.NDArray[np.uint8],
+    reasons: list[str],
+    journal: dict[str, dict[str, Any]],
+) -> None:
+    """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
+    good = np.array([not reason for reason in reasons])
+    with (folder / "pixels.bin").open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
+        row_bytes = pixels[0].nbytes
+        row = -(-file.tell() // row_bytes)
+        file.truncate(row * row_bytes)  # fills up the row that a killed build left cut short
+        file.write(pixels[good].data)
+    lines = []
+    for i, reason, image in zip(photos, reasons, pixels, strict=True):
+        entry = {
+            "path": index.paths[i],
+            "size": int(index.sizes[i]),
+            "mtime": int(index.mtimes[i]),
+            "row": -1 if reason else row,
+            "crc": 0 if reason else zlib.crc32(image),
+            "reason": reason,
+        }
+        row += not reason
+        journal[index.paths[i]] = entry
+        lines.append(json.dumps(entry) + "\n")
+    with (folder / "photos.jsonl").open("ab") as file:
+        # A cut line before these must not swallow the first of them.
+        file.write(b"\n" + "".join(lines).encode())
+
+
+def _map(folder: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Return the rows as (R, size, size, 3) uint8, memory-mapped."""
+    path = folder / "pixels.bin"
+    rows = path.stat().st_size // (size * size * 3) if path.exists() else 0
+    if rows == 0:
+        return np.zeros((0, size, size, 3), np.uint8)
+    return np.memmap(path, np.uint8, "r", shape=(rows, size, size, 3))
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FastCNNError(
+            f"the cache needs {needed / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free: "
+            "free some space, `fastcnn cache clear`, or choose another place with --cache-dir"
+        )

@@ -1,0 +1,55 @@
+"""Checkpoints: plain tensors and plain data, written under another name and renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcnn.errors import FastCNNError, nearest
+
+FORMAT = 1
+RUNS = Path("runs")
+
+
+def find_run(name: str | Path) -> Path:
+    """Return the folder of a run: a path, or a name under `runs/`."""
+    for folder in (Path(name), RUNS / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    names = [path.parent.name for path in RUNS.glob("*/config.yaml")]
+    raise FastCNNError(f"no run {name}: expected a run folder, or a name under {RUNS}/{nearest(str(name), names)}")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that `path` always holds a whole one: the old until the new is on disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise FastCNNError(f"cannot write the checkpoint {path}: {error}; free some space") from None
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return a checkpoint's content. Nothing in the file is executed (`weights_only=True`)."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise FastCNNError(f"no checkpoint {path}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise FastCNNError(f"{path} is not a checkpoint that can be read: {reason}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise FastCNNError(f"{path} is not a checkpoint of fastcnn")
+    if state["format"] > FORMAT:
+        raise FastCNNError(
+            f"{path} has format {state['format']}, this fastcnn reads up to {FORMAT}: upgrade fastcnn to read it"
+        )
+    return state

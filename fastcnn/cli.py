@@ -1,0 +1,241 @@
+"""The commands. Options are made from the fields of Config; nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
+
+import click
+
+from fastcnn import config
+from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, nearest
+
+TOKENS: dict[str, Any] = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --batch_size is --batch-size
+HELP: dict[str, Any] = {"context_settings": {**TOKENS, "help_option_names": ["-h", "--help"], "max_content_width": 110}}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code."""
+    warnings.showwarning = _show_warning
+    try:
+        code = commands.main(list(sys.argv[1:] if argv is None else argv), "fastcnn", standalone_mode=False)
+    except click.NoSuchOption as error:
+        known = [option for parameter in (error.ctx.command.params if error.ctx else []) for option in parameter.opts]
+        code = _fail(f"no option {error.option_name}{nearest(error.option_name, known)}", UsageError.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = UsageError.exit_code
+    except click.ClickException as error:
+        code = _fail(" ".join(error.format_message().split()), UsageError.exit_code)
+    except FastCNNError as error:
+        code = _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        code = 1
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"fastcnn: error: {message}", err=True)
+    return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if issubclass(category, FastCNNWarning):
+        click.echo(f"fastcnn: warning: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
+
+
+class Commands(click.Group):
+    """A group that names the nearest command to a mistyped one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Return the command that `args` begin with."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise UsageError(f"no command '{args[0]}'{nearest(args[0], self.list_commands(ctx))}; see fastcnn --help")
+        return super().resolve_command(ctx, args)
+
+
+class ConfigCommand(click.Command):
+    """A command with an option for every field of Config."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, after turning W&B's --batch_norm=False into --no-batch-norm."""
+        return super().parse_args(ctx, [_plain_flag(arg) for arg in args])
+
+
+def _plain_flag(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    field = name.removeprefix("--").replace("-", "_")
+    if not (equals and name.startswith("--") and config.field_types().get(field) is bool):
+        return arg
+    if value.lower() not in ("true", "false", "1", "0"):
+        raise UsageError(f"{name}: expected true or false, got '{value}'")
+    return config.option_name(field if value.lower() in ("true", "1") else f"no_{field}")
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for every field of Config but `data`."""
+    defaults = config.Config()
+    for field, kind in reversed(config.field_types().items()):
+        if field == "data":
+            continue
+        name, default = config.option_name(field), getattr(defaults, field)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = config.field_docs()[field] + ("" if shown is None or kind is bool else f"  [{shown}]")
+        if kind is bool:
+            flags = f"{name}/--no-{name[2:]}"
+            command = click.option(flags, field, default=None, help=f"{text}  [{'on' if default else 'off'}]")(command)
+        else:
+            command = click.option(name, field, default=None, metavar=_metavar(kind), help=text)(command)
+    return command
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    text = str(kind)
+    return "LIST" if "tuple" in text else "N" if "int" in text else "X" if "float" in text else "TEXT"
+
+
+@click.group(cls=Commands, **HELP)
+@click.version_option(package_name="fastcnn", message="fastcnn %(version)s")
+def commands() -> None:
+    """Train a small image classifier from a folder of photos as fast as the machine allows."""
+
+
+@commands.command(cls=ConfigCommand, **HELP)
+@click.argument("data", required=False)
+@click.option("--recipe", help="Start from a recipe: seed.")
+@click.option("--config", "config_file", metavar="FILE", help="Start from a YAML file, as a run's config.yaml.")
+@click.option("--run-dir", metavar="DIR", help="The run's folder; left out, the next free name under runs/.")
+@click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
+@click.option("--print-config", is_flag=True, help="Print the configuration and stop.")
+@config_options
+def train(
+    data: str | None,
+    recipe: str | None,
+    config_file: str | None,
+    run_dir: str | None,
+    quiet: bool,
+    print_config: bool,
+    **options: Any,
+) -> None:
+    """Train on the photos in DATA: DATA/<class>/... or DATA/train/<class>/..."""
+    from pathlib import Path
+
+    given = {name: value for name, value in {"data": data, **options}.items() if value is not None}
+    run = config.resolve(
+        config.read_recipe(recipe) if recipe else {},
+        config.read_yaml(Path(config_file)) if config_file else {},
+        given,
+    )
+    if print_config:
+        import yaml
+
+        click.echo(yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
+        return
+    start = time.perf_counter()
+    from fastcnn.console import Console
+    from fastcnn.train import fit
+
+    fit(run, run_dir=run_dir, console=Console(quiet=quiet), import_seconds=time.perf_counter() - start)
+
+
+@commands.command(**HELP)
+@click.argument("run")
+@click.option("--format", "format_", default="torchscript", metavar="torchscript", help="Format of the file.")
+@click.option("--output", metavar="FILE", help="The file; left out, model.<format> in the run folder.")
+def export(run: str, format_: str, output: str | None) -> None:
+    """Export the best model of RUN (a folder, or a name under runs/) to a file for deployment."""
+    from fastcnn.export import export as export_run
+
+    path = export_run(run, format=format_, output=output)
+    click.echo(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB): the same probabilities as the trained model")
+
+
+@commands.command(**HELP)
+@click.argument("model")
+@click.argument("inputs", nargs=-1, required=True, metavar="PHOTO|FOLDER...")
+@click.option("--top-k", type=click.IntRange(1), default=1, help="Classes shown of each photo.  [1]")
+@click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl"]), default="table", help="[table]")
+def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str) -> int:
+    """Print class and probability of photos, by an exported MODEL or the one in a run folder.
+
+    A photo that cannot be used gets a line that says why, and the exit code is 1.
+    """
+    from fastcnn import artefact
+    from fastcnn.predict import predict as predict_photos
+    from fastcnn.predict import writer
+
+    opened = artefact.open(model)
+    write, bad = writer(format_, opened.classes, top_k), 0
+    for prediction in predict_photos(opened, inputs):
+        write(prediction)
+        bad += bool(prediction.reason)
+    return 1 if bad else 0
+
+
+@commands.group(cls=Commands, **HELP)
+def cache() -> None:
+    """Look at the decoded photos that are kept on disk, or delete them."""
+
+
+cache_dir = click.option("--cache-dir", metavar="DIR", help="Where they are; left out, the user's cache folder.")
+
+
+@cache.command("list", **HELP)
+@cache_dir
+def cache_list(cache_dir: str | None) -> None:
+    """List the caches: key, photos, size, decoder, data folder."""
+    from fastcnn.cache import list_caches
+
+    for entry in list_caches(cache_dir):
+        size = f"{entry['image_size']}x{entry['image_size']}"
+        click.echo(
+            f"{entry['key']}  {entry['photos']:>9,} photos  {size:>9}  {entry['bytes'] / 2**20:>9,.0f} MiB  "
+            f"{entry['decoder']:<10}  {entry['root']}"
+        )
+
+
+@cache.command("info", **HELP)
+@cache_dir
+def cache_info(cache_dir: str | None) -> None:
+    """Say where the caches are and how much they hold."""
+    from fastcnn.cache import default_folder, list_caches
+
+    caches = list_caches(cache_dir)
+    click.echo(f"folder  {default_folder(cache_dir)}")
+    click.echo(f"caches  {len(caches)}")
+    click.echo(f"photos  {sum(entry['photos'] for entry in caches):,}")
+    click.echo(f"size    {sum(entry['bytes'] for entry in caches) / 2**20:,.0f} MiB")
+
+
+@cache.command("clear", **HELP)
+@click.argument("key", required=False)
+@cache_dir
+def cache_clear(key: str | None, cache_dir: str | None) -> None:
+    """Delete the cache KEY, or all of them. Photos are decoded again when they are next needed."""
+    from fastcnn.cache import clear, list_caches
+
+    keys = [entry["key"] for entry in list_caches(cache_dir)]
+    if key and key not in keys:
+        raise FastCNNError(f"no cache {key}{nearest(key, keys)}; see fastcnn cache list")
+    click.echo(f"freed {clear(cache_dir, key) / 2**20:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

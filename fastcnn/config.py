@@ -1,0 +1,249 @@
+"""The run's configuration: one field a hyperparameter, validated, read from options, recipes and YAML files."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fastcnn.errors import UsageError, nearest
+
+Activation = Literal["relu", "gelu", "silu", "mish", "elu", "leaky_relu", "selu", "tanh"]
+Engine = Literal["auto", "eager"]
+Precision = Literal["auto", "fp32", "bf16"]
+Loader = Literal["auto", "resident"]
+Decoder = Literal["auto", "dali", "turbo", "pillow"]
+
+NUM_BLOCKS = 5
+MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that determines a run. The line under each field is its `--help`."""
+
+    data: str = ""
+    """Folder of photos: DATA/<class>/..., or DATA/train/<class>/... with val and test folders."""
+
+    epochs: int = 10
+    """Passes over the training photos."""
+    batch_size: int = 32
+    """Photos a step."""
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+    seed: int = 0
+    """Seed of the split, the initial weights and the order of the photos."""
+
+    image_size: int = 128
+    """Side, in pixels, that photos are resized to (32 or more)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each colour channel (0 to 1), subtracted from the pixels."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each colour channel, that the pixels are divided by."""
+    filters: tuple[int, ...] = (32, 32, 32, 32, 32)
+    """Filters of the five convolutions, as 32,64,128,256,512; one number stands for all five."""
+    kernel_size: int = 3
+    """Side of the convolutions' kernels (odd)."""
+    activation: Activation = "relu"
+    """Activation after each convolution and the dense layer."""
+    batch_norm: bool = True
+    """Batch norm at the end of each block."""
+    dense_neurons: int = 128
+    """Neurons of the dense layer."""
+    dropout: float = 0.0
+    """Probability of dropout before the output layer."""
+
+    val_fraction: float = 0.2
+    """Share of the training photos held out for validation."""
+    split: str | None = None
+    """A split.csv of an earlier run to use as it is."""
+    max_bad: float = 0.05
+    """Share of unusable photos above which the run stops."""
+
+    engine: Engine = "auto"
+    """How the training step is run."""
+    precision: Precision = "auto"
+    """Arithmetic of the network; auto is bf16 where the hardware has it."""
+    loader: Loader = "auto"
+    """Where the decoded photos are kept while training."""
+    decoder: Decoder = "auto"
+    """What decodes the photos; auto is DALI on a GPU, else turbo, else Pillow."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or mps; auto is the first of cuda, mps and cpu that is there."""
+    workers: int | None = None
+    """Decoding threads; left out, one a core."""
+    threads: int | None = None
+    """Arithmetic threads on a CPU; left out, one a core."""
+    cache_dir: str | None = None
+    """Where decoded photos are kept; left out, the user's cache folder."""
+    deterministic: bool = False
+    """Repeat to the bit: fp32 and deterministic algorithms (on a CPU with the same --threads)."""
+    strict: bool = False
+    """Make every fallback an error."""
+
+    def __post_init__(self) -> None:
+        """Coerce every field to its type and check its range."""
+        for name, kind in field_types().items():
+            object.__setattr__(self, name, _coerce(name, kind, getattr(self, name)))
+        if len(self.filters) == 1:
+            object.__setattr__(self, "filters", self.filters * NUM_BLOCKS)
+        _check("epochs", self.epochs, self.epochs >= 1, "1 or more")
+        _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
+        _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+        _check("image_size", self.image_size, MIN_IMAGE_SIZE <= self.image_size <= 4096, "32 to 4096")
+        _check("mean", self.mean, len(self.mean) == 3, "three numbers")
+        _check("std", self.std, len(self.std) == 3 and min(self.std) > 0, "three numbers above 0")
+        _check(
+            "filters", self.filters, len(self.filters) == NUM_BLOCKS and min(self.filters) > 0, "five numbers above 0"
+        )
+        _check("kernel_size", self.kernel_size, self.kernel_size % 2 == 1 and self.kernel_size > 0, "an odd number")
+        _check("dense_neurons", self.dense_neurons, self.dense_neurons >= 1, "1 or more")
+        _check("dropout", self.dropout, 0 <= self.dropout < 1, "0 to below 1")
+        _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "a share between 0 and 1")
+        _check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share from 0 to 1")
+        _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
+        _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
+        kind = self.device.partition(":")[0]
+        _check("device", self.device, kind in DEVICES, f"one of {', '.join(DEVICES)}{nearest(kind, DEVICES)}")
+        if self.deterministic and self.precision == "bf16":
+            raise UsageError("--deterministic needs --precision fp32 (or auto): bf16 sums need not repeat to the bit")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data, as they are written to config.yaml and checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@functools.cache
+def field_types() -> dict[str, Any]:
+    """Return the type of each field of Config."""
+    hints = get_type_hints(Config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(Config)}
+
+
+@functools.cache
+def field_docs() -> dict[str, str]:
+    """Return the docstring under each field of Config."""
+    body = ast.parse(inspect.cleandoc(inspect.getsource(Config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, doc in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = str(doc.value.value)
+    return docs
+
+
+def resolve(*sources: Mapping[str, Any]) -> Config:
+    """Return the Config in which later sources override earlier ones; an unknown name is a UsageError."""
+    merged: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            field = str(name).replace("-", "_")
+            if field not in field_types():
+                raise UsageError(f"no option '{name}'{nearest(field, field_types())}")
+            merged[field] = value
+    return Config(**merged)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the values of a recipe that ships with the package."""
+    if name not in recipe_names():
+        raise UsageError(
+            f"--recipe: expected one of {', '.join(recipe_names())}, got '{name}'{nearest(name, recipe_names())}"
+        )
+    return parse_yaml((_recipes() / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the values of a configuration file: YAML with a mapping of option names to values."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the configuration {path}: {error}") from None
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Return a YAML mapping as plain data."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UsageError(f"{name} is not a YAML file: {line}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{name}: expected a mapping of option names to values, got {type(values).__name__}")
+    return values
+
+
+def _recipes() -> Any:
+    return resources.files("fastcnn") / "recipes"
+
+
+def option_name(field: str) -> str:
+    """Return the option of a field: --batch-size for batch_size."""
+    return "--" + field.replace("_", "-")
+
+
+def _check(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise UsageError(f"{option_name(name)}: expected {expected}, got {shown}")
+
+
+def _coerce(name: str, kind: Any, value: Any) -> Any:
+    """Return `value` as `kind`: options and YAML give strings where numbers are meant (PyYAML reads 1e-3 as one)."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if value is None or value in ("", "none", "None"):
+            return None
+        return _coerce(name, next(k for k in get_args(kind) if k is not type(None)), value)
+    if origin is Literal:
+        choices = get_args(kind)
+        if value not in choices:
+            raise UsageError(
+                f"{option_name(name)}: expected one of {', '.join(choices)}, "
+                f"got '{value}'{nearest(str(value), choices)}"
+            )
+        return value
+    if origin is tuple:
+        items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        items = items if isinstance(items, list | tuple) else [items]
+        return tuple(_coerce(name, get_args(kind)[0], item) for item in items)
+    return _coerce_scalar(name, kind, value)
+
+
+def _coerce_scalar(name: str, kind: type, value: Any) -> Any:
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    text = str(value).strip()
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if kind is str and isinstance(value, str | Path):
+            return str(value)
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(text)
+            if kind is float:
+                return number
+            if number == int(number):
+                return int(text) if text.lstrip("+-").isdigit() else int(number)
+    except (ValueError, KeyError, OverflowError):
+        pass
+    raise UsageError(f"{option_name(name)}: expected {expected}, got '{value}'")

@@ -1,0 +1,64 @@
+"""What the person at the terminal sees: lines on standard output, progress bars on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+
+
+class Console:
+    """Writes lines and shows progress: a bar on a terminal, else a plain line now and then; nothing when quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bars = RichConsole(stderr=True)
+
+    def line(self, text: str) -> None:
+        """Write a line."""
+        if not self.quiet:
+            print(text, flush=True)
+
+    @contextmanager
+    def progress(self, label: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Yield a function of (done, total, note) that shows how far something is, with its rate in `unit` a second."""
+        start = time.perf_counter()
+        if self.quiet:
+            yield lambda done, total, note: None
+        elif self._bars.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with Progress(*columns, TimeRemainingColumn(), console=self._bars, transient=True) as bar:
+                task = bar.add_task(label, total=None, note="")
+
+                def update(done: int, total: int, note: str) -> None:
+                    rate = done / (time.perf_counter() - start)
+                    bar.update(task, completed=done, total=total, note=note or f"{rate:,.0f} {unit}/s")
+
+                yield update
+        else:
+            last = start
+
+            def write(done: int, total: int, note: str) -> None:
+                nonlocal last
+                now = time.perf_counter()
+                if now - last >= PLAIN_INTERVAL and done < total:
+                    last, rate = now, done / (now - start)
+                    left = (total - done) / max(rate, 1e-9)
+                    print(
+                        f"{label} {done:,}/{total:,}  {note or f'{rate:,.0f} {unit}/s'}  {left:.0f} s left",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+            yield write

@@ -1,0 +1,116 @@
+"""A folder of photos made ready: scanned, decoded into the cache, rid of what cannot be used, and split."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+import pipelines
+from fastcnn import cache as caches
+from fastcnn import index as indexes
+from fastcnn.cache import Cache
+from fastcnn.config import Decoder
+from fastcnn.errors import DataError, FastCNNError, fall_back, warn
+from fastcnn.index import Index
+from fastcnn.metrics import Stopwatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The usable photos of a folder, with pixels, labels and splits."""
+
+    index: Index
+    cache: Cache
+    splits: npt.NDArray[np.str_]
+    """(N,) train, val or test of each photo of the index."""
+    bad: dict[str, str]
+    """Path -> reason of every photo left out."""
+    decoder: Decoder
+    """What decoded the photos; never auto."""
+
+    def photos(self, split: str) -> npt.NDArray[np.intp]:
+        """Return the positions in the index of a split's photos."""
+        return np.flatnonzero(self.splits == split)
+
+
+def prepare(
+    root: str | Path,
+    *,
+    image_size: int,
+    decoder: Decoder = "auto",
+    gpu: int | None = None,
+    workers: int | None = None,
+    cache_dir: str | Path | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    split: str | Path | None = None,
+    max_bad: float = 0.05,
+    strict: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+    stopwatch: Stopwatch | None = None,
+) -> Dataset:
+    """Return the dataset of a folder. The arguments are those of `index.scan`, `cache.build` and `index.split`.
+
+    Raises DataError where the folder cannot be used or more than `max_bad` of its photos are unusable, FastCNNError
+    where the decoder is missing or the cache cannot be written.
+    """
+    stopwatch = stopwatch or Stopwatch()
+    with stopwatch.stage("scan"):
+        index = indexes.scan(root)
+    hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
+    note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
+    try:
+        chosen, missing = pipelines.choose(decoder, gpu=gpu is not None)
+    except pipelines.DecoderUnavailable as error:
+        raise FastCNNError(str(error)) from None
+    if missing:
+        fall_back(missing, strict=strict)
+    with stopwatch.stage("decode"):
+        cache = caches.build(
+            index,
+            image_size=image_size,
+            decoder=chosen,
+            gpu=gpu if chosen == "dali" else None,
+            workers=workers,
+            cache_dir=cache_dir,
+            progress=progress,
+            note=note,
+        )
+    bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
+    if bad:
+        _report_bad(bad, len(index), max_bad)
+        usable = cache.usable
+        index, cache = index.take(usable), cache.take(usable)
+        indexes.check_classes(index)
+    splits = indexes.read_split(Path(split), index) if split else indexes.split(index, val_fraction, seed)
+    listed = splits != ""
+    if not listed.all():
+        warn(f"{(~listed).sum()} photos are not listed in {split} and are left out")
+        index, cache, splits = index.take(listed), cache.take(listed), splits[listed]
+    return Dataset(index=index, cache=cache, splits=splits, bad=bad, decoder=cast(Decoder, chosen))
+
+
+def write_bad(path: Path, bad: dict[str, str]) -> None:
+    """Write path and reason of every photo left out as CSV."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "reason"])
+        writer.writerows(bad.items())
+
+
+def _report_bad(bad: dict[str, str], count: int, max_bad: float) -> None:
+    reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(bad.values()).most_common())
+    if len(bad) > max_bad * count:
+        first = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:10])
+        raise DataError(
+            f"{len(bad)} of {count} photos cannot be used ({reasons}), more than --max-bad {max_bad:g}: {first}"
+        )
+    warn(f"{len(bad)} of {count} photos cannot be used and are left out ({reasons}); see bad_images.csv")

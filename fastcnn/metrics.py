@@ -1,0 +1,74 @@
+"""Sums on the device, turned into loss, accuracy and a confusion matrix when they are read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model got on a set of photos."""
+
+    loss: float
+    """Mean cross-entropy, nats."""
+    accuracy: float
+    """Share of photos whose most probable class is the right one."""
+    count: int
+    """Photos."""
+
+
+class Sums:
+    """Loss, right answers and photos of the steps so far, summed on the device: reading them is the only sync."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(3, device=device)  # summed loss, right answers, photos
+
+    def add(self, losses: Tensor, right: Tensor, weights: Tensor) -> None:
+        """Add a batch: per-photo loss, whether it was right, and weight (0 leaves a photo out), each (N,)."""
+        weights = weights.to(self.values.dtype)
+        self.values += torch.stack([(losses * weights).sum(), (right * weights).sum(), weights.sum()])
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self.values.zero_()
+
+    def read(self) -> Score:
+        """Return the score so far. This waits for the device."""
+        loss, right, count = self.values.tolist()
+        return Score(loss=loss / max(count, 1), accuracy=right / max(count, 1), count=int(count))
+
+
+def confusion_matrix(
+    labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], num_classes: int
+) -> npt.NDArray[np.int64]:
+    """Return (num_classes, num_classes) counts: a row a true class, a column a predicted one."""
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Return the seconds since the stopwatch was made."""
+        return time.perf_counter() - self._start

@@ -1,0 +1,131 @@
+"""The machine's settings, in one place: device, precision, threads, allocator, determinism, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fastcnn.config import Precision
+from fastcnn.errors import FastCNNError, fall_back
+
+# glibc's mallopt parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is the first of cuda, mps and cpu that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FastCNNError(f"--device: expected cpu, cuda, cuda:N or mps, got '{name}'") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise FastCNNError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu, or see nvidia-smi")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise FastCNNError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise FastCNNError("--device mps: torch has no Metal device here; use --device cpu")
+    return device
+
+
+def pick_precision(name: Precision, device: torch.device, *, deterministic: bool, strict: bool) -> Precision:
+    """Return fp32 or bf16: what was asked for, or for "auto" bf16 where the hardware computes it."""
+    if name == "auto":
+        return "bf16" if not deterministic and has_bf16(device) else "fp32"
+    if name == "bf16" and not has_bf16(device):
+        fall_back(f"{device.type} has no bf16 arithmetic here: training in fp32", strict=strict)
+        return "fp32"
+    return name
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device computes in bf16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    return False
+
+
+@contextlib.contextmanager
+def settings(device: torch.device, *, threads: int | None, deterministic: bool) -> Iterator[None]:
+    """Set threads, allocator and determinism for the time of a run, and put back what was there."""
+    before_threads, before_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before_cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    if device.type == "cpu":
+        keep_freed_memory()
+        torch.set_num_threads(threads or num_cores())
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before_threads)
+        torch.use_deterministic_algorithms(before_deterministic)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before_cudnn
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed blocks instead of giving them back; return whether it took that.
+
+    Every step frees and allocates the same tensors of tens of MiB. By default each goes back to the system and is
+    faulted in again, page by page: eager fp32 training ran 1.8 times as fast without (docs/notes.md).
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    never = 2**31 - 1
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, never), mallopt(_M_TOP_PAD, 64 << 20)])
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use at once: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what determines a run's figures."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("fastcnn", "numpy", "pillow", "simplejpeg", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return the hardware in words: never a host or user name."""
+    facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": num_cores()}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

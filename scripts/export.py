@@ -1,0 +1,11 @@
+"""`fastcnn export` from a checkout: python scripts/export.py RUN."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastcnn.cli import main
+
+if __name__ == "__main__":
+    main(["export", *sys.argv[1:]])

@@ -1,0 +1,11 @@
+"""`fastcnn train` from a checkout: python scripts/train.py DATA, or torchrun scripts/train.py DATA."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastcnn.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])
