@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from fastcnn.artefact import open as open_artefact
     from fastcnn.config import Config
     from fastcnn.errors import FastCNNError
-    from fastcnn.export import export
+    from fastcnn.export import export_run
     from fastcnn.index import Index, scan
     from fastcnn.model import SmallCNN
-    from fastcnn.predict import predict
+    from fastcnn.predict import predict_photos
     from fastcnn.train import Result, fit
 
 # Lazy (PEP 562), so that `fastcnn --help` does not wait for torch.
@@ -26,10 +26,10 @@ _PUBLIC = {
     "Index": "fastcnn.index:Index",
     "Result": "fastcnn.train:Result",
     "SmallCNN": "fastcnn.model:SmallCNN",
-    "export": "fastcnn.export:export",
+    "export_run": "fastcnn.export:export_run",
     "fit": "fastcnn.train:fit",
     "open_artefact": "fastcnn.artefact:open",
-    "predict": "fastcnn.predict:predict",
+    "predict_photos": "fastcnn.predict:predict_photos",
     "scan": "fastcnn.index:scan",
 }
 
@@ -39,10 +39,10 @@ __all__ = [
     "Index",
     "Result",
     "SmallCNN",
-    "export",
+    "export_run",
     "fit",
     "open_artefact",
-    "predict",
+    "predict_photos",
     "scan",
 ]
 

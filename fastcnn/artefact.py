@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastcnn.errors import FastCNNError
+from fastcnn.errors import FastCNNError, first_line
 
 FORMAT = 1
 METADATA_FILE = "fastcnn.json"
@@ -60,7 +60,7 @@ def open(path: str | Path) -> Artefact:
     try:
         metadata, run = OPENERS[path.suffix](path)
     except (RuntimeError, ValueError, OSError) as error:
-        raise FastCNNError(f"{path} cannot be opened as an exported model: {str(error).splitlines()[0]}") from None
+        raise FastCNNError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
     if not isinstance(metadata.get("format"), int) or not isinstance(metadata.get("classes"), list):
         raise FastCNNError(f"{path} was not exported by fastcnn: it has no {METADATA_FILE}")
     if metadata["format"] > FORMAT:

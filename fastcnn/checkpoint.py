@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.errors import FastCNNError, nearest
+from fastcnn.errors import FastCNNError, first_line, nearest
 
 FORMAT = 1
 RUNS = Path("runs")
@@ -44,8 +44,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except FileNotFoundError:
         raise FastCNNError(f"no checkpoint {path}") from None
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise FastCNNError(f"{path} is not a checkpoint that can be read: {reason}") from None
+        raise FastCNNError(f"{path} is not a checkpoint that can be read: {first_line(error)}") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise FastCNNError(f"{path} is not a checkpoint of fastcnn")
     if state["format"] > FORMAT:

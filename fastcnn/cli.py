@@ -161,7 +161,7 @@ def train(
 @click.option("--output", metavar="FILE", help="The file; left out, model.<format> in the run folder.")
 def export(run: str, format_: str, output: str | None) -> None:
     """Export the best model of RUN (a folder, or a name under runs/) to a file for deployment."""
-    from fastcnn.export import export as export_run
+    from fastcnn.export import export_run
 
     path = export_run(run, format=format_, output=output)
     click.echo(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB): the same probabilities as the trained model")
@@ -178,8 +178,7 @@ def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str) -> in
     A photo that cannot be used gets a line that says why, and the exit code is 1.
     """
     from fastcnn import artefact
-    from fastcnn.predict import predict as predict_photos
-    from fastcnn.predict import writer
+    from fastcnn.predict import predict_photos, writer
 
     opened = artefact.open(model)
     write, bad = writer(format_, opened.classes, top_k), 0

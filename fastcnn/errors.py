@@ -47,6 +47,11 @@ def fall_back(message: str, *, strict: bool) -> None:
     warn(message)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the choice most like `name`, or ""."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

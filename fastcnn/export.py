@@ -1,6 +1,6 @@
 """A trained run as a file that carries its preprocessing: photos in, probabilities out."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
 import json
 import os
@@ -53,7 +53,7 @@ class Deployed(nn.Module):
         return torch.softmax(self.network(x * self.scale + self.shift), dim=1)
 
 
-def export(run: str | Path, *, format: str = "torchscript", output: str | Path | None = None) -> Path:
+def export_run(run: str | Path, *, format: str = "torchscript", output: str | Path | None = None) -> Path:
     """Export a run's best weights and return the file, after comparing it with the trained model.
 
     Args:

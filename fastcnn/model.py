@@ -1,10 +1,11 @@
 """SmallCNN: five blocks of convolution, activation, max pool and batch norm; a dense layer; an output layer."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
@@ -23,6 +24,30 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 # Non-decreasing: max pooling before them gives the same values and gradients at a quarter of the cost.
 MONOTONE = frozenset({"relu", "elu", "leaky_relu", "selu", "tanh"})
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over (N, H, W) as nn.BatchNorm2d, without its count of batches: a kernel a layer that nobody reads.
+
+    S. Ioffe and C. Szegedy, "Batch Normalization", arXiv:1502.03167.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.momentum, self.eps = momentum, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape; training uses and records the batch's own statistics."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
 
 
 class Block(nn.Module):
@@ -44,7 +69,7 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.activation = ACTIVATIONS[activation]()
         self.pool = nn.MaxPool2d(2)
-        self.norm = _batch_norm(out_channels) if batch_norm else nn.Identity()
+        self.norm = BatchNorm(out_channels) if batch_norm else nn.Identity()
         self.pool_first = activation in MONOTONE if pool_first is None else pool_first
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,10 +152,3 @@ class SmallCNN(nn.Module):
         """(N, 3, image_size, image_size) normalised float -> (N, num_classes) logits."""
         x = self.blocks(x).flatten(1)
         return self.output(self.dropout(self.activation(self.dense(x))))  # type: ignore[no-any-return]
-
-
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Return a batch norm that does not count its batches: the count would cost a kernel a layer and is not used."""
-    norm = nn.BatchNorm2d(channels)
-    norm.num_batches_tracked = None
-    return norm

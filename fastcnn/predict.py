@@ -31,7 +31,9 @@ class Prediction:
     """(num_classes,); empty where the photo cannot be used."""
 
 
-def predict(model: Artefact, inputs: Sequence[str | Path], *, workers: int | None = None) -> Iterator[Prediction]:
+def predict_photos(
+    model: Artefact, inputs: Sequence[str | Path], *, workers: int | None = None
+) -> Iterator[Prediction]:
     """Yield a prediction for each photo in `inputs`: photos, and folders with all photos below them.
 
     Photos are decoded as for training, straight to the model's size. Raises FastCNNError for an input that does not

@@ -1,0 +1,66 @@
+"""Photos that the tests generate, a cache folder of their own, and runs that several tests look at."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# The machine may be busy: no deadlines. The same examples each time, so that CI is red only for a reason.
+hypothesis.settings.register_profile("fastcnn", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fastcnn")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, visibly, what this machine lacks."""
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("shared") and not SHARED_DATA.is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs the real photos in ../shared/data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests out of the user's cache folder."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache-home"))
+    yield
+    os.environ.pop("XDG_CACHE_HOME")
+    if before is not None:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in a folder of its own, so that runs/ is too."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder of 4 classes of 30 generated photos. Read-only: tests that change photos copy it."""
+    from make_dataset import make
+
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    make(folder, classes=4, photos=120, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of two epochs on `photos`. Read-only."""
+    from fastcnn import Config, fit
+
+    config = Config(data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16)
+    return fit(config, run_dir=tmp_path_factory.mktemp("runs") / "run").run_dir

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pipelines
+from fastcnn import cache
+from fastcnn.errors import FastCNNError
+from fastcnn.index import Index, scan
+
+SIZE = 32
+
+
+@pytest.fixture
+def data(photos: Path, tmp_path: Path) -> Path:
+    """A copy of some photos, and a text file that passes for one."""
+    folder = tmp_path / "data"
+    for source in sorted(photos.iterdir()):
+        if source.is_dir():
+            (folder / source.name).mkdir(parents=True)
+            for photo in sorted(source.glob("*.jpg"))[:5]:
+                shutil.copy2(photo, folder / source.name)
+    (next(folder.iterdir()) / "page.jpg").write_text("<html>not found</html>")
+    return folder
+
+
+def build(index: Index, tmp_path: Path, **options: Any) -> cache.Cache:
+    return cache.build(index, **{"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache", **options})
+
+
+@functools.cache
+def expected_pixels(root: Path, paths: tuple[str, ...]) -> np.ndarray:
+    pixels = np.zeros((len(paths), SIZE, SIZE, 3), np.uint8)
+    pipelines.decode([root / path for path in paths], SIZE, pixels, decoder="pillow")
+    return pixels
+
+
+def expected(index: Index) -> np.ndarray:
+    return expected_pixels(index.root, index.paths)
+
+
+def assert_right(built: cache.Cache, index: Index) -> None:
+    pixels = expected(index)
+    for i in range(len(index)):
+        assert (built.rows[i] < 0) == index.paths[i].endswith("page.jpg")
+        if built.rows[i] >= 0:
+            assert (built.images[built.rows[i]] == pixels[i]).all()
+
+
+def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    done: list[tuple[int, int]] = []
+    built = build(index, tmp_path, progress=lambda *now: done.append(now))
+    assert_right(built, index)
+    assert [reason for reason in built.reasons if reason] == ["not an image"]
+    assert built.num_decoded == len(index) == done[-1][0] == done[-1][1]
+
+
+def test_a_second_build_decodes_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = scan(data)
+    first = build(index, tmp_path)
+    monkeypatch.setattr(pipelines, "decode", None)
+    second = build(scan(data), tmp_path)
+    assert second.num_decoded == 0
+    assert (second.rows == first.rows).all()
+    assert second.reasons == first.reasons
+
+
+def test_only_new_and_changed_photos_are_decoded(data: Path, tmp_path: Path) -> None:
+    build(scan(data), tmp_path)
+    photos = sorted(data.rglob("0*.jpg"))
+    shutil.copy(photos[0], photos[0].with_name("new.jpg"))
+    shutil.copy(photos[7], photos[1])
+    photos[2].unlink()
+    expected_pixels.cache_clear()
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert built.num_decoded == 2
+    assert_right(built, index)
+
+
+def test_another_size_or_decoder_is_another_cache(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    folders = {build(index, tmp_path, **o).folder for o in ({}, {"image_size": 40}, {"decoder": "turbo"})}
+    assert len(folders) == 3
+
+
+def test_unreadable_photos_are_tried_again(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    photo = data / index.paths[0]
+    stat, content = photo.stat(), photo.read_bytes()
+    photo.unlink()  # vanishes between scan and decode
+    assert build(index, tmp_path).reasons[0] == "unreadable"
+    photo.write_bytes(content)
+    os.utime(photo, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    built = build(index, tmp_path)
+    assert built.num_decoded == 1
+    assert_right(built, index)
+
+
+def test_an_interrupted_build_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    index = scan(data)
+
+    def stop(done: int, total: int) -> None:
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(index, tmp_path, progress=stop)
+    folder = next((tmp_path / "cache").iterdir())
+    with (folder / "pixels.bin").open("ab") as file:
+        file.write(b"half a row")
+    with (folder / "photos.jsonl").open("ab") as file:
+        file.write(b'{"path": "cut sh')
+    built = build(index, tmp_path)
+    assert built.num_decoded == len(index) - 8
+    assert_right(built, index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 10**6), bit=st.integers(0, 7), journal=st.booleans())
+def test_a_flipped_bit_never_gives_a_wrong_pixel(
+    data: Path, tmp_path: Path, position: int, bit: int, journal: bool
+) -> None:
+    index = scan(data)
+    folder = build(index, tmp_path).folder
+    right = expected(index)
+    flip(folder / ("photos.jsonl" if journal else "pixels.bin"), position, bit)
+    built = build(index, tmp_path)
+    for i in np.flatnonzero(built.usable):
+        assert (built.images[built.rows[i]] == right[i]).all()
+
+
+def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    hold = (
+        f"lock = filelock.FileLock({str(folder / 'lock')!r}); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", f"import filelock, time; {hold}"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder, holder.stdout:
+        holder.stdout.readline()
+        notes: list[str] = []
+
+        def note(text: str) -> None:
+            notes.append(text)
+            holder.kill()  # a dead builder's lock does not block
+
+        assert build(scan(data), tmp_path, note=note).num_decoded == 0
+    assert len(notes) == 1
+
+
+def test_no_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    with pytest.raises(FastCNNError, match="MiB free"):
+        build(scan(data), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FastCNNError, match="--cache-dir"):
+        build(scan(data), tmp_path, cache_dir=tmp_path / "file")
+
+
+def test_list_and_clear(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    build(index, tmp_path)
+    build(index, tmp_path, image_size=40)
+    (tmp_path / "cache" / "not-ours").mkdir()
+    (tmp_path / "cache" / "not-ours" / "photo.jpg").touch()
+    first, second = cache.list_caches(tmp_path / "cache")
+    assert {first["image_size"], second["image_size"]} == {SIZE, 40}
+    assert first["photos"] == second["photos"] == 20
+    assert cache.clear(tmp_path / "cache", first["key"]) == first["bytes"]
+    assert [entry["key"] for entry in cache.list_caches(tmp_path / "cache")] == [second["key"]]
+    cache.clear(tmp_path / "cache")
+    assert (tmp_path / "cache" / "not-ours" / "photo.jpg").exists()
+
+
+def test_the_journal_is_plain_data(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    lines = (folder / "photos.jsonl").read_text().split("\n")
+    assert all(json.loads(line)["path"] for line in lines if line)
+    assert time.time() - cache.list_caches(tmp_path / "cache")[0]["modified"] < 3600

@@ -1,0 +1,78 @@
+"""Imports go only down the levels of the design, and nothing heavy happens on the way to --help."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LEVELS = [
+    {"errors"},
+    {"config"},
+    {"index", "metrics", "console", "artefact", "runtime"},
+    {"tracker", "model", "cache", "optim", "checkpoint"},
+    {"dataset", "loader"},
+    {"step"},
+    {"engines"},
+    {"evaluate", "predict"},
+    {"export"},
+    {"train"},
+    {"cli"},
+]
+DECODING = {"cache", "dataset", "predict"}  # what may import pipelines
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+MODULES = sorted(p.stem for p in (ROOT / "fastcnn").glob("*.py") if p.stem != "__init__")
+
+
+def test_every_module_has_a_level() -> None:
+    assert set(MODULES) == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    level = next(i for i, names in enumerate(LEVELS) if module in names)
+    below = set().union(*LEVELS[:level])
+    names = imported(ROOT / "fastcnn" / f"{module}.py")
+    used = {name.split(".")[1] for name in names if name.startswith("fastcnn.")}
+    assert used & set(MODULES) <= below
+    assert module in DECODING or not any(name.partition(".")[0] == "pipelines" for name in names)
+
+
+def test_pipelines_know_nothing_of_fastcnn() -> None:
+    for path in (ROOT / "pipelines").glob("*.py"):
+        assert not any(name.partition(".")[0] == "fastcnn" for name in imported(path)), path
+
+
+def test_baselines_know_nothing_of_ours() -> None:
+    for path in (ROOT / "bench" / "baselines").glob("*.py"):
+        assert not any(name.partition(".")[0] in ("fastcnn", "pipelines") for name in imported(path)), path
+
+
+@pytest.mark.parametrize("what", ["import fastcnn", "import fastcnn.cli", "import pipelines"])
+def test_light_imports(what: str) -> None:
+    code = f"{what}; import sys; sys.exit(bool({{'torch', 'wandb', 'matplotlib', 'nvidia', 'PIL'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_resolve() -> None:
+    import fastcnn
+
+    assert all(getattr(fastcnn, name) is not None for name in fastcnn.__all__)
+    with pytest.raises(AttributeError):
+        _ = fastcnn.nothing
