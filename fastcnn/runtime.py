@@ -54,7 +54,8 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        known = getattr(torch.cpu, "get_capabilities", None)  # not in the oldest torch that we support
+        capabilities = known() if known else {}
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
     return False
 
