@@ -1,0 +1,135 @@
+"""Photos to pixels: paths or bytes in, (n, size, size, 3) uint8 out, and a verdict for every source.
+
+A decoder is one module with `decode` and `identity` (and `close`, where it keeps something) and one line in `BACKENDS`.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+
+from pipelines.verdict import MAX_PIXELS, Source, Verdict
+
+__all__ = ["BACKENDS", "MAX_PIXELS", "DecoderUnavailable", "Verdict", "choose", "close", "decode", "identity"]
+
+BACKENDS = {
+    "dali": "pipelines.dali",
+    "turbo": "pipelines.turbo",
+    "pillow": "pipelines.pillow",
+}
+"""Decoder name -> the module that holds it, imported when it is first asked for."""
+
+_imported: dict[str, ModuleType] = {}
+
+
+class DecoderUnavailable(RuntimeError):
+    """The decoder `name` cannot be used here; the message says why and what to install."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
+        super().__init__(f"decoder {name!r} cannot be used: {why}")
+
+
+def choose(decoder: str, *, gpu: bool) -> tuple[str, str]:
+    """Return (name, note): the decoder that `decoder` ("auto" or a name) means here, and why not a better one.
+
+    "auto" is DALI where `gpu` is true, else turbo, else Pillow. The note is "" where the preferred one can be used.
+    Raises DecoderUnavailable for a named decoder that cannot be imported, ValueError for an unknown name.
+    """
+    if decoder != "auto":
+        _backend(decoder)
+        return decoder, ""
+    notes: list[str] = []
+    for name in ("dali", "turbo") if gpu else ("turbo",):
+        try:
+            _backend(name)
+        except DecoderUnavailable as error:
+            notes.append(error.why)
+        else:
+            return name, _note(notes, f"{name} on the CPU")
+    return "pillow", _note(notes, "Pillow on the CPU")
+
+
+def decode(
+    sources: Sequence[Source],
+    size: int,
+    out: np.ndarray,
+    boxes: np.ndarray | None = None,
+    *,
+    decoder: str = "turbo",
+    workers: int | None = None,
+    gpu: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> list[Verdict]:
+    """Write the pixels of each usable source into its row of `out`; return a verdict a source, in their order.
+
+    sources: n paths, or encoded photos as bytes.
+    out: (n, size, size, 3) uint8, C-contiguous. The photo upright, RGB, squashed to size x size (bilinear,
+        antialiased). Rows of unusable sources are zeroed.
+    boxes: (n, 4) float: left, top, right, bottom in pixels of the upright photo. What the row shows; None: all of it.
+        Clipped to the photo, so that rounding cannot push one off its edge.
+    decoder: a name in BACKENDS ("auto" is for `choose`, whose answer belongs into cache keys).
+    workers: decoding threads; None: one for each core this process may use.
+    gpu: index of the device on which DALI decodes; None: the CPU. The other decoders ignore it.
+    max_pixels: a photo whose header claims more is "too large" and is not decoded. Pillow's own limit, the default,
+        also bounds a larger value.
+
+    Raises DecoderUnavailable, and ValueError for arrays of the wrong shape or type and for boxes without area in the
+    photo. A bad photo never raises: it gets a verdict.
+    """
+    if out.shape != (len(sources), size, size, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out must be {(len(sources), size, size, 3)} uint8, C-contiguous; got {out.shape} {out.dtype}"
+            f"{'' if out.flags.c_contiguous else ', not contiguous'}"
+        )
+    if boxes is not None:
+        boxes = np.asarray(boxes, np.float64)
+        if boxes.shape != (len(sources), 4) or not (boxes[:, 2:] > boxes[:, :2]).all():
+            raise ValueError(f"boxes must be {(len(sources), 4)}: left < right, top < bottom; got {boxes.shape}")
+    backend = _backend(decoder)
+    verdicts: list[Verdict] = backend.decode(sources, size, out, boxes, workers or _cores(), gpu, max_pixels)
+    return verdicts
+
+
+def close() -> None:
+    """Release what decoders keep between calls (DALI's pipelines). No decoding work is in flight afterwards."""
+    for backend in _imported.values():
+        if hasattr(backend, "close"):
+            backend.close()
+
+
+def identity(decoder: str, gpu: int | None) -> str:
+    """Return what determines the pixels, for cache keys: "turbo-1", "dali-gpu-1"... The number changes with them."""
+    answer: str = _backend(decoder).identity(gpu)
+    return answer
+
+
+def _backend(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown decoder {name!r}: one of {', '.join(BACKENDS)}")
+    if name not in _imported:
+        try:
+            _imported[name] = importlib.import_module(BACKENDS[name])
+        except ImportError as error:
+            raise DecoderUnavailable(name, _why(name, error)) from error
+    return _imported[name]
+
+
+def _why(name: str, error: ImportError) -> str:
+    package, install = {
+        "dali": ("nvidia-dali", "pip install 'fastcnn[cuda13]' (or cuda12)"),
+        "turbo": ("simplejpeg", "pip install simplejpeg"),
+    }.get(name, ("Pillow", "pip install Pillow"))
+    missing = isinstance(error, ModuleNotFoundError)
+    return f"{package} {'is not installed' if missing else f'cannot be imported ({error})'}; {install}"
+
+
+def _note(notes: list[str], used: str) -> str:
+    return f"photos are decoded by {used}: {'; '.join(notes)}" if notes else ""
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

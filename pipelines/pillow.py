@@ -1,0 +1,142 @@
+"""The reference decoder: whatever Pillow reads, everywhere Python runs.
+
+The others send it what they cannot read, so that a file has the same verdict whichever decoder was asked.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+from pipelines.threads import each
+from pipelines.verdict import USABLE, Source, Unusable, Verdict, check_pixels, explain, image_format
+
+
+def decode(
+    sources: Sequence[Source],
+    size: int,
+    out: np.ndarray,
+    boxes: np.ndarray | None,
+    workers: int,
+    gpu: int | None,
+    max_pixels: int,
+) -> list[Verdict]:
+    """See `pipelines.decode`."""
+    quiet()
+    return each(lambda data, row, box: one(data, size, row, box, max_pixels), sources, out, boxes, workers)
+
+
+def identity(gpu: int | None) -> str:
+    """See `pipelines.identity`."""
+    return "pillow-1"
+
+
+def quiet() -> None:
+    """Silence Pillow's own warnings: verdicts say it. For good, as the filters are no thread's own to put back."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def one(data: bytes, size: int, row: np.ndarray, box: np.ndarray | None, max_pixels: int) -> Verdict:
+    """Write the photo in `data` into `row` (size, size, 3) uint8; return its verdict. `quiet` was called before."""
+    try:
+        image = load(data, max_pixels)
+    except Exception as error:  # plugins raise whatever a damaged file makes them trip over
+        return explain(error)
+    row[...] = resize(image, size, clip(box, image.width, image.height))
+    return USABLE
+
+
+def resize(image: Image.Image, size: int, box: tuple[float, float, float, float] | None) -> np.ndarray:
+    """Return the box of an RGB image (None: all of it), squashed to (size, size, 3) uint8."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def load(data: bytes, max_pixels: int) -> Image.Image:
+    """Return the photo upright and in RGB, the first frame where there are several. Raises whatever is wrong."""
+    name = image_format(data)
+    try:
+        # Only the format that the content shows: Pillow would try 40 others, PostScript among them.
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_PLUGINS.get(name, (name,)))
+    except UnidentifiedImageError as error:
+        if name in _OPTIONAL and not features.check(_OPTIONAL[name]):
+            raise Unusable("unsupported format", f"this Pillow reads no {name}") from error
+        raise Unusable("corrupt", f"the header of this {name} cannot be read") from error
+    check_pixels(*image.size, max_pixels)
+    image.load()
+    # Orientation is asked for after loading: TIFF has turned the pixels by then, PNG may say it at the end.
+    return _upright(_rgb(image), _orientation(image))
+
+
+def clip(box: np.ndarray | None, width: int, height: int) -> tuple[float, float, float, float]:
+    """Return the box (all of the photo for None) cut to the photo. Raises ValueError where nothing is left."""
+    if box is None:
+        return 0, 0, width, height
+    left, top, right, bottom = (float(edge) for edge in box)
+    inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise ValueError(f"box {(left, top, right, bottom)} lies outside the photo of {width}x{height} pixels")
+    return inside
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF is no reason to refuse the photo
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _TURNS.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return the image in RGB: transparency over white, 16 bits scaled to 8, embedded colour profiles not applied."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode[:1] in "IF":
+        return Image.fromarray(_levels(np.asarray(image))).convert("RGB")
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if image.has_transparency_data:
+        pixels = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms  # Pillow can be built without it: "unsupported format"
+
+    lab: Any = ImageCms.createProfile("LAB")
+    srgb: Any = ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None
+    return converted
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Return grey values of any type as (H, W) uint8, on the scale that their range shows: 1, 255 or 65535 is white."""
+    lowest, highest = values.min(), values.max()
+    if not (lowest >= 0 and highest <= 65535):  # so also for NaN
+        raise Unusable("unsupported format", f"grey values from {lowest} to {highest}")
+    if values.dtype == np.uint16 or highest > 255:
+        return (values / 257 + 0.5).astype(np.uint8)
+    if values.dtype.kind == "f" and highest <= 1:
+        return (values * 255 + 0.5).astype(np.uint8)
+    return values.astype(np.uint8)
+
+
+_PLUGINS = {"JPEG": ("JPEG", "MPO")}
+_OPTIONAL = {"AVIF": "avif", "WEBP": "webp", "JPEG2000": "jpg_2000"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}

@@ -1,0 +1,37 @@
+"""One function over all photos, in threads."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipelines.verdict import Source, Unusable, Verdict, read
+
+One = Callable[[bytes, np.ndarray, np.ndarray | None], Verdict]
+"""(encoded photo, its row of the output, its box) -> verdict."""
+
+
+def each(one: One, sources: Sequence[Source], out: np.ndarray, boxes: np.ndarray | None, workers: int) -> list[Verdict]:
+    """Return the verdict of `one` on every source, in their order; rows of unusable ones are zeroed."""
+
+    def chunk(start: int) -> list[Verdict]:
+        stop = min(start + step, len(sources))
+        return [_guarded(one, sources[i], out[i], None if boxes is None else boxes[i]) for i in range(start, stop)]
+
+    # Chunks, because handing over a single photo costs; several a worker, so that none waits long for the last.
+    step = max(1, min(16, len(sources) // (4 * workers)))
+    starts = range(0, len(sources), step)
+    if workers == 1 or len(starts) <= 1:
+        return [verdict for start in starts for verdict in chunk(start)]
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        return [verdict for verdicts in pool.map(chunk, starts) for verdict in verdicts]
+
+
+def _guarded(one: One, source: Source, row: np.ndarray, box: np.ndarray | None) -> Verdict:
+    try:
+        verdict = one(read(source), row, box)
+    except Unusable as error:
+        verdict = error.verdict
+    if not verdict.ok:
+        row[...] = 0
+    return verdict

@@ -1,0 +1,133 @@
+"""Is this file a usable photo? One answer, whichever decoder then reads it."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Source = str | os.PathLike[str] | bytes
+"""A path (str or PathLike), or the encoded photo itself (bytes)."""
+
+Reason = Literal["", "unreadable", "empty", "not an image", "unsupported format", "too large", "truncated", "corrupt"]
+
+MAX_PIXELS = 178_956_970
+"""Pillow refuses more as a decompression bomb; no camera makes more in one shot (the largest sensor: 151 million)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one source: usable (`reason` is ""), or why not."""
+
+    reason: Reason = ""
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether its pixels were written."""
+        return not self.reason
+
+
+USABLE = Verdict()
+
+
+class Unusable(Exception):
+    """Raised inside the package where a source turns out to be unusable."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        self.verdict = Verdict(reason, detail)
+        super().__init__(reason, detail)
+
+
+def read(source: Source) -> bytes:
+    """Return the encoded photo. Raises Unusable."""
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            # A named pipe would block for ever, a device never end.
+            if not stat.S_ISREG(os.stat(source).st_mode):  # noqa: PTH116 - 3 us less than Path.stat
+                raise Unusable("unreadable", "a folder" if Path(source).is_dir() else "not a regular file")
+            with open(source, "rb", buffering=0) as file:  # noqa: PTH123 - likewise
+                data = file.readall()
+        except (OSError, ValueError) as error:  # ValueError: a null character in the name
+            raise Unusable("unreadable", getattr(error, "strerror", None) or str(error)) from error
+    if not data:
+        raise Unusable("empty")
+    return data
+
+
+def image_format(data: bytes) -> str:
+    """Return Pillow's name of the format, from the content. Raises Unusable: "not an image", "unsupported format"."""
+    for magic, name in _MAGIC.items():
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    # "BM" alone also starts English text; the length of the second header tells.
+    if data[:2] == b"BM" and data[14:18] in _BMP_HEADERS:
+        return "BMP"
+    if data[4:8] == b"ftyp":
+        brands = data[8 : min(int.from_bytes(data[:4], "big"), 128)]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+        if any(brand in brands for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")):
+            raise Unusable("unsupported format", "HEIC")
+    for magic, name in _UNSUPPORTED.items():
+        if data.startswith(magic):
+            raise Unusable("unsupported format", name)
+    raise Unusable("not an image", f"starts with {data[:8]!r}")
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise Unusable where a header claims no pixels, or more than `max_pixels` or Pillow's own limit."""
+    if width < 1 or height < 1:
+        raise Unusable("corrupt", f"{width}x{height} pixels")
+    if width * height > min(max_pixels, MAX_PIXELS):
+        raise Unusable("too large", f"{width}x{height} pixels")
+
+
+def explain(error: Exception) -> Verdict:
+    """Translate what Pillow raised while reading an image whose format was recognised."""
+    if isinstance(error, Unusable):
+        return error.verdict
+    detail = str(error) or type(error).__name__
+    words = f"{type(error).__name__} {detail}".lower()
+    if "bomb" in words or isinstance(error, MemoryError):
+        return Verdict("too large", detail)
+    if "truncated" in words or isinstance(error, EOFError):
+        return Verdict("truncated", detail)
+    if isinstance(error, (NotImplementedError, ImportError)) or any(
+        word in words for word in ("unsupported", "not supported")
+    ):
+        return Verdict("unsupported format", detail)
+    return Verdict("corrupt", detail)
+
+
+_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000",
+    b"\xff\x4f\xff\x51": "JPEG2000",
+    b"P5\n": "PPM",
+    b"P6\n": "PPM",
+}
+
+# Images that we refuse. Pillow would hand EPS to Ghostscript, a program that the file itself writes.
+_UNSUPPORTED = {
+    b"8BPS": "Photoshop",
+    b"%!PS": "PostScript",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\1\0": "icon",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+    b"DDS ": "DDS",
+}
+
+_BMP_HEADERS = {bytes([length, 0, 0, 0]) for length in (12, 40, 52, 56, 64, 108, 124)}
