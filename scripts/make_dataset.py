@@ -210,7 +210,7 @@ def _distractor(rng: Generator, scene: Image.Image, most: float) -> None:
 
 def _subject(rng: Generator, scene: Image.Image, label: int) -> None:
     shape, texture = list(SHAPES.values())[label % len(SHAPES)], list(TEXTURES.values())[label % len(TEXTURES)]
-    radius = min(scene.size) * rng.uniform(0.34, 0.48)
+    radius = min(scene.size) * rng.uniform(0.30, 0.44)
     edge = 2 * math.ceil(radius)
     mask = Image.new("L", (edge, edge))
     ImageDraw.Draw(mask).polygon(_place(rng, shape, radius * 0.8, complex(radius, radius)), fill=255)
