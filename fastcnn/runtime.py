@@ -70,14 +70,20 @@ def settings(device: torch.device, *, threads: int | None, deterministic: bool) 
         torch.set_num_threads(threads or num_cores())
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    _use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
     try:
         yield
     finally:
         torch.set_num_threads(before_threads)
-        torch.use_deterministic_algorithms(before_deterministic)
+        _use_deterministic_algorithms(before_deterministic)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before_cudnn
+
+
+def _use_deterministic_algorithms(mode: bool) -> None:
+    # Only where it changes something: the call imports inductor, a second of every start.
+    if mode != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(mode)
 
 
 def keep_freed_memory() -> bool:

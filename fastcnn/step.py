@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastcnn.loader import Feed
 from fastcnn.metrics import Sums
-from fastcnn.optim import FlatParameters
+from fastcnn.optim import Adam, FlatParameters
 
 
 class Normalise:
@@ -38,7 +38,7 @@ class TrainingStep:
         self,
         model: nn.Module,
         parameters: FlatParameters,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Adam,
         feed: Feed,
         normalise: Normalise,
         *,

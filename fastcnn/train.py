@@ -27,7 +27,7 @@ from fastcnn.evaluate import evaluate
 from fastcnn.loader import LOADERS, Feed
 from fastcnn.metrics import Score, Stopwatch
 from fastcnn.model import SmallCNN
-from fastcnn.optim import FlatParameters, adam
+from fastcnn.optim import Adam, FlatParameters
 from fastcnn.step import Normalise, TrainingStep
 from fastcnn.tracker import TRACKERS, Tracker
 
@@ -61,7 +61,7 @@ class Session:
     run_dir: Path
     classes: tuple[str, ...]
     model: SmallCNN
-    optimizer: torch.optim.Optimizer
+    optimizer: Adam
     step: TrainingStep
     normalise: Normalise
     epoch: int = 0
@@ -185,7 +185,7 @@ def _start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, d
         image_size=config.image_size,
     ).to(device)
     parameters = FlatParameters(model)
-    optimizer = adam(parameters.values, config.lr)
+    optimizer = Adam(parameters, config.lr)
     normalise = Normalise(config.mean, config.std, DTYPES[config.precision], device)
     step = TrainingStep(model, parameters, optimizer, feed, normalise, batch_size=config.batch_size)
     return Session(config, folder, classes, model, optimizer, step, normalise)
@@ -229,7 +229,7 @@ def _train(
             "train/accuracy": train.accuracy,
             "val/loss": val.loss,
             "val/accuracy": val.accuracy,
-            "lr": float(session.optimizer.param_groups[0]["lr"]),
+            "lr": float(session.optimizer.lr),
             "images_per_second": num_steps * config.batch_size / train_seconds,
         }
         rows.append(row)
