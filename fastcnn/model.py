@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
 from fastcnn.errors import UsageError, nearest
+from fastcnn.kernels import pool
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -71,10 +72,15 @@ class Block(nn.Module):
         self.pool = nn.MaxPool2d(2)
         self.norm = BatchNorm(out_channels) if batch_norm else nn.Identity()
         self.pool_first = activation in MONOTONE if pool_first is None else pool_first
+        self.relu = activation == "relu"
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) float -> (N, out_channels, H // 2, W // 2)."""
         x = self.conv(x)
+        # TorchScript knows neither kernels nor their conditions: what it sees is the plain form.
+        if not torch.jit.is_scripting() and self.pool_first and pool.usable(x):  # type: ignore[attr-defined]
+            x = pool.max_pool(x, self.relu)
+            return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
         x = self.activation(self.pool(x)) if self.pool_first else self.pool(self.activation(x))
         return self.norm(x)  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from fastcnn import checkpoint, dataset, engines, index, runtime
 from fastcnn.config import Config
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
-from fastcnn.errors import DataError, FastCNNError, UsageError
+from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
 from fastcnn.evaluate import evaluate
+from fastcnn.kernels import pool
 from fastcnn.loader import LOADERS, Feed
 from fastcnn.metrics import Score, Stopwatch
 from fastcnn.model import SmallCNN
@@ -128,6 +130,8 @@ def fit(
                 stopwatch=watch,
             )
         config = dataclasses.replace(config, decoder=data.decoder)
+        with watch.stage("compile"):
+            _load_kernels(device, strict=config.strict)
         _report_cache(console, data)
         with watch.stage("upload"):
             feeds = {
@@ -170,6 +174,14 @@ def _resolve(config: Config) -> Config:
         engine=engines.choose(config.engine),
         threads=config.threads or runtime.num_cores(),
     )
+
+
+def _load_kernels(device: torch.device, *, strict: bool) -> None:
+    if device.type == "cpu" and sys.platform == "linux":
+        try:
+            pool.load()
+        except pool.NoKernel as error:
+            fall_back(f"training without the fast pooling kernel: {error}", strict=strict)
 
 
 def _start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, device: torch.device) -> Session:
