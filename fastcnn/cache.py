@@ -19,7 +19,8 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from fastcnn.index import Index
 
 FORMAT = 1
 RESIZE = "squash-bilinear-antialias"
-CHUNK = 256  # photos between two writes: what a killed build loses at most
+CHUNK = 512  # photos between two writes: what a killed build loses at most
 
 _TRANSIENT = frozenset({"unreadable"})  # verdicts about the moment, not the file: asked again by the next run
 
@@ -112,12 +113,19 @@ def build(
             journal = _read_journal(folder / "photos.jsonl")
             missing = _missing(index, journal, _map(folder, image_size))
             _check_space(folder, len(missing) * image_size**2 * 3)
-            for photos in _chunks(missing):
-                paths = [index.root / index.paths[i] for i in photos]
-                pixels = np.zeros((len(photos), image_size, image_size, 3), np.uint8)
-                verdicts = pipelines.decode(paths, image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
-                _append(folder, index, photos, pixels, [verdict.reason for verdict in verdicts], journal)
-                progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
+            with ThreadPoolExecutor(1) as writer:  # a chunk is written while the next is decoded
+                writing: Future[None] | None = None
+                for photos in _chunks(missing):
+                    paths = [index.root / index.paths[i] for i in photos]
+                    pixels = np.zeros((len(photos), image_size, image_size, 3), np.uint8)
+                    verdicts = pipelines.decode(paths, image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
+                    if writing:
+                        writing.result()
+                    reasons = [verdict.reason for verdict in verdicts]
+                    writing = writer.submit(_append, folder, index, photos, pixels, reasons, journal)
+                    progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
+                if writing:
+                    writing.result()
     except OSError as error:
         raise FastCNNError(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
@@ -228,7 +236,7 @@ def _append(
     index: Index,
     photos: npt.NDArray[np.intp],
     pixels: npt.NDArray[np.uint8],
-    reasons: list[str],
+    reasons: Sequence[str],
     journal: dict[str, dict[str, Any]],
 ) -> None:
     """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
