@@ -8,19 +8,9 @@ from typing import Any
 
 import torch
 
-from fastcnn.errors import FastCNNError, first_line, nearest
+from fastcnn.errors import FastCNNError, first_line
 
 FORMAT = 1
-RUNS = Path("runs")
-
-
-def find_run(name: str | Path) -> Path:
-    """Return the folder of a run: a path, or a name under `runs/`."""
-    for folder in (Path(name), RUNS / name):
-        if (folder / "config.yaml").is_file():
-            return folder
-    names = [path.parent.name for path in RUNS.glob("*/config.yaml")]
-    raise FastCNNError(f"no run {name}: expected a run folder, or a name under {RUNS}/{nearest(str(name), names)}")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fastcnn.errors import UsageError, nearest
 
 Activation = Literal["relu", "gelu", "silu", "mish", "elu", "leaky_relu", "selu", "tanh"]
-Engine = Literal["auto", "eager"]
-Precision = Literal["auto", "fp32", "bf16"]
+Augmentation = Literal["flip", "shift"]
+Schedule = Literal["constant", "cosine", "onecycle"]
+Engine = Literal["auto", "eager", "compiled", "graphed", "compiled+graphed"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Loader = Literal["auto", "resident"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
 
@@ -36,7 +38,15 @@ class Config:
     batch_size: int = 32
     """Photos a step."""
     lr: float = 1e-3
-    """Learning rate of Adam."""
+    """Learning rate of Adam: the highest, where a schedule changes it."""
+    schedule: Schedule = "constant"
+    """How the learning rate changes from step to step."""
+    augment: tuple[Augmentation, ...] = ()
+    """Random changes to the training photos, as flip,shift; none for none."""
+    clip_norm: float | None = None
+    """Largest norm of a step's gradient; left out, no limit."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is evaluated and exported, as 0.999; 0 for none."""
     seed: int = 0
     """Seed of the split, the initial weights and the order of the photos."""
 
@@ -67,9 +77,9 @@ class Config:
     """Share of unusable photos above which the run stops."""
 
     engine: Engine = "auto"
-    """How the training step is run."""
+    """How the training step is run; auto measures."""
     precision: Precision = "auto"
-    """Arithmetic of the network; auto is bf16 where the hardware has it."""
+    """Arithmetic of the network; auto is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     loader: Loader = "auto"
     """Where the decoded photos are kept while training."""
     decoder: Decoder = "auto"
@@ -96,6 +106,8 @@ class Config:
         _check("epochs", self.epochs, self.epochs >= 1, "1 or more")
         _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
         _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        _check("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "a number above 0")
+        _check("ema", self.ema, 0 <= self.ema < 1, "0 to below 1")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
         _check("image_size", self.image_size, MIN_IMAGE_SIZE <= self.image_size <= 4096, "32 to 4096")
         _check("mean", self.mean, len(self.mean) == 3, "three numbers")
@@ -112,8 +124,8 @@ class Config:
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         kind = self.device.partition(":")[0]
         _check("device", self.device, kind in DEVICES, f"one of {', '.join(DEVICES)}{nearest(kind, DEVICES)}")
-        if self.deterministic and self.precision == "bf16":
-            raise UsageError("--deterministic needs --precision fp32 (or auto): bf16 sums need not repeat to the bit")
+        if self.deterministic and self.precision not in ("auto", "fp32"):
+            raise UsageError("--deterministic needs --precision fp32 (or auto): 16-bit sums need not repeat to the bit")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data, as they are written to config.yaml and checkpoints."""
@@ -225,8 +237,12 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        if items in (["none"], [""], None):
+            items = []
         items = items if isinstance(items, list | tuple) else [items]
-        return tuple(_coerce(name, get_args(kind)[0], item) for item in items)
+        return tuple(
+            _coerce(name, get_args(kind)[0], item.strip() if isinstance(item, str) else item) for item in items
+        )
     return _coerce_scalar(name, kind, value)
 
 

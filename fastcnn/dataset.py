@@ -84,6 +84,7 @@ def prepare(
             progress=progress,
             note=note,
         )
+    pipelines.close()  # nothing of DALI may be in flight while a CUDA graph is captured
     bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
     if bad:
         _report_bad(bad, len(index), max_bad)

@@ -1,25 +1,59 @@
-"""How the training step is run. An engine takes a step and runs it a number of times; the results lie in the step."""
+"""How a step is run: as it is, compiled, captured whole in a CUDA graph and replayed, or both.
+
+An engine takes a step, a function without arguments whose tensors stand in `step.state()`, and runs it a number of
+times. Making one runs the step a few times and puts everything back as it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
-from fastcnn import config
-from fastcnn.step import TrainingStep
+import platformdirs
+import torch
+from torch import Tensor
+
+from fastcnn.errors import fall_back, first_line
+
+REHEARSALS = 3  # cudnn tries its algorithms, the compiler compiles, allocators fill: all before a capture
+
+
+class Step(Protocol):
+    """What an engine runs."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """The part that a compiler takes as one graph, with its backward."""
+
+    num_steps: int
+    """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
+
+    def __call__(self) -> None:
+        """Do one step."""
+
+    def state(self) -> list[Tensor]:
+        """Return every tensor that outlives a call and is changed by it."""
 
 
 class Engine(Protocol):
-    """Runs a training step."""
+    """Runs a step."""
 
     def run(self, num_steps: int) -> None:
         """Run the step `num_steps` times."""
 
 
+class NoEngine(Exception):
+    """The engine cannot be used for this step here; the message says why."""
+
+
 class Eager:
     """The step as it is."""
 
-    def __init__(self, step: TrainingStep) -> None:
+    def __init__(self, step: Step) -> None:
         self.step = step
 
     def run(self, num_steps: int) -> None:
@@ -28,11 +62,216 @@ class Eager:
             self.step()
 
 
-ENGINES: dict[str, Callable[[TrainingStep], Engine]] = {
+Capture = Callable[[Step, int], Callable[[], None]]
+"""(step, k) -> what does k steps in one call."""
+
+
+def cuda_graph(step: Step, num_steps: int) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of `num_steps` steps. Capturing runs nothing."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: another thread's CUDA calls (pinning memory, say) neither break the capture nor get into it.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(num_steps):
+            step()
+    return graph.replay
+
+
+def direct_call(step: Step, num_steps: int) -> Callable[[], None]:
+    """Return what runs the steps themselves: stands in for `cuda_graph` where a test has no GPU."""
+
+    def replay() -> None:
+        for _ in range(num_steps):
+            step()
+
+    return replay
+
+
+class Graphed:
+    """The step captured whole and replayed; `steps_per_replay` of them in one graph, one by one what is left over."""
+
+    def __init__(self, step: Step, capture: Capture = cuda_graph, steps_per_replay: int = 1) -> None:
+        self.steps_per_replay = steps_per_replay
+        with rehearsal(step):
+            for _ in range(min(REHEARSALS, step.num_steps)):
+                step()
+        # A capture runs nothing, but one that breaks off may leave the RNG and the cursor where they were not.
+        with rehearsal(step):
+            self.replay = capture(step, 1)
+            self.replay_many = capture(step, steps_per_replay) if steps_per_replay > 1 else self.replay
+
+    def run(self, num_steps: int) -> None:
+        """Replay `num_steps` steps. Queues them: nothing waits for the GPU."""
+        many, single = divmod(num_steps, self.steps_per_replay)
+        for _ in range(many):
+            self.replay_many()
+        for _ in range(single):
+            self.replay()
+
+
+@contextlib.contextmanager
+def rehearsal(step: Step) -> Iterator[None]:
+    """Put back whatever the steps inside change: their tensors and the random number generators.
+
+    On a GPU they run on a stream of their own, as what precedes a capture must.
+    """
+    state = step.state()
+    device = state[0].device
+    with torch.no_grad():
+        saved = [tensor.clone() for tensor in state]
+    rng = torch.get_rng_state()
+    cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        with _side_stream(device):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, saved, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state(cuda_rng, device)
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+def compiled(step: Step) -> Eager:
+    """Return the step with its forward, loss and backward compiled as one graph of fixed shapes."""
+    plain = step.forward
+    step.forward = torch.compile(plain, fullgraph=True, dynamic=False)
+    try:
+        with rehearsal(step):
+            step()
+    except Exception as error:  # whatever dynamo, inductor or the C++ compiler trips over
+        step.forward = plain
+        raise NoEngine(first_line(error)) from None
+    return Eager(step)
+
+
+def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
+    """Return the step captured in a CUDA graph. Raises NoEngine without a GPU, or where the capture is refused."""
+    if step.state()[0].device.type != "cuda":
+        raise NoEngine("CUDA graphs need an NVIDIA GPU")
+    try:
+        return Graphed(step, steps_per_replay=steps_per_replay)
+    except RuntimeError as error:  # out of memory is one of them
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise NoEngine(first_line(error)) from None
+
+
+def compiled_and_graphed(step: Step) -> Graphed:
+    """Return the compiled step captured in a CUDA graph."""
+    plain = step.forward
+    compiled(step)
+    try:
+        return graphed(step)
+    except NoEngine:
+        step.forward = plain
+        raise
+
+
+ENGINES: dict[str, Callable[[Step], Engine]] = {
     "eager": Eager,
+    "compiled": compiled,
+    "graphed": graphed,
+    "compiled+graphed": compiled_and_graphed,
 }
 
+NEXT_BEST = {"compiled+graphed": "graphed", "graphed": "eager", "compiled": "eager"}
 
-def choose(name: config.Engine) -> config.Engine:
-    """Return the engine's name; "auto" is eager."""
-    return "eager" if name == "auto" else name
+
+def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
+    """Return an engine and its name: the one asked for, or the next best that works, with a warning.
+
+    Raises FastCNNError instead of warning where `strict`.
+    """
+    while True:
+        try:
+            return ENGINES[name](step), name
+        except NoEngine as error:
+            fall_back(f"no {name} engine here ({error}): using {NEXT_BEST[name]}", strict=strict)
+            name = NEXT_BEST[name]
+
+
+def choose(step: Step, num_steps: int, signature: str, *, strict: bool = False) -> tuple[Engine, str, str]:
+    """Return the engine that ends a run of `num_steps` soonest, its name, and why.
+
+    On a CPU that is eager. On a GPU the graphed engine is ready in about a second; its step is timed, and compiling is
+    worth it where the predicted saving over the run exceeds the predicted cost. Both predictions are what an earlier
+    run of the same `signature` measured (a second compilation is cheaper: inductor keeps its results on disk), else
+    `PRIOR`.
+    """
+    if step.state()[0].device.type != "cuda":
+        return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
+    engine, name = build("graphed", step, strict=strict)
+    seconds = time_step(engine, step)
+    worth, why = worth_compiling(num_steps, seconds, {**PRIOR, **_history().get(signature, {})})
+    if name != "graphed" or not worth:
+        return engine, name, why
+    start = time.perf_counter()
+    engine, name = build("compiled+graphed", step, strict=strict)
+    if name == "compiled+graphed":
+        cost = time.perf_counter() - start
+        _remember(signature, {"compile_seconds": cost, "saving": 1 - time_step(engine, step) / seconds})
+    return engine, name, why
+
+
+PRIOR = {"compile_seconds": 60.0, "saving": 0.4}  # DESIGN's estimate; not measured yet
+
+
+def worth_compiling(num_steps: int, seconds: float, prediction: dict[str, float]) -> tuple[bool, str]:
+    """Return whether compiling pays over steps of so many seconds, and the sum in words."""
+    cost, saving = prediction["compile_seconds"], num_steps * seconds * prediction["saving"]
+    why = (
+        f"{seconds * 1e6:,.0f} us a step; compiling would take about {cost:,.0f} s "
+        f"and save {saving:,.1f} s over {num_steps:,} steps"
+    )
+    return saving > cost, why
+
+
+def time_step(engine: Engine, step: Step) -> float:
+    """Return the seconds that an engine takes for a step, leaving everything as it was."""
+    num_steps = min(20, step.num_steps)
+    device = step.state()[0].device
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with rehearsal(step):
+        synchronize()
+        start = time.perf_counter()
+        engine.run(num_steps)
+        synchronize()
+        return (time.perf_counter() - start) / num_steps
+
+
+def _history_file() -> Path:
+    return platformdirs.user_cache_path("fastcnn") / "engines.json"
+
+
+def _history() -> dict[str, Any]:
+    try:
+        history = json.loads(_history_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return history if isinstance(history, dict) else {}
+
+
+def _remember(signature: str, figures: dict[str, float]) -> None:
+    with contextlib.suppress(OSError):  # only the next prediction would be better for it
+        path = _history_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps({**_history(), signature: figures}, indent=1), encoding="utf-8")
+        temporary.replace(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastcnn.engines import Eager, Engine, Step
 from fastcnn.loader import Feed
 from fastcnn.metrics import Score, Sums
 from fastcnn.model import SmallCNN
@@ -22,7 +24,73 @@ class Evaluation:
 
     score: Score
     predicted: Tensor
-    """(M,) int64 most probable class of each photo, on the device."""
+    """(M,) int64 most probable class of each photo, on the device, in the order of the feed's permutation."""
+
+
+class EvaluationStep:
+    """One batch of an evaluation, as a function of device tensors like the training step.
+
+    Every batch has the same shape: the last is filled up with the last photo, whose repeats weigh nothing.
+    """
+
+    def __init__(self, model: SmallCNN, feed: Feed, normalise: Normalise, batch_size: int = BATCH_SIZE) -> None:
+        device, count = feed.images.device, len(feed)
+        batch_size = min(batch_size, count)
+        self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
+        self.num_steps = -(-count // batch_size)
+        self.offsets = torch.arange(batch_size, device=device)
+        self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last takes the repeats
+        self.sums = Sums(device)
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
+
+    def __call__(self) -> None:
+        """Score the batch at the feed's cursor and move the cursor behind it."""
+        feed, count = self.feed, len(self.feed)
+        places = feed.cursor + self.offsets
+        photos = feed.permutation.index_select(0, places.clamp(max=count - 1))
+        labels = feed.labels.index_select(0, photos)
+        with torch.no_grad():
+            losses, guesses = self.forward(self.model, self.normalise, feed.images.index_select(0, photos), labels)
+        self.sums.add(losses, guesses == labels, places < count)
+        self.predicted.index_copy_(0, places.clamp(max=count), guesses)
+        feed.cursor.add_(self.batch_size)
+
+    def state(self) -> list[Tensor]:
+        """Return every tensor that outlives a call and is changed by it."""
+        return [self.predicted, self.feed.cursor, self.sums.values]
+
+
+class Evaluator:
+    """Scores a model on a feed as often as asked, by one engine."""
+
+    def __init__(
+        self, model: SmallCNN, feed: Feed, normalise: Normalise, engine: Callable[[Step], Engine] = Eager
+    ) -> None:
+        self.step = EvaluationStep(model, feed, normalise)
+        with _evaluating(model):
+            self.engine = engine(self.step)
+
+    def __call__(self) -> Evaluation:
+        """Return the model's score on all photos of the feed."""
+        step = self.step
+        step.feed.cursor.zero_()
+        step.sums.reset()
+        with _evaluating(step.model):
+            self.engine.run(step.num_steps)
+        return Evaluation(step.sums.read(), step.predicted[:-1].clone())
+
+
+class _evaluating:  # noqa: N801  (read as a function)
+    """Put a model into evaluation mode for a while."""
+
+    def __init__(self, model: SmallCNN) -> None:
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.was_training)
 
 
 def restore(state: dict[str, Any]) -> SmallCNN:
@@ -30,28 +98,3 @@ def restore(state: dict[str, Any]) -> SmallCNN:
     model = SmallCNN(**state["network"])
     model.load_state_dict(state["model"])
     return model.eval()
-
-
-def evaluate(model: nn.Module, feed: Feed, normalise: Normalise) -> Evaluation:
-    """Return the model's score on all photos of a feed, in the feed's own order.
-
-    Every batch has the same shape: the last is filled up with the last photo, whose repeats weigh nothing.
-    """
-    device, count = feed.images.device, len(feed)
-    batch_size = min(BATCH_SIZE, count)
-    offsets = torch.arange(batch_size, device=device)
-    sums = Sums(device)
-    predicted = torch.empty(count, dtype=torch.int64, device=device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, count, batch_size):
-            places = offsets + start
-            photos = places.clamp(max=count - 1)
-            labels = feed.labels.index_select(0, photos)
-            logits, losses = forward(model, normalise, feed.images.index_select(0, photos), labels)
-            guesses = logits.argmax(1)
-            sums.add(losses, guesses == labels, places < count)
-            predicted[start : start + batch_size] = guesses[: count - start]
-    model.train(was_training)
-    return Evaluation(sums.read(), predicted)

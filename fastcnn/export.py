@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcnn import artefact, checkpoint, dataset, runtime
+from fastcnn import artefact, checkpoint, dataset, runs, runtime
 from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest, warn
 from fastcnn.evaluate import restore
 from fastcnn.step import Normalise
@@ -68,7 +68,7 @@ def export_run(run: str | Path, *, format: str = "torchscript", output: str | Pa
         raise UsageError(
             f"--format: expected one of {', '.join(EXPORTERS)}, got '{format}'{nearest(format, EXPORTERS)}"
         )
-    folder = checkpoint.find_run(run)
+    folder = runs.find(run)
     state = checkpoint.load(folder / "best.pt")
     config, network = state["config"], restore(state)
     path = Path(output) if output else folder / f"model.{format}"

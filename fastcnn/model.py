@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
 from fastcnn.errors import UsageError, nearest
@@ -77,12 +78,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) float -> (N, out_channels, H // 2, W // 2)."""
         x = self.conv(x)
-        # TorchScript knows neither kernels nor their conditions: what it sees is the plain form.
-        if not torch.jit.is_scripting() and self.pool_first and pool.usable(x):  # type: ignore[attr-defined]
-            x = pool.max_pool(x, self.relu)
-            return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
-        x = self.activation(self.pool(x)) if self.pool_first else self.pool(self.activation(x))
+        # TorchScript knows nothing of kernels and skips what stands under this condition alone.
+        if not is_scripting():  # noqa: SIM102
+            if self.pool_first and not torch.compiler.is_compiling() and pool.usable(x):
+                x = pool.max_pool(x, self.relu)
+                return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
+        x = self.activation(self.pooled(x)) if self.pool_first else self.pooled(self.activation(x))
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the maxima of 2x2 windows."""
+        if not is_scripting():  # noqa: SIM102
+            if torch.compiler.is_compiling():
+                return pool.compilable_max_pool(x)
+        return self.pool(x)  # type: ignore[no-any-return]
 
 
 class SmallCNN(nn.Module):

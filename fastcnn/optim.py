@@ -2,32 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
+
+from fastcnn.model import BatchNorm, SmallCNN
 
 
 class FlatParameters:
-    """A model's parameters as views of one flat tensor, with one flat gradient beside it.
+    """A model's parameters as views of one flat fp32 tensor, with one flat gradient beside it.
 
     Each parameter keeps its shape and strides (channels_last weights stay so); its elements lie in the buffer in
     the order of its memory. Loading a state_dict into the model writes into the buffer.
+
+    For 16-bit arithmetic `compute` is a second model whose convolutions and dense layers are views of a 16-bit copy of
+    the buffer: one cast a step, where autocast casts every weight forward and every gradient back. Its batch norms are
+    those of the model itself, in fp32. For fp32, `compute` is the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.values = torch.cat([_in_memory_order(p.detach()) for p in self.parameters])  # (P,) fp32
+    def __init__(self, model: SmallCNN, dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        parameters = list(model.parameters())
+        self.values = torch.cat([_in_memory_order(p.detach()) for p in parameters])  # (P,) fp32
         self.gradient = torch.zeros_like(self.values)
-        sizes = [p.numel() for p in self.parameters]
-        for p, piece in zip(self.parameters, self.values.split(sizes), strict=True):
+        for p, piece in zip(parameters, self._pieces(self.values), strict=True):
             p.data = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
+        self.low = None if dtype == torch.float32 else self.values.to(dtype)
+        self.compute = model if self.low is None else self._twin(self.low)
+        self.inputs = list(self.compute.parameters())
+        """What the loss is differentiated by, in the buffer's order."""
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Copy a gradient a parameter, in the parameters' order, into the flat gradient: one kernel."""
+        """Copy a gradient a parameter, in the order of `inputs`, into the flat gradient: one kernel."""
         pieces = [_in_memory_order(g.to(memory_format=torch.channels_last) if g.dim() == 4 else g) for g in gradients]
         torch.cat(pieces, out=self.gradient)
+
+    def refresh(self) -> None:
+        """Bring `compute` up to date after the values have changed."""
+        if self.low is not None:
+            self.low.copy_(self.values)
+
+    @contextmanager
+    def holding(self, values: Tensor) -> Iterator[None]:
+        """Let the model hold other values (P,) for a while, such as their moving average."""
+        own = self.values.clone()
+        self.values.copy_(values)
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.values.copy_(own)
+            self.refresh()
+
+    def _pieces(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(flat, [p.numel() for p in self.model.parameters()])
+
+    def _twin(self, low: Tensor) -> SmallCNN:
+        twin = copy.deepcopy(self.model)
+        pieces = iter(self._pieces(low))
+        for module, own in zip(twin.modules(), self.model.modules(), strict=True):
+            for parameter, p in list(module.named_parameters(recurse=False)):
+                piece = next(pieces)
+                if isinstance(own, BatchNorm):
+                    shared = getattr(own, parameter)
+                else:
+                    view = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
+                    shared = torch.nn.Parameter(view)
+                setattr(module, parameter, shared)
+            for buffer, tensor in own.named_buffers(recurse=False):
+                setattr(module, buffer, tensor)
+        return twin
 
 
 class Adam:
@@ -45,8 +94,8 @@ class Adam:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
         self.num_updates = torch.zeros((), device=values.device)
 
-    def step(self) -> None:
-        """Update the parameters by their gradient."""
+    def step(self, skip: Tensor) -> None:
+        """Update the parameters by their gradient; not where `skip` () is 1."""
         adam(
             [self.parameters.values],
             [self.parameters.gradient],
@@ -56,6 +105,7 @@ class Adam:
             [self.num_updates],
             fused=True,
             amsgrad=False,
+            found_inf=skip,
             beta1=self.betas[0],
             beta2=self.betas[1],
             lr=self.lr,
@@ -68,6 +118,67 @@ class Adam:
         """Return what a checkpoint needs to go on."""
         names = ("lr", "exp_avg", "exp_avg_sq", "num_updates")
         return {name: getattr(self, name) for name in names}
+
+
+class LossScale:
+    """The factor that keeps fp16 gradients from vanishing: halved on overflow, doubled after `interval` good steps.
+
+    P. Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740. On the device, unlike torch.amp.GradScaler,
+    whose `.item()` waits for it.
+    """
+
+    def __init__(self, device: torch.device, interval: int = 2000) -> None:
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.interval = interval
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """Return what a step changes."""
+        return self.scale, self.good_steps
+
+    def update(self, overflow: Tensor) -> None:
+        """Change the scale after a step; `overflow` () is 1 where its gradient was not finite."""
+        self.good_steps.add_(1).mul_(1 - overflow)
+        grown = (self.good_steps >= self.interval).to(self.scale.dtype)
+        self.scale.mul_(torch.where(overflow > 0, 0.5, 1 + grown)).clamp_(min=1.0)
+        self.good_steps.mul_(1 - grown)
+
+
+def schedule(name: str, lr: float, num_steps: int) -> Tensor:
+    """Return (num_steps,) learning rates: "constant", "cosine" down to 0, or "onecycle".
+
+    onecycle: L. N. Smith and N. Topin, "Super-Convergence", arXiv:1708.07120: from lr / 25 up to lr over the first 30%
+    and down to lr / 250,000, both along a cosine, as torch.optim.lr_scheduler.OneCycleLR does.
+    """
+    if name == "constant":
+        return torch.full((num_steps,), lr)
+    if name == "cosine":
+        return torch.tensor([lr * (1 + math.cos(math.pi * i / num_steps)) / 2 for i in range(num_steps)])
+    assert name == "onecycle", name
+    peak = max(0.3 * num_steps - 1, 0.5)  # in a run of a few steps the first is all that rises
+    return torch.tensor(
+        [
+            _between(lr / 25, lr, i / peak)
+            if i <= peak
+            else _between(lr, lr / 25e4, (i - peak) / (num_steps - 1 - peak))
+            for i in range(num_steps)
+        ]
+    )
+
+
+SCHEDULES = ("constant", "cosine", "onecycle")
+
+
+def average_weights(decay: float, num_steps: int) -> Tensor:
+    """Return (num_steps,): the weight of each step's values in their moving average.
+
+    The average's decay is min(decay, (1 + i) / (10 + i)), so that a short run does not average its first weights in.
+    """
+    return torch.tensor([1 - min(decay, (1 + i) / (10 + i)) for i in range(num_steps)])
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

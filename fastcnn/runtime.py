@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -40,13 +41,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: Precision, device: torch.device, *, deterministic: bool, strict: bool) -> Precision:
-    """Return fp32 or bf16: what was asked for, or for "auto" bf16 where the hardware computes it."""
+    """Return what was asked for; for "auto" bf16 where the hardware computes it, else fp16 on a GPU, else fp32."""
     if name == "auto":
-        return "bf16" if not deterministic and has_bf16(device) else "fp32"
+        if deterministic:
+            return "fp32"
+        return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if name in ("fp16", "tf32") and device.type != "cuda":
+        fall_back(f"{name} is for NVIDIA GPUs: training in fp32", strict=strict)
+        return "fp32"
     if name == "bf16" and not has_bf16(device):
         fall_back(f"{device.type} has no bf16 arithmetic here: training in fp32", strict=strict)
         return "fp32"
     return name
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -61,13 +75,15 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def settings(device: torch.device, *, threads: int | None, deterministic: bool) -> Iterator[None]:
+def settings(device: torch.device, *, threads: int | None, deterministic: bool, tf32: bool = False) -> Iterator[None]:
     """Set threads, allocator and determinism for the time of a run, and put back what was there."""
     before_threads, before_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     before_cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     if device.type == "cpu":
         keep_freed_memory()
         torch.set_num_threads(threads or num_cores())
+    if device.type == "cuda":
+        _allow_tf32(tf32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     _use_deterministic_algorithms(deterministic)
@@ -76,6 +92,8 @@ def settings(device: torch.device, *, threads: int | None, deterministic: bool) 
         yield
     finally:
         torch.set_num_threads(before_threads)
+        if device.type == "cuda":
+            _allow_tf32(False)
         _use_deterministic_algorithms(before_deterministic)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before_cudnn
 
@@ -84,6 +102,12 @@ def _use_deterministic_algorithms(mode: bool) -> None:
     # Only where it changes something: the call imports inductor, a second of every start.
     if mode != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(mode)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 and later advise another spelling, which inductor trips over
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_freed_memory() -> bool:

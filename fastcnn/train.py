@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import yaml
 
-from fastcnn import checkpoint, dataset, engines, index, runtime
+from fastcnn import checkpoint, dataset, index, runs, runtime, signals
+from fastcnn import session as sessions
 from fastcnn.config import Config
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
+from fastcnn.engines import Engine
 from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
-from fastcnn.evaluate import evaluate
+from fastcnn.evaluate import Evaluator
 from fastcnn.kernels import pool
 from fastcnn.loader import LOADERS, Feed
-from fastcnn.metrics import Score, Stopwatch
-from fastcnn.model import SmallCNN
-from fastcnn.optim import Adam, FlatParameters
-from fastcnn.step import Normalise, TrainingStep
+from fastcnn.metrics import Live, Score, Stopwatch
+from fastcnn.session import Session
+from fastcnn.step import TrainingStep
 from fastcnn.tracker import TRACKERS, Tracker
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Interrupted(FastCNNError):
@@ -53,39 +48,6 @@ class Result:
     """A row an epoch, as in metrics.csv."""
     summary: dict[str, Any]
     """What result.json holds."""
-
-
-@dataclass
-class Session:
-    """What the training loop changes."""
-
-    config: Config
-    run_dir: Path
-    classes: tuple[str, ...]
-    model: SmallCNN
-    optimizer: Adam
-    step: TrainingStep
-    normalise: Normalise
-    epoch: int = 0
-    """Epochs finished."""
-    best: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Figures of the best epoch so far."""
-
-    def save(self, name: str) -> None:
-        """Write a checkpoint into the run folder."""
-        state = {
-            "config": self.config.to_dict(),
-            "classes": list(self.classes),
-            "network": self.model.options,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "cursor": int(self.step.feed.cursor),
-            "sums": self.step.sums.values,
-            "best": self.best,
-            "rng": torch.get_rng_state(),
-        }
-        checkpoint.save(self.run_dir / name, state)
 
 
 def fit(
@@ -111,7 +73,8 @@ def fit(
     watch.seconds["import"] = import_seconds
     config = _resolve(config)
     device = torch.device(config.device)
-    with runtime.settings(device, threads=config.threads, deterministic=config.deterministic):
+    tf32 = config.precision == "tf32"
+    with runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
         with console.progress("decoding", "photos") as progress:
             data = dataset.prepare(
                 config.data,
@@ -143,23 +106,29 @@ def fit(
                 f"{len(feeds['train'])} training photos do not fill one batch of {config.batch_size}: "
                 "lower --batch-size or add photos"
             )
-        folder = _make_run_dir(run_dir, config)
-        session = _start(config, folder, data.index.classes, feeds["train"], device)
-        _write_inputs(folder, config, data)
+        session = sessions.start(
+            config, runs.make(run_dir, Path(config.data).name or "run"), data.index.classes, feeds["train"]
+        )
+        with watch.stage("compile"):
+            engine, why = sessions.make_engine(session)
+            evaluator = sessions.make_evaluator(session, feeds["val"])
+        if why:
+            console.line(f"engine {session.config.engine}: {why}")
+        _write_inputs(session, data)
         console.line(
             f"{len(feeds['train']):,} train, {len(feeds['val']):,} val, {len(feeds['test']):,} test photos; "
-            f"{config.engine} engine, {config.precision}, {device}; run folder {folder}"
+            f"{session.config.engine} engine, {config.precision}, {device}; run folder {session.run_dir}"
         )
-        trackers = [make(folder, console, config.epochs) for make in TRACKERS.values()]
-        with _signals() as stop:
-            rows = _train(session, feeds, watch, trackers, console, stop)
-        summary = _finish(session, data, feeds, rows, watch, device)
-    _report(console, summary, folder)
-    return Result(folder, rows, summary)
+        trackers = [make(session.run_dir, console, config.epochs) for make in TRACKERS.values()]
+        with signals.received() as stop:
+            rows = _train(session, engine, evaluator, watch, trackers, console, stop)
+        summary = _finish(session, data, feeds, rows, watch)
+    _report(console, summary, session.run_dir)
+    return Result(session.run_dir, rows, summary)
 
 
 def _resolve(config: Config) -> Config:
-    """Return the configuration with every "auto" but the decoder replaced by what it is on this machine."""
+    """Return the configuration with every "auto" but decoder and engine replaced by what it is on this machine."""
     if not config.data:
         raise UsageError("which photos? fastcnn train DATA, where DATA is a folder of photos")
     device = runtime.pick_device(config.device)
@@ -171,7 +140,6 @@ def _resolve(config: Config) -> Config:
             config.precision, device, deterministic=config.deterministic, strict=config.strict
         ),
         loader="resident" if config.loader == "auto" else config.loader,
-        engine=engines.choose(config.engine),
         threads=config.threads or runtime.num_cores(),
     )
 
@@ -184,28 +152,10 @@ def _load_kernels(device: torch.device, *, strict: bool) -> None:
             fall_back(f"training without the fast pooling kernel: {error}", strict=strict)
 
 
-def _start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, device: torch.device) -> Session:
-    torch.manual_seed(config.seed)  # on the CPU first: the same initial weights on every device
-    model = SmallCNN(
-        len(classes),
-        filters=config.filters,
-        kernel_size=config.kernel_size,
-        activation=config.activation,
-        batch_norm=config.batch_norm,
-        dense_neurons=config.dense_neurons,
-        dropout=config.dropout,
-        image_size=config.image_size,
-    ).to(device)
-    parameters = FlatParameters(model)
-    optimizer = Adam(parameters, config.lr)
-    normalise = Normalise(config.mean, config.std, DTYPES[config.precision], device)
-    step = TrainingStep(model, parameters, optimizer, feed, normalise, batch_size=config.batch_size)
-    return Session(config, folder, classes, model, optimizer, step, normalise)
-
-
 def _train(
     session: Session,
-    feeds: dict[str, Feed],
+    engine: Engine,
+    evaluator: Evaluator,
     watch: Stopwatch,
     trackers: list[Tracker],
     console: Console,
@@ -213,26 +163,24 @@ def _train(
 ) -> list[dict[str, float]]:
     """Run the epochs and return a row each. `stop` holds the signal that asks the run to end, once one came."""
     config, step = session.config, session.step
-    engine = engines.ENGINES[config.engine](step)
-    num_steps = len(feeds["train"]) // config.batch_size  # the permutation's tail is dropped
     rows: list[dict[str, float]] = []
     for epoch in range(1, config.epochs + 1):
         start = time.perf_counter()
-        session.model.train()
+        step.parameters.compute.train()
         with watch.stage("train"), console.progress(f"epoch {epoch}/{config.epochs}", "steps") as progress:
             step.feed.start_epoch(config.seed, epoch)
             step.sums.reset()
-            for chunk in _chunks(num_steps):
-                engine.run(len(chunk))
-                done = chunk.stop
-                progress(done, num_steps, f"{done * config.batch_size / (time.perf_counter() - start):,.0f} images/s")
+            for done, live in _run_epoch(step, engine):
+                rate = live.count / (time.perf_counter() - start)
+                progress(done, step.num_steps, f"loss {live.loss:.4f}  {rate:,.0f} images/s")
                 if stop:
                     session.save("last.pt")
                     raise Interrupted(stop[0], session.run_dir)
             train = step.sums.read()  # the epoch's one synchronisation
             train_seconds = time.perf_counter() - start
-        with watch.stage("eval"):
-            val = evaluate(session.model, feeds["val"], session.normalise).score
+        _check_finite(session)
+        with watch.stage("eval"), session.averaged():
+            val = evaluator().score
         session.epoch = epoch
         row = {
             "epoch": epoch,
@@ -241,8 +189,8 @@ def _train(
             "train/accuracy": train.accuracy,
             "val/loss": val.loss,
             "val/accuracy": val.accuracy,
-            "lr": float(session.optimizer.lr),
-            "images_per_second": num_steps * config.batch_size / train_seconds,
+            "lr": float(step.optimizer.lr),
+            "images_per_second": train.count / train_seconds,
         }
         rows.append(row)
         is_best = not session.best or _rank(row) > _rank(session.best)
@@ -251,10 +199,36 @@ def _train(
         with watch.stage("checkpoint"):
             session.save("last.pt")
             if is_best:
-                session.save("best.pt")
+                with session.averaged():
+                    session.save("best.pt")
         for tracker in trackers:
             tracker.epoch(row)
     return rows
+
+
+def _run_epoch(step: TrainingStep, engine: Engine) -> Iterator[tuple[int, Score]]:
+    """Run an epoch's steps in portions of about a tenth of a second; yield the steps queued and the score so far."""
+    done, portion, live = 0, 1, Live(step.sums)
+    while done < step.num_steps:
+        start = time.perf_counter()
+        portion = min(portion, step.num_steps - done)
+        engine.run(portion)
+        live.mark()
+        done += portion
+        yield done, live.score
+        if time.perf_counter() - start < 0.1:
+            portion *= 2
+
+
+def _check_finite(session: Session) -> None:
+    step = session.step
+    if not step.frozen:
+        return
+    raise FastCNNError(
+        f"the loss of step {int(step.optimizer.num_updates) + 1} is not a finite number (learning rate "
+        f"{float(step.optimizer.lr):g}): nothing was updated from there on; "
+        "try a lower --lr, --clip-norm 1 or --precision fp32"
+    )
 
 
 def _rank(row: dict[str, float]) -> tuple[float, float]:
@@ -263,27 +237,17 @@ def _rank(row: dict[str, float]) -> tuple[float, float]:
     return row["val/accuracy"], -loss if loss == loss else float("-inf")
 
 
-def _chunks(num_steps: int) -> Iterator[range]:
-    """Cut an epoch into at most 50 runs of the engine: often enough for a progress bar and a signal."""
-    size = max(1, num_steps // 50)
-    return (range(start, min(start + size, num_steps)) for start in range(0, num_steps, size))
-
-
 def _finish(
-    session: Session,
-    data: Dataset,
-    feeds: dict[str, Feed],
-    rows: list[dict[str, float]],
-    watch: Stopwatch,
-    device: torch.device,
+    session: Session, data: Dataset, feeds: dict[str, Feed], rows: list[dict[str, float]], watch: Stopwatch
 ) -> dict[str, Any]:
     """Look at the test set once, with the best weights; write and return what result.json holds."""
-    config, test = session.config, Score(loss=float("nan"), accuracy=float("nan"), count=0)
+    config, step, test = session.config, session.step, Score(loss=float("nan"), accuracy=float("nan"), count=0)
+    device = step.feed.images.device
     if len(feeds["test"]):
         with watch.stage("eval"):
-            best = checkpoint.load(session.run_dir / "best.pt", device)
-            session.model.load_state_dict(best["model"])
-            test = evaluate(session.model, feeds["test"], session.normalise).score
+            session.model.load_state_dict(checkpoint.load(session.run_dir / "best.pt", device)["model"])
+            step.parameters.refresh()
+            test = sessions.make_evaluator(session, feeds["test"])().score
     steady = rows[1:] or rows
     stages = {name: watch.seconds.get(name, 0.0) for name in STAGES}
     summary = {
@@ -316,27 +280,8 @@ def _finish(
 STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "export")
 
 
-def _make_run_dir(run_dir: str | Path | None, config: Config) -> Path:
-    """Make and return the run folder: the one asked for, or the next free name under `runs/`."""
-    try:
-        if run_dir is not None:
-            folder = Path(run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise FastCNNError(f"the run folder {folder} is not empty: choose another with --run-dir")
-            return folder
-        name = Path(config.data).name or "run"
-        for number in itertools.count(1):
-            folder = checkpoint.RUNS / (name if number == 1 else f"{name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                return folder
-    except OSError as error:
-        raise FastCNNError(f"cannot make the run folder: {error}; choose another with --run-dir") from None
-    raise AssertionError
-
-
-def _write_inputs(folder: Path, config: Config, data: Dataset) -> None:
+def _write_inputs(session: Session, data: Dataset) -> None:
+    folder, config = session.run_dir, session.config
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
     index.write_split(folder / "split.csv", data.index, data.splits)
@@ -360,23 +305,3 @@ def _report(console: Console, summary: dict[str, Any], folder: Path) -> None:
     console.line(
         f"{summary['images_per_second']:,.0f} images/s, {summary['seconds']['total']:.1f} s in all; results in {folder}"
     )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yield a list that the first SIGINT or SIGTERM is put into; a second SIGINT ends the process at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

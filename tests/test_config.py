@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcnn import config
+from fastcnn.augment import AUGMENTATIONS
 from fastcnn.config import Config, resolve
-from fastcnn.engines import ENGINES
+from fastcnn.engines import ENGINES, NEXT_BEST
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.loader import LOADERS
 from fastcnn.model import ACTIVATIONS
-from fastcnn.train import DTYPES
+from fastcnn.optim import SCHEDULES
+from fastcnn.runtime import DTYPES
 from pipelines import BACKENDS
 
 
@@ -23,6 +25,8 @@ from pipelines import BACKENDS
     ("literal", "choices"),
     [
         (config.Activation, ACTIVATIONS),
+        (config.Augmentation, AUGMENTATIONS),
+        (config.Schedule, SCHEDULES),
         (config.Engine, {"auto", *ENGINES}),
         (config.Precision, {"auto", *DTYPES}),
         (config.Loader, {"auto", *LOADERS}),
@@ -31,6 +35,12 @@ from pipelines import BACKENDS
 )
 def test_literals_name_what_there_is(literal: Any, choices: Any) -> None:
     assert set(get_args(literal)) == set(choices)
+
+
+def test_every_engine_has_a_next_best_down_to_eager() -> None:
+    for name in ENGINES:
+        while name != "eager":
+            name = NEXT_BEST[name]
 
 
 def test_every_field_has_help() -> None:
@@ -52,6 +62,9 @@ def test_recipe_seed_is_the_defaults() -> None:
         ("filters", 16, (16,) * 5),
         ("batch_norm", "False", False),
         ("workers", "none", None),
+        ("augment", "flip, shift", ("flip", "shift")),
+        ("augment", "none", ()),
+        ("augment", [], ()),
         ("device", "cuda:1", "cuda:1"),
     ],
 )
@@ -77,6 +90,9 @@ def test_values_are_coerced(name: str, given_: object, value: object) -> None:
         ("device", "gpu", "--device"),
         ("batch_norm", "perhaps", "true or false"),
         ("epoch", 3, "did you mean 'epochs'"),
+        ("augment", "flip,shfit", "did you mean 'shift'"),
+        ("clip_norm", "0", "above 0"),
+        ("ema", "1", "0 to below 1"),
     ],
 )
 def test_wrong_values_are_named(name: str, value: object, message: str) -> None:

@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"config"},
-    {"index", "metrics", "console", "artefact", "runtime", "kernels"},
-    {"tracker", "model", "cache", "optim", "checkpoint"},
-    {"dataset", "loader"},
+    {"index", "augment", "metrics", "console", "artefact", "runtime", "kernels", "signals", "runs"},
+    {"tracker", "model", "cache", "checkpoint"},
+    {"optim", "dataset", "loader"},
     {"step"},
     {"engines"},
     {"evaluate", "predict"},
-    {"export"},
+    {"export", "session"},
     {"train"},
     {"cli"},
 ]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.evaluate import BATCH_SIZE, evaluate
+from fastcnn.evaluate import BATCH_SIZE, Evaluator
 from fastcnn.loader import Feed
 from fastcnn.metrics import confusion_matrix
 from fastcnn.model import SmallCNN
@@ -35,10 +35,9 @@ def make_model(**options: object) -> SmallCNN:
 
 
 def make_step(model: SmallCNN, feed: Feed, batch_size: int, dtype: torch.dtype = torch.float32) -> TrainingStep:
-    parameters = FlatParameters(model)
-    return TrainingStep(
-        model, parameters, Adam(parameters, 1e-2), feed, Normalise(MEAN, STD, dtype, CPU), batch_size=batch_size
-    )
+    parameters = FlatParameters(model, dtype)
+    normalise, rates = Normalise(MEAN, STD, dtype, CPU), torch.full((100,), 1e-2)
+    return TrainingStep(parameters, Adam(parameters, 1e-2), feed, normalise, batch_size=batch_size, rates=rates)
 
 
 def reference_input(images: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ def test_the_flat_update_is_adam_to_the_bit() -> None:
     for _ in range(5):
         gradients = [torch.randn_like(p) for p in plain.parameters()]
         parameters.set_gradients(gradients)
-        flat.step()
+        flat.step(torch.zeros(()))
         for p, gradient in zip(plain.parameters(), gradients, strict=True):
             p.grad = gradient
         single.step()
@@ -141,7 +140,7 @@ def test_bf16_gradients_are_near_fp32() -> None:
 @pytest.mark.parametrize("count", [1, 5, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 1, 2 * BATCH_SIZE + 3])
 def test_evaluation_counts_every_photo_once(count: int) -> None:
     feed, model = make_feed(count), make_model().eval()
-    result = evaluate(model, feed, Normalise(MEAN, STD, torch.float32, CPU))
+    result = Evaluator(model, feed, Normalise(MEAN, STD, torch.float32, CPU))()
     with torch.no_grad():
         logits = model(reference_input(feed.images).float())
     assert result.score.count == count
@@ -153,7 +152,7 @@ def test_evaluation_counts_every_photo_once(count: int) -> None:
 def test_evaluation_changes_nothing() -> None:
     model = make_model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, make_feed(9), Normalise(MEAN, STD, torch.float32, CPU))
+    Evaluator(model, make_feed(9), Normalise(MEAN, STD, torch.float32, CPU))()
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

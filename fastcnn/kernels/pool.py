@@ -65,7 +65,6 @@ def usable(x: Tensor) -> bool:
         and x.size(2) % 2 == 0
         and x.size(3) % 2 == 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -93,6 +92,38 @@ class _MaxPool(torch.autograd.Function):
         backward = getattr(load(), f"{NAMES[gradient.dtype]}_backward")
         backward(gradient.data_ptr(), ctx.index.data_ptr(), out.data_ptr(), *ctx.sizes)
         return out, None
+
+
+def compilable_max_pool(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, H // 2, W // 2): the maximum of each 2x2 window, in a form that compiles well.
+
+    torch 2.13's inductor turns the backward of its own max pooling into zeros and a scatter_add with layout copies
+    (pytorch #195123). This one's is a comparison, fused with its neighbours.
+    """
+    pooled: Tensor = _CompilableMaxPool.apply(x)  # type: ignore[no-untyped-call]
+    return pooled
+
+
+class _CompilableMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        height, width = x.size(2) // 2 * 2, x.size(3) // 2 * 2
+        a, b = x[:, :, 0:height:2, 0:width:2], x[:, :, 0:height:2, 1:width:2]
+        c, d = x[:, :, 1:height:2, 0:width:2], x[:, :, 1:height:2, 1:width:2]
+        best = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
+        index = torch.where(a == best, 0, torch.where(b == best, 1, torch.where(c == best, 2, 3))).to(torch.uint8)
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return best
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (index,) = ctx.saved_tensors
+        count, channels, height, width = ctx.shape
+        places = torch.arange(4, dtype=torch.uint8, device=index.device).view(1, 1, 1, 2, 1, 2)
+        spread = torch.where(index[:, :, :, None, :, None] == places, gradient[:, :, :, None, :, None], 0)
+        spread = spread.reshape(count, channels, height // 2 * 2, width // 2 * 2)
+        return torch.nn.functional.pad(spread, (0, width % 2, 0, height % 2))
 
 
 def _build(compiler: str, path: Path) -> None:

@@ -1,0 +1,533 @@
+"""Engines: equal to the bit where the arithmetic is the same, by gradients from equal states where it is not."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastcnn import Config, checkpoint, engines, fit
+from fastcnn.augment import AUGMENTATIONS, augment
+from fastcnn.engines import Eager, Engine, Graphed, NoEngine, direct_call, rehearsal
+from fastcnn.errors import FastCNNError, FastCNNWarning
+from fastcnn.evaluate import EvaluationStep, Evaluator
+from fastcnn.loader import Feed
+from fastcnn.model import SmallCNN
+from fastcnn.optim import Adam, FlatParameters, LossScale, average_weights, schedule
+from fastcnn.step import Normalise, TrainingStep
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+LR, DECAY, BATCH, PHOTOS = 1e-3, 0.9, 8, 60
+
+
+def make_feed(count: int = PHOTOS, device: torch.device = CPU) -> Feed:
+    generator = torch.Generator().manual_seed(1)
+    return Feed(
+        images=torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device),
+        labels=torch.randint(0, 4, (count,), generator=generator).to(device),
+        permutation=torch.arange(count, device=device),
+        cursor=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def make_model(**options: Any) -> SmallCNN:
+    torch.manual_seed(0)
+    return SmallCNN(4, **{"filters": (4, 5, 6, 7, 8), "image_size": 32, "dense_neurons": 16, **options})
+
+
+def make_step(
+    num_steps: int = 50,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    feed: Feed | None = None,
+    model: SmallCNN | None = None,
+    **options: Any,
+) -> TrainingStep:
+    parameters = FlatParameters((model or make_model()).to(device), dtype)
+    rates = options.pop("rates", schedule("onecycle", LR, num_steps))
+    return TrainingStep(
+        parameters,
+        Adam(parameters, LR),
+        feed or make_feed(device=device),
+        Normalise(MEAN, STD, dtype, device),
+        batch_size=BATCH,
+        rates=rates,
+        **options,
+    )
+
+
+def run_epochs(step: TrainingStep, engine: Engine, num_steps: int) -> None:
+    """Run steps over as many epochs as they take, each shuffled by its number."""
+    done, epoch = 0, 0
+    while done < num_steps:
+        epoch += 1
+        step.feed.start_epoch(7, epoch)
+        portion = min(step.num_steps, num_steps - done)
+        engine.run(portion)
+        done += portion
+
+
+@pytest.mark.parametrize("augmentations", [(), tuple(AUGMENTATIONS)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("steps_per_replay", [1, 3])
+def test_fifty_steps_equal_a_plain_loop_to_the_bit(
+    augmentations: tuple[str, ...], dropout: float, steps_per_replay: int
+) -> None:
+    """The graphed engine run uncaptured, across epochs' ends, with a schedule and an average, against a loop."""
+    step = make_step(
+        model=make_model(dropout=dropout),
+        augmentations=augmentations,
+        clip_norm=1.0,
+        average=average_weights(DECAY, 50),
+    )
+    engine = Graphed(step, direct_call, steps_per_replay)
+    torch.manual_seed(5)
+    run_epochs(step, engine, 50)
+
+    feed, model = make_feed(), make_model(dropout=dropout)
+    names = [name for name, _ in model.named_parameters()]
+    flat = torch.cat([memory_order(p) for p in model.parameters()])
+    average = flat.clone()
+    optimizer = torch.optim.Adam([flat], lr=torch.tensor(LR), fused=True)
+    peak = 0.3 * 50 - 1
+    torch.manual_seed(5)
+    number, total, right = 0, 0.0, 0
+    for epoch in range(1, 9):
+        order = np.random.default_rng([7, epoch]).permutation(PHOTOS)
+        for start in range(0, PHOTOS - BATCH + 1, BATCH):
+            if number == 50:
+                break
+            batch = torch.from_numpy(order[start : start + BATCH])
+            images = augment(feed.images[batch], augmentations)
+            scale = torch.tensor([1 / (255 * s) for s in STD])
+            shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])
+            x = torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
+            logits = model(x)
+            loss = F.cross_entropy(logits, feed.labels[batch], reduction="none")
+            model.zero_grad()
+            loss.mean().backward()
+            flat.grad = torch.cat([memory_order(gradient(p)) for p in model.parameters()])
+            flat.grad *= (1.0 / (flat.grad.norm() + 1e-6)).clamp(max=1)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(one_cycle(number, peak, 50))
+            optimizer.step()
+            spread_out(flat, model)
+            average = torch.lerp(average, flat, torch.tensor(1 - min(DECAY, (1 + number) / (10 + number))))
+            number += 1
+            total, right = (
+                total + loss.detach().double().sum().item(),
+                right + int((logits.argmax(1) == feed.labels[batch]).sum()),
+            )
+    assert number == 50
+    for name, ours, theirs in zip(names, step.parameters.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for ours, theirs in zip(step.parameters.model.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert step.average is not None
+    assert torch.equal(step.average, average)
+    score = step.sums.read()
+    assert score.count == 50 * BATCH
+    assert score.loss == pytest.approx(total / score.count, rel=1e-5)
+    assert score.accuracy == pytest.approx(right / score.count)
+
+
+def memory_order(tensor: Tensor) -> Tensor:
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).detach().reshape(-1)
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.to(memory_format=torch.channels_last) if parameter.dim() == 4 else parameter.grad
+
+
+def spread_out(flat: Tensor, model: SmallCNN) -> None:
+    with torch.no_grad():
+        for p, piece in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+            if p.dim() == 4:
+                out, into, height, width = p.shape
+                p.copy_(piece.view(out, height, width, into).permute(0, 3, 1, 2))
+            else:
+                p.copy_(piece.view(p.shape))
+
+
+def one_cycle(number: int, peak: float, total: int) -> float:
+    if number <= peak:
+        low, high, share = LR / 25, LR, number / peak
+        return high + (low - high) / 2 * (1 + math.cos(math.pi * share))
+    high, low, share = LR, LR / 25e4, (number - peak) / (total - 1 - peak)
+    return low + (high - low) / 2 * (1 + math.cos(math.pi * share))
+
+
+def test_one_cycle_is_torchs() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([parameter], lr=LR)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=40)
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step() if len(rates) < 40 else None
+    torch.testing.assert_close(schedule("onecycle", LR, 40), torch.tensor(rates))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 100])
+@pytest.mark.parametrize("name", ["constant", "cosine", "onecycle"])
+def test_schedules_are_positive_rates(name: str, num_steps: int) -> None:
+    rates = schedule(name, LR, num_steps)
+    assert rates.shape == (num_steps,)
+    assert rates.isfinite().all()
+    assert (rates > 0).all()
+    assert rates.max() <= LR * 1.0001
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what waits for the device, or has a size that depends on data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "item")), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_step_neither_synchronises_nor_keeps_memory(kind: str) -> None:
+    training = make_step(augmentations=tuple(AUGMENTATIONS), clip_norm=1.0, average=average_weights(DECAY, 50))
+    model, feed = training.parameters.model, training.feed
+    step = training if kind == "training" else EvaluationStep(model, feed, training.normalise, BATCH)
+    for _ in range(2):
+        step()
+
+    def alive() -> set[int]:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    pointers = [tensor.data_ptr() for tensor in step.state()]
+    before = alive()
+    with NoSync():
+        for _ in range(3):
+            step()
+    assert alive() <= before
+    assert [tensor.data_ptr() for tensor in step.state()] == pointers
+
+
+def test_making_an_engine_changes_nothing() -> None:
+    step = make_step(model=make_model(dropout=0.5), augmentations=("flip",), average=average_weights(DECAY, 50))
+    before, rng = [tensor.clone() for tensor in step.state()], torch.get_rng_state()
+    Graphed(step, direct_call, 2)
+    engines.time_step(Eager(step), step)
+    assert all(torch.equal(a, b) for a, b in zip(step.state(), before, strict=True))
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_state_lists_all_that_a_step_changes() -> None:
+    """A step repeated from a restored state does the same: nothing that matters is missing from the list."""
+    step = make_step(model=make_model(dropout=0.5), average=average_weights(DECAY, 50), dtype=torch.bfloat16)
+    with rehearsal(step):
+        step()
+        step()
+        first = [tensor.clone() for tensor in step.state()]
+    step()
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(step.state(), first, strict=True))
+
+
+def test_a_changed_learning_rate_takes_effect_on_replay() -> None:
+    step = make_step(rates=torch.full((50,), LR))
+    engine = Graphed(step, direct_call)
+    engine.run(1)
+    before = step.parameters.values.clone()
+    step.rates.zero_()
+    engine.run(1)
+    assert torch.equal(step.parameters.values, before)
+    step.rates.fill_(LR)
+    engine.run(1)
+    assert not torch.equal(step.parameters.values, before)
+
+
+def test_a_failed_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(step: engines.Step, num_steps: int) -> Callable[[], None]:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def graphed(step: engines.Step) -> Engine:
+        try:
+            return Graphed(step, refused)
+        except RuntimeError as error:
+            raise NoEngine(str(error).splitlines()[0]) from None
+
+    monkeypatch.setitem(engines.ENGINES, "graphed", graphed)
+    step = make_step()
+    before = [tensor.clone() for tensor in step.state()]
+    with pytest.warns(FastCNNWarning, match="no graphed engine here .*not permitted.*using eager"):
+        engine, name = engines.build("graphed", step)
+    assert name == "eager"
+    assert isinstance(engine, Eager)
+    assert all(torch.equal(a, b) for a, b in zip(step.state(), before, strict=True))
+    with pytest.raises(FastCNNError, match="--strict"):
+        engines.build("graphed", step, strict=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_without_a_gpu_are_a_warning() -> None:
+    with pytest.warns(FastCNNWarning, match="need an NVIDIA GPU"):
+        assert engines.build("graphed", make_step())[1] == "eager"
+
+
+def test_auto_on_a_cpu_is_eager_and_says_why() -> None:
+    _, name, why = engines.choose(make_step(), 1000, "x")
+    assert name == "eager"
+    assert "CPU" in why
+
+
+@pytest.mark.parametrize(("num_steps", "worth"), [(10, False), (10**9, True)])
+def test_compiling_is_for_long_runs(num_steps: int, worth: bool) -> None:
+    assert engines.worth_compiling(num_steps, 4e-4, engines.PRIOR)[0] is worth
+
+
+def test_an_engine_history_that_is_damaged_is_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert engines._history() == {}
+    engines._remember("a", {"saving": 0.5})
+    engines._remember("b", {"saving": 0.1})
+    assert engines._history() == {"a": {"saving": 0.5}, "b": {"saving": 0.1}}
+    engines._history_file().write_text("[")
+    assert engines._history() == {}
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_against_eager(num_states: int, activation: str) -> float:
+    """Return the largest relative error of the compiled gradient, at states along a run."""
+    step, worst = make_step(num_steps=num_states + 1, model=make_model(activation=activation)), 0.0
+    other = make_step(num_steps=num_states + 1, model=make_model(activation=activation))
+    engines.compiled(other)
+    for state in range(num_states):
+        if state % step.num_steps == 0:
+            step.feed.start_epoch(7, state)
+        for a, b in zip(other.state(), step.state(), strict=True):
+            a.copy_(b)
+        other.feed.permutation.copy_(step.feed.permutation)
+        step()
+        other()
+        ours, theirs = other.parameters.gradient, step.parameters.gradient
+        worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
+    return worst
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_compiled_gradients_from_equal_states(compiler: None, activation: str) -> None:
+    assert compiled_against_eager(4, activation) < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_compiled_gradients_at_fifty_states(compiler: None, activation: str) -> None:
+    worst = compiled_against_eager(50, activation)
+    print(f"\nlargest relative error of the compiled gradient over 50 states, {activation}: {worst:.2g}")
+    assert worst < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_pooling_scatters_nothing(compiler: None) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    from fastcnn.kernels.pool import compilable_max_pool
+
+    def loss(pool: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return pool(x * 2).square().sum()
+
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    codes = []
+    for pool in (compilable_max_pool, lambda x: F.max_pool2d(x, 2)):
+        run = torch.compile(lambda x, pool=pool: loss(pool, x), fullgraph=True)
+        result, code = run_and_get_code(lambda run=run: torch.autograd.grad(run(x), x)[0])
+        codes.append("\n".join(code))
+        torch.testing.assert_close(result, torch.autograd.grad(loss(pool, x), x)[0])
+    assert "scatter_reduce" not in codes[0]
+    # Once torch's own pooling compiles without a scatter, ours can go: pytorch #195123.
+    assert "scatter_reduce" in codes[1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 2, 7, 5), (2, 2, 2, 3)])
+def test_compilable_pooling_is_torchs(shape: tuple[int, ...]) -> None:
+    from fastcnn.kernels.pool import compilable_max_pool
+
+    torch.manual_seed(0)
+    x = torch.randn(shape).round(decimals=1)
+    x.requires_grad_()
+    ours, theirs = compilable_max_pool(x), F.max_pool2d(x, 2)
+    assert torch.equal(ours, theirs)
+    g = torch.randn_like(ours)
+    assert torch.equal(torch.autograd.grad(ours, x, g)[0], torch.autograd.grad(theirs, x, g)[0])
+
+
+def test_evaluation_by_graph_and_by_call(compiler: None) -> None:
+    step = make_step()
+    model = step.parameters.compute
+    plain = Evaluator(model, make_feed(37), step.normalise)()
+    graph = Evaluator(model, make_feed(37), step.normalise, lambda s: Graphed(s, direct_call, 2))()
+    assert plain.score == graph.score
+    assert plain.score.count == 37
+    assert torch.equal(plain.predicted, graph.predicted)
+
+
+def test_the_first_bad_loss_freezes_the_weights() -> None:
+    step = make_step()
+    step()
+    values = step.parameters.values.clone()
+    step.parameters.model.output.bias.data[0] = float("nan")
+    before = step.parameters.values.clone()
+    for _ in range(3):
+        step()
+    assert float(step.frozen) == 1
+    assert float(step.optimizer.num_updates) == 1
+    assert torch.equal(step.parameters.values.nan_to_num(9), before.nan_to_num(9))
+    assert not torch.equal(values, before)
+
+
+def test_a_run_that_diverges_says_where(photos: Path) -> None:
+    config = Config(data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, lr=1e30)
+    with pytest.raises(FastCNNError, match=r"the loss of step \d+ is not a finite number .* try a lower --lr"):
+        fit(config)
+
+
+def test_loss_scale() -> None:
+    scale = LossScale(CPU, interval=3)
+    zero, one = torch.zeros(()), torch.ones(())
+    scale.update(one)
+    assert float(scale.scale) == 2.0**15
+    for _ in range(3):
+        scale.update(zero)
+    assert float(scale.scale) == 2.0**16
+    scale.update(zero)
+    scale.update(one)
+    for _ in range(2):
+        scale.update(zero)
+    assert float(scale.scale) == 2.0**15
+
+
+def test_fp16_skips_an_overflow_and_learns_on() -> None:
+    step = make_step(dtype=torch.float16, rates=torch.full((50,), LR))
+    assert step.loss_scale is not None
+    step.loss_scale.scale.fill_(2.0**40)
+    values = step.parameters.values.clone()
+    step()
+    assert torch.equal(step.parameters.values, values)
+    assert float(step.loss_scale.scale) == 2.0**39
+    step.loss_scale.scale.fill_(2.0**8)
+    step()
+    assert not torch.equal(step.parameters.values, values)
+    assert float(step.frozen) == 0
+    assert float(step.optimizer.num_updates) == 1
+
+
+def test_augmentations() -> None:
+    torch.manual_seed(0)
+    images = make_feed().images
+    flipped = AUGMENTATIONS["flip"](images)
+    mirrored = (flipped == images.flip(2)).flatten(1).all(1)
+    same = (flipped == images).flatten(1).all(1)
+    assert (mirrored | same).all()
+    assert 10 < mirrored.sum() < 50
+    shifted = AUGMENTATIONS["shift"](images)
+    assert shifted.shape == images.shape
+    assert shifted.dtype == torch.uint8
+    inside = shifted[:, 8:24, 8:24]
+    found = [
+        any(
+            torch.equal(inside[i], images[i, 8 + dy : 24 + dy, 8 + dx : 24 + dx])
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+        )
+        for i in range(len(images))
+    ]
+    assert all(found)
+
+
+def test_the_average_is_what_is_evaluated_and_kept(photos: Path) -> None:
+    config = Config(
+        data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, ema=0.9, schedule="cosine",
+        augment=("flip", "shift"), clip_norm=1.0, precision="fp32",
+    )  # fmt: skip
+    run = fit(config)
+    last, best = (checkpoint.load(run.run_dir / name) for name in ("last.pt", "best.pt"))
+    weights = last["model"]["output.weight"].flatten()
+    average = last["average"][-len(best["model"]["output.bias"]) - len(weights) : -len(best["model"]["output.bias"])]
+    assert not torch.equal(weights, average)
+    if best["epoch"] == last["epoch"]:
+        assert torch.equal(best["model"]["output.weight"].flatten(), average)
+
+
+def test_runs_in_one_process_do_not_touch_each_other(photos: Path) -> None:
+    config = Config(data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, deterministic=True)
+    first = checkpoint.load(fit(config).run_dir / "last.pt")["model"]
+    fit(Config(data=str(photos), epochs=1, image_size=48, filters=(4,), batch_size=24, activation="gelu", dropout=0.2))
+    again = checkpoint.load(fit(config).run_dir / "last.pt")["model"]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_memory_over_runs_is_flat(photos: Path) -> None:
+    config = Config(data=str(photos), epochs=1, image_size=32, filters=(8,), batch_size=16)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if issubclass(type(t), Tensor))
+
+    fit(config)
+    used = []
+    for _ in range(5):
+        fit(config)
+        used.append(tensors())
+    assert used[-1] <= used[0] + 100_000
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("augmentations", [(), tuple(AUGMENTATIONS)])
+def test_graphed_equals_eager_on_a_gpu(augmentations: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, with deterministic kernels."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    device, results = torch.device("cuda"), []
+    for name in ("eager", "graphed"):
+        step = make_step(device=device, augmentations=augmentations, average=average_weights(DECAY, 50))
+        torch.cuda.manual_seed(3)
+        engine, used = engines.build(name, step, strict=True)
+        assert used == name
+        run_epochs(step, engine, 50)
+        results.append([tensor.clone() for tensor in step.state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [name for name in engines.ENGINES if name != "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_engine_learns_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    step = make_step(num_steps=200, device=torch.device("cuda"), dtype=dtype)
+    engine, used = engines.build(name, step, strict=True)
+    assert used == name
+    run_epochs(step, engine, step.num_steps)
+    first = step.sums.read().loss
+    run_epochs(step, engine, 180)
+    step.sums.reset()
+    run_epochs(step, engine, step.num_steps)
+    assert step.sums.read().loss < 0.8 * first
