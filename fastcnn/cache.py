@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
 import pipelines
+from fastcnn.config import user_cache_folder
 from fastcnn.errors import FastCNNError
 from fastcnn.index import Index
 
@@ -143,7 +142,7 @@ def build(
 
 def default_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder that caches are kept in."""
-    return Path(cache_dir) if cache_dir else platformdirs.user_cache_path("fastcnn")
+    return Path(cache_dir) if cache_dir else user_cache_folder()
 
 
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
@@ -182,6 +181,8 @@ def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
 @contextlib.contextmanager
 def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
     """Hold the cache's lock. The system gives it up when its holder dies."""
+    import filelock
+
     lock = filelock.FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)

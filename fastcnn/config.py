@@ -209,6 +209,15 @@ def _recipes() -> Any:
     return resources.files("fastcnn") / "recipes"
 
 
+def user_cache_folder() -> Path:
+    """Return the folder for what can be made again: decoded photos, built kernels, engines' timings."""
+    try:
+        import platformdirs
+    except ImportError:  # a bare GPU box that only proves the engines
+        return Path.home() / ".cache" / "fastcnn"
+    return platformdirs.user_cache_path("fastcnn")
+
+
 def option_name(field: str) -> str:
     """Return the option of a field: --batch-size for batch_size."""
     return "--" + field.replace("_", "-")

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import platformdirs
 import torch
 from torch import Tensor
 
+from fastcnn.config import user_cache_folder
 from fastcnn.errors import fall_back, first_line
 
 REHEARSALS = 3  # cudnn tries its algorithms, the compiler compiles, allocators fill: all before a capture
@@ -257,7 +257,7 @@ def time_step(engine: Engine, step: Step) -> float:
 
 
 def _history_file() -> Path:
-    return platformdirs.user_cache_path("fastcnn") / "engines.json"
+    return user_cache_folder() / "engines.json"
 
 
 def _history() -> dict[str, Any]:

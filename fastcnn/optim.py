@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from fastcnn.model import BatchNorm, SmallCNN
@@ -27,20 +27,29 @@ class FlatParameters:
 
     def __init__(self, model: SmallCNN, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
-        parameters = list(model.parameters())
-        self.values = torch.cat([_in_memory_order(p.detach()) for p in parameters])  # (P,) fp32
+        named = ordered(model)
+        self._sizes = [p.numel() for _, p in named]
+        self.values = torch.cat([_in_memory_order(p.detach()) for _, p in named])  # (P,) fp32
         self.gradient = torch.zeros_like(self.values)
-        for p, piece in zip(parameters, self._pieces(self.values), strict=True):
+        for (_, p), piece in zip(named, torch.split(self.values, self._sizes), strict=True):
             p.data = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
         self.low = None if dtype == torch.float32 else self.values.to(dtype)
         self.compute = model if self.low is None else self._twin(self.low)
-        self.inputs = list(self.compute.parameters())
+        self.inputs = [p for _, p in ordered(self.compute)]
         """What the loss is differentiated by, in the buffer's order."""
+        self._num_low = sum(p.dtype != torch.float32 for p in self.inputs)
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Copy a gradient a parameter, in the order of `inputs`, into the flat gradient: one kernel."""
+        """Copy a gradient a parameter, in the order of `inputs`, into the flat fp32 gradient.
+
+        One `cat` for each type: of mixed types a GPU would copy tensor by tensor.
+        """
         pieces = [_in_memory_order(g.to(memory_format=torch.channels_last) if g.dim() == 4 else g) for g in gradients]
-        torch.cat(pieces, out=self.gradient)
+        split = sum(self._sizes[: self._num_low])
+        if self._num_low:
+            self.gradient[:split].copy_(torch.cat(pieces[: self._num_low]))
+        if self._num_low < len(pieces):
+            torch.cat(pieces[self._num_low :], out=self.gradient[split:])
 
     def refresh(self) -> None:
         """Bring `compute` up to date after the values have changed."""
@@ -59,24 +68,25 @@ class FlatParameters:
             self.values.copy_(own)
             self.refresh()
 
-    def _pieces(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(flat, [p.numel() for p in self.model.parameters()])
-
     def _twin(self, low: Tensor) -> SmallCNN:
         twin = copy.deepcopy(self.model)
-        pieces = iter(self._pieces(low))
-        for module, own in zip(twin.modules(), self.model.modules(), strict=True):
-            for parameter, p in list(module.named_parameters(recurse=False)):
-                piece = next(pieces)
-                if isinstance(own, BatchNorm):
-                    shared = getattr(own, parameter)
-                else:
-                    view = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
-                    shared = torch.nn.Parameter(view)
-                setattr(module, parameter, shared)
-            for buffer, tensor in own.named_buffers(recurse=False):
-                setattr(module, buffer, tensor)
+        for (name, p), piece in zip(ordered(twin), torch.split(low, self._sizes), strict=True):
+            owner, _, attribute = name.rpartition(".")
+            if isinstance(twin.get_submodule(owner), BatchNorm):
+                shared = self.model.get_parameter(name)
+            else:
+                shared = nn.Parameter(torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset()))
+            setattr(twin.get_submodule(owner), attribute, shared)
+        for name, buffer in self.model.named_buffers():
+            owner, _, attribute = name.rpartition(".")
+            setattr(twin.get_submodule(owner), attribute, buffer)
         return twin
+
+
+def ordered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return a model's named parameters in the buffer's order: those of batch norms, which stay fp32, last."""
+    norms = {id(p) for module in model.modules() if isinstance(module, BatchNorm) for p in module.parameters()}
+    return sorted(model.named_parameters(), key=lambda named: id(named[1]) in norms)
 
 
 class Adam:

@@ -31,6 +31,8 @@ class Session:
     classes: tuple[str, ...]
     model: SmallCNN
     step: TrainingStep
+    why: str = ""
+    """Why `--engine auto` chose the engine."""
     epoch: int = 0
     """Epochs finished."""
     best: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -92,19 +94,20 @@ def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) ->
     return Session(config, folder, classes, model, step)
 
 
-def make_engine(session: Session) -> tuple[Engine, str]:
-    """Return what runs the training step, and why it is the one for `--engine auto`; note its name in the session."""
-    config, step, why = session.config, session.step, ""
+def make_engine(session: Session) -> Engine:
+    """Return what runs the training step; note in the session which it is and, for `--engine auto`, why."""
+    config, step = session.config, session.step
     step.parameters.compute.train()
     if config.engine == "auto":
         hardware = runtime.describe(step.feed.images.device)
         shape = {name: getattr(config, name) for name in ("batch_size", "precision", "augment")}
         signature = json.dumps([hardware, torch.__version__, session.model.options, shape])
-        engine, name, why = engines.choose(step, config.epochs * step.num_steps, signature, strict=config.strict)
+        num_steps = config.epochs * step.num_steps
+        engine, name, session.why = engines.choose(step, num_steps, signature, strict=config.strict)
     else:
         engine, name = engines.build(config.engine, step, strict=config.strict)
     session.config = dataclasses.replace(config, engine=cast(EngineName, name))
-    return engine, why
+    return engine
 
 
 def make_evaluator(session: Session, feed: Feed) -> Evaluator:

@@ -110,10 +110,10 @@ def fit(
             config, runs.make(run_dir, Path(config.data).name or "run"), data.index.classes, feeds["train"]
         )
         with watch.stage("compile"):
-            engine, why = sessions.make_engine(session)
+            engine = sessions.make_engine(session)
             evaluator = sessions.make_evaluator(session, feeds["val"])
-        if why:
-            console.line(f"engine {session.config.engine}: {why}")
+        if session.why:
+            console.line(f"engine {session.config.engine}: {session.why}")
         _write_inputs(session, data)
         console.line(
             f"{len(feeds['train']):,} train, {len(feeds['val']):,} val, {len(feeds['test']):,} test photos; "
@@ -252,6 +252,7 @@ def _finish(
     stages = {name: watch.seconds.get(name, 0.0) for name in STAGES}
     summary = {
         "engine": config.engine,
+        "engine_reason": session.why,
         "decoder": config.decoder,
         "loader": config.loader,
         "precision": config.precision,

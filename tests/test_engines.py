@@ -23,7 +23,7 @@ from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.evaluate import EvaluationStep, Evaluator
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
-from fastcnn.optim import Adam, FlatParameters, LossScale, average_weights, schedule
+from fastcnn.optim import Adam, FlatParameters, LossScale, average_weights, ordered, schedule
 from fastcnn.step import Normalise, TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,7 +97,8 @@ def test_fifty_steps_equal_a_plain_loop_to_the_bit(
 
     feed, model = make_feed(), make_model(dropout=dropout)
     names = [name for name, _ in model.named_parameters()]
-    flat = torch.cat([memory_order(p) for p in model.parameters()])
+    parameters = [p for _, p in ordered(model)]
+    flat = torch.cat([memory_order(p) for p in parameters])
     average = flat.clone()
     optimizer = torch.optim.Adam([flat], lr=torch.tensor(LR), fused=True)
     peak = 0.3 * 50 - 1
@@ -117,12 +118,12 @@ def test_fifty_steps_equal_a_plain_loop_to_the_bit(
             loss = F.cross_entropy(logits, feed.labels[batch], reduction="none")
             model.zero_grad()
             loss.mean().backward()
-            flat.grad = torch.cat([memory_order(gradient(p)) for p in model.parameters()])
+            flat.grad = torch.cat([memory_order(gradient(p)) for p in parameters])
             flat.grad *= (1.0 / (flat.grad.norm() + 1e-6)).clamp(max=1)
             for group in optimizer.param_groups:
                 group["lr"].fill_(one_cycle(number, peak, 50))
             optimizer.step()
-            spread_out(flat, model)
+            spread_out(flat, parameters)
             average = torch.lerp(average, flat, torch.tensor(1 - min(DECAY, (1 + number) / (10 + number))))
             number += 1
             total, right = (
@@ -151,9 +152,9 @@ def gradient(parameter: Tensor) -> Tensor:
     return parameter.grad.to(memory_format=torch.channels_last) if parameter.dim() == 4 else parameter.grad
 
 
-def spread_out(flat: Tensor, model: SmallCNN) -> None:
+def spread_out(flat: Tensor, parameters: list[torch.nn.Parameter]) -> None:
     with torch.no_grad():
-        for p, piece in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             if p.dim() == 4:
                 out, into, height, width = p.shape
                 p.copy_(piece.view(out, height, width, into).permute(0, 3, 1, 2))
@@ -471,11 +472,11 @@ def test_the_average_is_what_is_evaluated_and_kept(photos: Path) -> None:
     )  # fmt: skip
     run = fit(config)
     last, best = (checkpoint.load(run.run_dir / name) for name in ("last.pt", "best.pt"))
-    weights = last["model"]["output.weight"].flatten()
-    average = last["average"][-len(best["model"]["output.bias"]) - len(weights) : -len(best["model"]["output.bias"])]
-    assert not torch.equal(weights, average)
+    bias = last["model"]["blocks.4.norm.bias"]  # the buffer's end
+    average = last["average"][-len(bias) :]
+    assert not torch.equal(bias, average)
     if best["epoch"] == last["epoch"]:
-        assert torch.equal(best["model"]["output.weight"].flatten(), average)
+        assert torch.equal(best["model"]["blocks.4.norm.bias"], average)
 
 
 def test_runs_in_one_process_do_not_touch_each_other(photos: Path) -> None:

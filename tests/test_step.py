@@ -12,7 +12,7 @@ from fastcnn.evaluate import BATCH_SIZE, Evaluator
 from fastcnn.loader import Feed
 from fastcnn.metrics import confusion_matrix
 from fastcnn.model import SmallCNN
-from fastcnn.optim import Adam, FlatParameters
+from fastcnn.optim import Adam, FlatParameters, ordered
 from fastcnn.step import Normalise, TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -90,10 +90,10 @@ def test_the_flat_update_is_adam_to_the_bit() -> None:
     flat = Adam(parameters, 1e-3)
     single = torch.optim.Adam(plain.parameters(), lr=torch.tensor(1e-3), fused=True)
     for _ in range(5):
-        gradients = [torch.randn_like(p) for p in plain.parameters()]
+        gradients = [torch.randn_like(p) for _, p in ordered(plain)]
         parameters.set_gradients(gradients)
         flat.step(torch.zeros(()))
-        for p, gradient in zip(plain.parameters(), gradients, strict=True):
+        for (_, p), gradient in zip(ordered(plain), gradients, strict=True):
             p.grad = gradient
         single.step()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
+
+from fastcnn.config import user_cache_folder
 
 SOURCE = Path(__file__).with_name("pool.c")
 NAMES = {torch.bfloat16: "pool_bf16", torch.float32: "pool_f32"}
@@ -42,7 +43,7 @@ def load() -> ctypes.CDLL:
             torch.cpu, "get_capabilities", dict
         )()  # built with -march=native: not for another processor
         key = hashlib.sha256(f"{SOURCE.read_text()}{version}{sorted(known.items())}".encode()).hexdigest()[:16]
-        path = platformdirs.user_cache_path("fastcnn") / "kernels" / f"pool-{key}.so"
+        path = user_cache_folder() / "kernels" / f"pool-{key}.so"
         if not path.exists():
             _build(compiler, path)
         library = ctypes.CDLL(str(path))

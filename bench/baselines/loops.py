@@ -1,0 +1,70 @@
+"""Training loops over photos that are on the device already, as a careful user writes them. Nothing of fastcnn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def network(num_classes: int, filters: Sequence[int], size: int) -> nn.Sequential:
+    """Return five blocks of conv 3x3, ReLU, max pool, batch norm; dense 128 with ReLU; output."""
+    layers: list[nn.Module] = []
+    for into, out in zip([3, *filters], filters, strict=False):
+        layers += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(out)]
+    side = size // 2 ** len(filters)
+    layers += [nn.Flatten(), nn.Linear(filters[-1] * side * side, 128), nn.ReLU(), nn.Linear(128, num_classes)]
+    return nn.Sequential(*layers)
+
+
+def plain(
+    images: Tensor, labels: Tensor, filters: Sequence[int], batch_size: int, precision: str
+) -> Callable[[], None]:
+    """Return a step of the plain eager loop: NCHW, autocast for 16 bits, Adam, one batch after the other.
+
+    images: (M, 3, H, W) fp32, normalised, on the device. labels: (M,).
+    """
+    model = network(int(labels.max()) + 1, filters, images.shape[-1]).to(images.device)
+    return _loop(model, images, labels, batch_size, precision, fused=False)
+
+
+def max_autotune(
+    images: Tensor, labels: Tensor, filters: Sequence[int], batch_size: int, precision: str
+) -> Callable[[], None]:
+    """Return a step of the same loop in channels_last, compiled with mode="max-autotune", Adam fused."""
+    model = network(int(labels.max()) + 1, filters, images.shape[-1]).to(images.device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = images.contiguous(memory_format=torch.channels_last)
+    return _loop(torch.compile(model, mode="max-autotune"), images, labels, batch_size, precision, fused=True)
+
+
+LOOPS = {"plain": plain, "max-autotune": max_autotune}
+
+
+def _loop(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int, precision: str, *, fused: bool
+) -> Callable[[], None]:
+    assert isinstance(model, nn.Module)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+    dtype, at = DTYPES[precision], 0
+    scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == torch.float16)
+    order = torch.randperm(len(labels), device=images.device)
+
+    def step() -> None:
+        nonlocal at
+        if at + batch_size > len(order):
+            at = 0
+        batch = order[at : at + batch_size]
+        at += batch_size
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
