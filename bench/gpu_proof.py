@@ -161,7 +161,7 @@ def build_runners(
             print(f"{name}: skipped, {error}", flush=True)
             continue
         runners[name], built[name] = wrapped(step, engine), time.perf_counter() - start
-    pixels = Normalise(MEAN, STD, torch.float32, device)(feed.images).contiguous()
+    pixels = Normalise(MEAN, STD, sizes["size"], device=device)(feed.images).contiguous()
     for name, loop in LOOPS.items():
         start = time.perf_counter()
         try:
@@ -194,7 +194,7 @@ def make_step(feed: Feed, filters: tuple[int, ...], batch: int, precision: str) 
     parameters = FlatParameters(model, dtype)
     parameters.compute.train()
     rates = torch.full((1_000_000,), 1e-4)
-    normalise = Normalise(MEAN, STD, dtype, device)
+    normalise = Normalise(MEAN, STD, feed.images.shape[1], dtype, device)
     return TrainingStep(parameters, Adam(parameters, 1e-4), feed, normalise, batch_size=batch, rates=rates)
 
 

@@ -38,7 +38,9 @@ class Console:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            with Progress(*columns, TimeRemainingColumn(), console=self._bars, transient=True) as bar:
+            with Progress(
+                *columns, TimeRemainingColumn(), console=self._bars, transient=True, refresh_per_second=4
+            ) as bar:
                 task = bar.add_task(label, total=None, note="")
 
                 def update(done: int, total: int, note: str) -> None:

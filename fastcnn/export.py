@@ -135,7 +135,7 @@ def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.u
 def _verify(path: Path, network: nn.Module, config: dict[str, Any], pixels: npt.NDArray[np.uint8]) -> None:
     """Raise CheckError where the file at `path` and the trained network disagree on `pixels`."""
     exported = artefact.open(path)
-    normalise = Normalise(config["mean"], config["std"], torch.float32, torch.device("cpu"))
+    normalise = Normalise(config["mean"], config["std"], config["image_size"])
     for start in range(0, len(pixels), 64):
         batch = pixels[start : start + 64]
         with torch.inference_mode():

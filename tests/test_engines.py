@@ -60,7 +60,7 @@ def make_step(
         parameters,
         Adam(parameters, LR),
         feed or make_feed(device=device),
-        Normalise(MEAN, STD, dtype, device),
+        Normalise(MEAN, STD, 32, dtype, device),
         batch_size=BATCH,
         rates=rates,
         **options,
@@ -111,10 +111,7 @@ def test_fifty_steps_equal_a_plain_loop_to_the_bit(
                 break
             batch = torch.from_numpy(order[start : start + BATCH])
             images = augment(feed.images[batch], augmentations)
-            scale = torch.tensor([1 / (255 * s) for s in STD])
-            shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)])
-            x = torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
-            logits = model(x)
+            logits = model(step.normalise(images))
             loss = F.cross_entropy(logits, feed.labels[batch], reduction="none")
             model.zero_grad()
             loss.mean().backward()

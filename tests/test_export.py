@@ -29,7 +29,7 @@ def exported(request: pytest.FixtureRequest, run_dir: Path, tmp_path: Path) -> P
 def test_probabilities_are_those_of_the_trained_model(exported: Path, run_dir: Path) -> None:
     state = checkpoint.load(run_dir / "best.pt")
     images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
-    normalise = Normalise(state["config"]["mean"], state["config"]["std"], torch.float32, torch.device("cpu"))
+    normalise = Normalise(state["config"]["mean"], state["config"]["std"], SIZE)
     with torch.inference_mode():
         trained = torch.softmax(restore(state)(normalise(torch.from_numpy(images))), 1).numpy()
     np.testing.assert_allclose(artefact.open(exported).probabilities(images), trained, atol=1e-6)

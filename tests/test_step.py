@@ -16,7 +16,6 @@ from fastcnn.optim import Adam, FlatParameters, ordered
 from fastcnn.step import Normalise, TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CPU = torch.device("cpu")
 
 
 def make_feed(count: int, size: int = 32, num_classes: int = 4) -> Feed:
@@ -36,7 +35,7 @@ def make_model(**options: object) -> SmallCNN:
 
 def make_step(model: SmallCNN, feed: Feed, batch_size: int, dtype: torch.dtype = torch.float32) -> TrainingStep:
     parameters = FlatParameters(model, dtype)
-    normalise, rates = Normalise(MEAN, STD, dtype, CPU), torch.full((100,), 1e-2)
+    normalise, rates = Normalise(MEAN, STD, 32, dtype), torch.full((100,), 1e-2)
     return TrainingStep(parameters, Adam(parameters, 1e-2), feed, normalise, batch_size=batch_size, rates=rates)
 
 
@@ -49,7 +48,7 @@ def reference_input(images: Tensor) -> Tensor:
 
 def test_normalise() -> None:
     images = make_feed(5).images
-    x = Normalise(MEAN, STD, torch.float32, CPU)(images)
+    x = Normalise(MEAN, STD, 32)(images)
     assert x.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(x.double(), reference_input(images), rtol=0, atol=1e-6)
 
@@ -60,7 +59,7 @@ def test_twenty_steps_against_a_plain_loop(batch_norm: bool) -> None:
     feed, model, plain = make_feed(40), make_model(batch_norm=batch_norm), make_model(batch_norm=batch_norm)
     step = make_step(model, feed, 8)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
-    normalise = Normalise(MEAN, STD, torch.float32, CPU)
+    normalise = Normalise(MEAN, STD, 32)
     for epoch in (1, 2):
         feed.start_epoch(7, epoch)
         step.sums.reset()
@@ -140,7 +139,7 @@ def test_bf16_gradients_are_near_fp32() -> None:
 @pytest.mark.parametrize("count", [1, 5, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 1, 2 * BATCH_SIZE + 3])
 def test_evaluation_counts_every_photo_once(count: int) -> None:
     feed, model = make_feed(count), make_model().eval()
-    result = Evaluator(model, feed, Normalise(MEAN, STD, torch.float32, CPU))()
+    result = Evaluator(model, feed, Normalise(MEAN, STD, 32))()
     with torch.no_grad():
         logits = model(reference_input(feed.images).float())
     assert result.score.count == count
@@ -152,7 +151,7 @@ def test_evaluation_counts_every_photo_once(count: int) -> None:
 def test_evaluation_changes_nothing() -> None:
     model = make_model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    Evaluator(model, make_feed(9), Normalise(MEAN, STD, torch.float32, CPU))()
+    Evaluator(model, make_feed(9), Normalise(MEAN, STD, 32))()
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
