@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines.loops import LOOPS
+from bench.roofline import floor_seconds, passes
 from fastcnn import engines, runtime
 from fastcnn.errors import first_line
 from fastcnn.kernels import pool
@@ -87,6 +88,7 @@ def main() -> None:
     }
     with runtime.settings(device, threads=None, deterministic=False):
         for name, part in parts.items():
+            print(f"-- {name}", flush=True)
             try:
                 results[name] = part()
             except ImportError as error:
@@ -94,6 +96,8 @@ def main() -> None:
                 results[name] = {"skipped": f"{error.name} is not installed"}
             (args.out / "gpu_proof.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if isinstance(results["steps"], list):
+        add_floors(results["steps"], results["machine"], sizes["size"])
+        (args.out / "gpu_proof.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         try:
             picture(results["steps"], args.out / "throughput.png")
         except ImportError as error:
@@ -143,6 +147,15 @@ def step_table(device: torch.device, sizes: dict[str, Any], budget: float) -> li
                 flush=True,
             )
     return rows
+
+
+def add_floors(rows: list[dict[str, Any]], machine: dict[str, float], size: int) -> None:
+    """Add each 16-bit row's share of the counted floor at this machine's own rates."""
+    for row in rows:
+        if row["precision"] in ("bf16", "fp16") and "step_seconds" in row:
+            counted = passes(row["filters"], batch=row["batch"], image_size=size)
+            floor = floor_seconds(counted, machine["copy_bytes_per_second"], machine["matrix_flop_per_second"])
+            row["share_of_floor"] = floor / row["step_seconds"]
 
 
 def build_runners(
@@ -363,7 +376,10 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 def report(results: dict[str, Any]) -> None:
     """Print the best engine of each combination against the loops."""
-    print(f"\n{'network':28} {'batch':>6} {'best engine':19} {'images/s':>12} {'/ plain':>8} {'/ max-autotune':>15}")
+    print(
+        f"\n{'network':28} {'batch':>6} {'best engine':19} {'images/s':>12} "
+        f"{'/ plain':>8} {'/ max-autotune':>15} {'of floor':>9}"
+    )
     rows = [row for row in results["steps"] if "engine" in row]
     for key in dict.fromkeys((row["precision"], tuple(row["filters"]), row["batch"]) for row in rows):
         mine = {r["engine"]: r for r in rows if (r["precision"], tuple(r["filters"]), r["batch"]) == key}
@@ -375,7 +391,7 @@ def report(results: dict[str, Any]) -> None:
         network = f"{key[0]} {','.join(map(str, key[1]))}"
         print(
             f"{network:28} {key[2]:>6} {best['engine']:19} {best['images_per_second']:>12,.0f} "
-            f"{ratios[0]:>8} {ratios[1]:>15}"
+            f"{ratios[0]:>8} {ratios[1]:>15} {format(best.get('share_of_floor', float('nan')), '.2f'):>9}"
         )
 
 

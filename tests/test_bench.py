@@ -9,6 +9,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def test_roofline_of_a_hand_worked_case() -> None:
+    """Block 1 of 32 filters at 128 x 128, a photo, 2 bytes: x 98,304, y 1,048,576, pooled 262,144, index 131,072."""
+    from bench.roofline import floor_seconds, passes
+
+    found = {one.name: one for one in passes((32,) * 5)}
+    assert found["gather and normalise"].bytes == 3 * 128 * 128 * 3
+    assert found["block 1: convolution"].bytes == 98_304 + 1_048_576
+    assert found["block 1: convolution"].flops == 2 * 9 * 3 * 32 * 128 * 128
+    assert found["block 1: activation, pooling, statistics"].bytes == 1_048_576 + 262_144 + 131_072
+    assert found["block 1: gradient through norm, activation, pooling"].bytes == 2 * 262_144 + 131_072 + 1_048_576
+    assert "block 1: input gradient" not in found
+    assert found["block 2: input gradient"].flops == 2 * 9 * 32 * 32 * 64 * 64
+    assert found["output: forward, weight and input gradient"].flops == 6 * 128 * 10
+    total = passes((32,) * 5)
+    assert sum(one.flops for one in total) == pytest.approx(0.358e9, rel=0.005)
+    assert sum(one.bytes for one in passes((32,) * 5, batch=64)) < 64 * sum(one.bytes for one in total)
+    pair = [found["block 1: convolution"], found["block 1: normalise"]]
+    assert floor_seconds(pair, 1e6, 1e12) == pytest.approx((1_146_880 + 524_288) / 1e6)
+    assert floor_seconds(pair, 1e12, 1e6) == pytest.approx(28_311_552 / 1e6 + 524_288 / 1e12)
 
 
 @pytest.mark.long
@@ -54,7 +76,6 @@ def test_the_baselines_network_is_ours() -> None:
     """The same layers in the same order: SmallCNN's weights load into the plain network and give its logits."""
     import torch
 
-    sys.path.insert(0, str(ROOT))
     from bench.baselines.loops import network
     from bench.baselines.seed import small_cnn
     from fastcnn import SmallCNN
