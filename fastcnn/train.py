@@ -135,6 +135,8 @@ def _resolve(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=str(Path(config.data).resolve()),
+        split=config.split and str(Path(config.split).resolve()),
+        cache_dir=config.cache_dir and str(Path(config.cache_dir).resolve()),
         device=str(device),
         precision=runtime.pick_precision(
             config.precision, device, deterministic=config.deterministic, strict=config.strict

@@ -87,3 +87,10 @@ def test_the_baselines_network_is_ours() -> None:
         plain.load_state_dict(dict(zip(names, ours.state_dict().values(), strict=True)), strict=False)
         images = torch.randn(3, 3, 64, 64)
         torch.testing.assert_close(plain.eval()(images), ours(images))
+
+
+def test_the_readme_shows_the_measured_figures() -> None:
+    from bench.cpu_ratio import table
+
+    found = json.loads((ROOT / "bench" / "results" / "cpu_ratio.json").read_text())
+    assert "\n".join(table(found)) in (ROOT / "README.md").read_text()
