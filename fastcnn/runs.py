@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastcnn.errors import FastCNNError, nearest
@@ -11,8 +12,24 @@ from fastcnn.errors import FastCNNError, nearest
 RUNS = Path("runs")
 
 
-def make(folder: str | Path | None, name: str) -> Path:
-    """Make and return a run's folder: the one asked for, which must be empty, or the next free `name` under `runs/`."""
+@contextlib.contextmanager
+def folder(asked: str | Path | None, name: str) -> Iterator[Path]:
+    """Make a run's folder: the one asked for, which must be empty, or the next free `name` under `runs/`.
+
+    A run that fails before it has written anything leaves no folder.
+    """
+    made = _make(asked, name)
+    try:
+        yield made
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            made.rmdir()
+            if asked is None:
+                RUNS.rmdir()
+        raise
+
+
+def _make(folder: str | Path | None, name: str) -> Path:
     try:
         if folder is not None:
             folder = Path(folder)

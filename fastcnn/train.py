@@ -74,7 +74,10 @@ def fit(
     config = _resolve(config)
     device = torch.device(config.device)
     tf32 = config.precision == "tf32"
-    with runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
+    with (
+        runs.folder(run_dir, Path(config.data).name or "run") as folder,
+        runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32),
+    ):
         with console.progress("decoding", "photos") as progress:
             data = dataset.prepare(
                 config.data,
@@ -106,9 +109,7 @@ def fit(
                 f"{len(feeds['train'])} training photos do not fill one batch of {config.batch_size}: "
                 "lower --batch-size or add photos"
             )
-        session = sessions.start(
-            config, runs.make(run_dir, Path(config.data).name or "run"), data.index.classes, feeds["train"]
-        )
+        session = sessions.start(config, folder, data.index.classes, feeds["train"])
         with watch.stage("compile"):
             engine = sessions.make_engine(session)
             evaluator = sessions.make_evaluator(session, feeds["val"])

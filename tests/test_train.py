@@ -80,6 +80,12 @@ def test_run_folders_are_numbered_and_never_overwritten(photos: Path, tmp_path: 
         fit(config, run_dir="runs/photos")
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(photos: Path) -> None:
+    with pytest.raises(DataError):
+        fit(Config(data=str(photos), **{**SMALL, "batch_size": 1000}))
+    assert not Path("runs").exists()
+
+
 def test_a_given_split_is_used(run_dir: Path, photos: Path, tmp_path: Path) -> None:
     config = Config(data=str(photos), split=str(run_dir / "split.csv"), seed=5, **{**SMALL, "epochs": 1})
     fit(config, run_dir=tmp_path / "run")
