@@ -83,6 +83,8 @@ def settings(device: torch.device, *, threads: int | None, deterministic: bool, 
         keep_freed_memory()
         torch.set_num_threads(threads or num_cores())
     if device.type == "cuda":
+        before_device = torch.cuda.current_device()
+        torch.cuda.set_device(device)  # events, streams and captures are the current device's
         _allow_tf32(tf32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -93,6 +95,7 @@ def settings(device: torch.device, *, threads: int | None, deterministic: bool, 
     finally:
         torch.set_num_threads(before_threads)
         if device.type == "cuda":
+            torch.cuda.set_device(before_device)
             _allow_tf32(False)
         _use_deterministic_algorithms(before_deterministic)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before_cudnn

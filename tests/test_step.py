@@ -159,3 +159,25 @@ def test_evaluation_changes_nothing() -> None:
 def test_confusion_matrix() -> None:
     matrix = confusion_matrix(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("filters", "kernel_size"), [((1, 2, 1, 3, 1), 1), ((1, 1, 4, 1, 2), 3), ((3, 3, 3, 3, 3), 5)])
+def test_gradients_reach_their_parameters(filters: tuple[int, ...], kernel_size: int, dtype: torch.dtype) -> None:
+    """Whatever strides a parameter or its gradient has: a plain step through the buffer moves each rightly."""
+    options = {"filters": filters, "kernel_size": kernel_size, "image_size": 32, "dense_neurons": 16}
+    torch.manual_seed(0)
+    model = SmallCNN(4, **options)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    plain = SmallCNN(4, **options)  # type: ignore[arg-type]
+    parameters = FlatParameters(model, dtype)
+    gradients = [torch.randn(p.shape).to(p.dtype) for p in parameters.inputs]
+    parameters.set_gradients(gradients)
+    parameters.values.sub_(parameters.gradient)
+    parameters.refresh()
+    for (name, p), gradient in zip(ordered(plain), gradients, strict=True):
+        expected = p.detach() - gradient.float()
+        assert torch.equal(model.get_parameter(name), expected), name
+        low = parameters.compute.get_parameter(name)
+        assert torch.equal(low, expected.to(low.dtype)), name
+    assert all(a is b for a, b in zip(model.buffers(), parameters.compute.buffers(), strict=True))
