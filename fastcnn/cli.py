@@ -119,7 +119,7 @@ def commands() -> None:
 
 @commands.command(cls=ConfigCommand, **HELP)
 @click.argument("data", required=False)
-@click.option("--recipe", help="Start from a recipe: seed.")
+@click.option("--recipe", metavar="|".join(config.recipe_names()), help="Start from a recipe.")
 @click.option("--config", "config_file", metavar="FILE", help="Start from a YAML file, as a run's config.yaml.")
 @click.option("--run-dir", metavar="DIR", help="The run's folder; left out, the next free name under runs/.")
 @click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
