@@ -1,55 +1,104 @@
-"""Timing side by side: runners taken in turn, warmed up, synchronised inside what is timed."""
+"""Timing: device work included, rivals in processes of their own, ratios pair by pair."""
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
-from torch import Tensor
 
-
-def repeated(call: Callable[[], object]) -> Callable[[int], None]:
-    """Return what calls a step a number of times."""
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            call()
-
-    return run
-
-
-def interleaved(
-    runners: dict[str, Callable[[int], None]], device: torch.device, seconds: float, repeats: int
-) -> dict[str, list[float]]:
-    """Return seconds a step of each runner, taken in turn (A B C A B C), after a warm-up that sets the counts."""
-    counts = {}
-    for name, run in runners.items():
-        run(3)
-        counts[name] = max(2, round(seconds / timed(run, 3, device)))
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(repeats):
-        for name, run in runners.items():
-            times[name].append(timed(run, counts[name], device))
-    return times
-
-
-def timed(run: Callable[[int], None], count: int, device: torch.device) -> float:
-    """Return seconds a step over `count` of them, the device's work included."""
-    synchronize(device)
-    start = time.perf_counter()
-    run(count)
-    synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def seconds_a_call(call: Callable[[], Tensor], device: torch.device, seconds: float, repeats: int) -> float:
-    """Return the median seconds of a call."""
-    return statistics.median(interleaved({"call": repeated(call)}, device, seconds, repeats)["call"])
+Clocked = Callable[[], float]
+"""Does a piece of work and returns the seconds that it took."""
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clocked(call: Callable[[], object], device: torch.device) -> Clocked:
+    """Return what does `call` once and says how long it took, the device's work included."""
+
+    def run() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def seconds_a_call(call: Callable[[], object], device: torch.device, seconds: float = 0.2, repeats: int = 5) -> float:
+    """Return the median seconds of a call, over `repeats` groups of about `seconds` each, after a warm-up."""
+    run = clocked(call, device)
+    run()
+    count = max(1, round(seconds / max(run(), 1e-9)))
+    groups = clocked(repeated(call, count), device)
+    return statistics.median(groups() / count for _ in range(repeats))
+
+
+def repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
+    """Return what calls `count` times."""
+
+    def run() -> None:
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Return how many times as fast ours is, of seconds taken in turn: the pairs' median, lowest and highest."""
+    pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs), "n": len(pairs)}
+
+
+class Apart:
+    """Work in a process of its own, whose allocator and threads are as Python starts them; idle until it is called.
+
+    `make` names a function, "module:function", that is called there with the arguments and returns a step.
+    """
+
+    def __init__(self, make: str, *args: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __call__(self, num_steps: int) -> float:
+        """Do a number of steps and return the seconds that they took."""
+        self._ours.send(num_steps)
+        answer: float | str = self._ours.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._ours.close()
+        self._process.join(10)
+        self._process.kill()
+
+
+def _serve(pipe: Connection, make: str, args: Sequence[Any]) -> None:
+    module, _, name = make.partition(":")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step: Callable[[], object] | None = None
+    while True:
+        try:
+            num_steps: int = pipe.recv()
+        except EOFError:
+            return
+        try:
+            step = step or getattr(importlib.import_module(module), name)(*args)
+            pipe.send(clocked(repeated(step, num_steps), device)())
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")

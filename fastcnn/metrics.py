@@ -25,6 +25,19 @@ class Score:
     """Photos."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A photo and what the model says of it, to be shown."""
+
+    path: str
+    image: npt.NDArray[np.uint8]
+    """(H, W, 3)."""
+    label: str
+    predicted: str
+    probability: float
+    """The model's, for the class that it predicts."""
+
+
 class Sums:
     """Loss, right answers and photos of the steps so far, summed on the device: reading them is the only sync."""
 

@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,6 +162,10 @@ def versions() -> dict[str, str]:
 def describe(device: torch.device) -> dict[str, Any]:
     """Return the hardware in words: never a host or user name."""
     facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": num_cores()}
+    with contextlib.suppress(OSError):  # Linux has it
+        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if name:
+            facts["cpu"] = name[1].strip()
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts

@@ -45,6 +45,15 @@ def max_autotune(
 LOOPS = {"plain": plain, "max-autotune": max_autotune}
 
 
+def random_steps(
+    name: str, photos: int, size: int, filters: Sequence[int], batch_size: int, precision: str
+) -> Callable[[], None]:
+    """Return a step of a loop over random photos, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randn(photos, 3, size, size, device=device)
+    return LOOPS[name](images, torch.arange(photos, device=device) % 10, filters, batch_size, precision)
+
+
 def _loop(
     model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int, precision: str, *, fused: bool
 ) -> Callable[[], None]:

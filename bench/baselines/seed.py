@@ -2,8 +2,9 @@
 
 Pillow in a DataLoader, fp32, NCHW, eager, default threads. It imports nothing of fastcnn, on purpose.
 
-    python bench/baselines/seed.py DATA --epochs 5            # the faster of 0 and 2 workers, tried for one epoch each
-    python bench/baselines/seed.py DATA --epochs 5 --workers 2
+    python -m bench.baselines.seed DATA --epochs 5               # tries 0 workers and one a core, takes the faster
+    python -m bench.baselines.seed DATA --epochs 5 --workers 2
+    python -m bench.baselines.seed DATA --probe                  # prints the faster and stops
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -113,21 +115,18 @@ def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: t
     return loss / count, correct / count
 
 
-def train(args: argparse.Namespace, workers: int, epochs: int, *, validate: bool = True) -> list[dict[str, float]]:
-    """Train for some epochs and return a row an epoch: loss, accuracy, seconds and images a second."""
+def train(args: argparse.Namespace, workers: int) -> list[dict[str, float]]:
+    """Train and return a row an epoch: loss, accuracy, seconds and images a second."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.split:
-        classes, train_photos, val_photos = read_split(args.split, args.data)
-    else:
-        classes, train_photos, val_photos = split_photos(args.data, args.seed)
+    classes, train_photos, val_photos = photos_of(args)
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
     train_loader = DataLoader(Photos(train_photos, args.image_size), shuffle=True, drop_last=True, **options)
     val_loader = DataLoader(Photos(val_photos, args.image_size), **options)
     model = small_cnn(len(classes), args.image_size).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     rows = []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, args.epochs + 1):
         model.train()
         start, total, count = time.perf_counter(), 0.0, 0
         for images, labels in train_loader:
@@ -139,22 +138,46 @@ def train(args: argparse.Namespace, workers: int, epochs: int, *, validate: bool
             total += loss.item() * len(labels)
             count += len(labels)
         seconds = time.perf_counter() - start
-        row = {
-            "epoch": epoch,
-            "train_seconds": seconds,
-            "images_per_second": count / seconds,
-            "train_loss": total / count,
-        }
-        if validate:
-            row["val_loss"], row["val_accuracy"] = evaluate(model, val_loader, device)
-        rows.append(row)
-        print(json.dumps({"workers": workers, **row}), flush=True)
+        val_loss, val_accuracy = evaluate(model, val_loader, device)
+        rows.append(
+            {
+                "epoch": epoch,
+                "train_seconds": seconds,
+                "images_per_second": count / seconds,
+                "train_loss": total / count,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+            }
+        )
+        print(json.dumps({"workers": workers, **rows[-1]}), flush=True)
     return rows
 
 
-def main() -> None:
-    """Train and print a JSON line an epoch, then one with everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def photos_of(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Return class names, training photos and validation photos."""
+    return read_split(args.split, args.data) if args.split else split_photos(args.data, args.seed)
+
+
+def best_workers(args: argparse.Namespace, batches: int = 6) -> int:
+    """Return the faster of no workers and one a core, by training on some batches with each."""
+    rates = {}
+    for workers in (0, os.cpu_count() or 1):
+        classes, photos, _ = photos_of(args)
+        model = small_cnn(len(classes), args.image_size)
+        loader = DataLoader(Photos(photos, args.image_size), args.batch_size, True, num_workers=workers)
+        for number, (images, labels) in enumerate(loader):
+            if number == 2:
+                start = time.perf_counter()
+            F.cross_entropy(model(images), labels).backward()
+            if number == 2 + batches:
+                break
+        rates[workers] = (number - 2) / (time.perf_counter() - start)
+    return max(rates, key=lambda workers: rates[workers])
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return the options that the baselines have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -162,14 +185,20 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", type=Path, help="a split.csv: path, label, split")
-    parser.add_argument("--workers", type=int, help="DataLoader workers; left out: the faster of 0 and 2")
-    args = parser.parse_args()
-    workers = args.workers
-    if workers is None:
-        rates = {n: train(args, n, 1, validate=False)[0]["images_per_second"] for n in (0, 2)}
-        workers = max(rates, key=lambda n: rates[n])
+    parser.add_argument("--workers", type=int, help="DataLoader workers; left out: the faster of 0 and one a core")
+    parser.add_argument("--probe", action="store_true", help="print the fastest settings and stop")
+    return parser
+
+
+def main() -> None:
+    """Train and print a JSON line an epoch, then one with everything."""
+    args = arguments(__doc__).parse_args()
+    workers = args.workers if args.workers is not None else best_workers(args)
+    if args.probe:
+        print(json.dumps({"workers": workers}))
+        return
     start = time.perf_counter()
-    rows = train(args, workers, args.epochs)
+    rows = train(args, workers)
     print(json.dumps({"workers": workers, "seconds": time.perf_counter() - start, "epochs": rows}))
 
 

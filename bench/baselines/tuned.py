@@ -1,0 +1,181 @@
+"""The reference assignment as a good engineer tunes it by hand: workers, pinned memory, AMP, channels_last, compile.
+
+The photos, the network and the order of work are those of `seed.py`; nothing of fastcnn is imported, on purpose. What
+is not given is tried on a few batches, one after the other, and the faster is taken.
+
+    python -m bench.baselines.tuned DATA --epochs 5
+    python -m bench.baselines.tuned DATA --probe               # prints the fastest settings and stops
+    python -m bench.baselines.tuned DATA --workers 2 --amp on --channels-last on --compile off
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from bench.baselines.seed import MEAN, STD, arguments, photos_of, small_cnn
+
+SWITCHES = ("amp", "channels_last", "compile")
+
+
+class Photos(Dataset[tuple[Tensor, int]]):
+    """Photos as (3, size, size) uint8: a quarter of the bytes between processes; normalised in the batch."""
+
+    def __init__(self, photos: list[tuple[Path, int]], size: int) -> None:
+        self.photos, self.size = photos, size
+
+    def __len__(self) -> int:
+        """Return the number of photos."""
+        return len(self.photos)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        """Return photo and label."""
+        path, label = self.photos[item]
+        with Image.open(path) as photo:
+            image = ImageOps.exif_transpose(photo).convert("RGB")
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+
+
+class Trainer:
+    """A network, its optimizer and its loaders under some settings."""
+
+    def __init__(self, args: argparse.Namespace, settings: dict[str, Any]) -> None:
+        torch.manual_seed(args.seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = self.device.type == "cuda"
+        torch.backends.cudnn.benchmark = on_gpu
+        self.format = torch.channels_last if settings["channels_last"] else torch.contiguous_format
+        self.dtype = torch.bfloat16 if settings["amp"] else torch.float32
+        classes, train_photos, val_photos = photos_of(args)
+        workers = settings["workers"]
+        options: dict[str, Any] = {
+            "batch_size": args.batch_size,
+            "num_workers": workers,
+            "pin_memory": on_gpu,
+            "persistent_workers": workers > 0,
+            "prefetch_factor": 4 if workers else None,
+        }
+        self.train_loader = DataLoader(Photos(train_photos, args.image_size), shuffle=True, drop_last=True, **options)
+        self.val_loader = DataLoader(Photos(val_photos, args.image_size), **options)
+        self.mean, self.std = MEAN.to(self.device) * 255, STD.to(self.device) * 255
+        plain = small_cnn(len(classes), args.image_size).to(self.device, memory_format=self.format)  # type: ignore[call-overload]
+        self.model: nn.Module = torch.compile(plain) if settings["compile"] else plain  # type: ignore[assignment]
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
+
+    def batches(self, loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images and labels on the device."""
+        for images, labels in loader:
+            images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+            yield ((images - self.mean) / self.std).contiguous(memory_format=self.format), labels
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cross-entropy and logits."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images)
+        return F.cross_entropy(logits.float(), labels), logits
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Train on a batch and return its loss, still on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, _ = self.loss(images, labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def train_epoch(self) -> tuple[float, int]:
+        """Return the mean loss and the photos of an epoch."""
+        self.model.train()
+        total, count = torch.zeros((), device=self.device), 0
+        for images, labels in self.batches(self.train_loader):
+            total += self.step(images, labels) * len(labels)
+            count += len(labels)
+        return total.item() / count, count
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Return mean loss and accuracy on the validation photos."""
+        self.model.eval()
+        total, count = torch.zeros(2, device=self.device), 0
+        for images, labels in self.batches(self.val_loader):
+            loss, logits = self.loss(images, labels)
+            total += torch.stack([loss * len(labels), (logits.argmax(1) == labels).sum()])
+            count += len(labels)
+        loss, correct = (total / count).tolist()
+        return loss, correct
+
+    def rate(self, batches: int = 6) -> float:
+        """Return batches a second, after some that warm up."""
+        self.model.train()
+        stream = self.batches(self.train_loader)
+        for images, labels in itertools.islice(stream, 3):
+            self.step(images, labels).item()
+        start, done, loss = time.perf_counter(), 0, torch.zeros(())
+        for images, labels in itertools.islice(stream, batches):
+            loss = self.step(images, labels)
+            done += 1
+        loss.item()
+        return done / (time.perf_counter() - start)
+
+
+def best_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings asked for, and the fastest of what was left open: one after the other, the rest fixed."""
+    cores = os.cpu_count() or 1
+    choices: dict[str, list[Any]] = {"workers": [cores, 0] if args.workers is None else [args.workers]}
+    choices |= {name: [False, True] if (given := getattr(args, name)) is None else [given == "on"] for name in SWITCHES}
+    if not has_bf16():
+        choices["amp"] = [False]  # bf16 would be emulated, a tenth as fast
+    settings = {name: values[0] for name, values in choices.items()}
+    for name, values in choices.items():
+        if len(values) > 1:
+            rates = {value: Trainer(args, {**settings, name: value}).rate() for value in values}
+            settings[name] = max(values, key=lambda value: rates[value])
+    return settings
+
+
+def has_bf16() -> bool:
+    """Return whether the machine computes in bf16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def main() -> None:
+    """Train and print a JSON line an epoch, then one with everything."""
+    parser = arguments(__doc__)
+    for name in SWITCHES:
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=["on", "off"], help="left out: the faster")
+    args = parser.parse_args()
+    settings = best_settings(args)
+    if args.probe:
+        print(json.dumps(settings))
+        return
+    start, rows = time.perf_counter(), []
+    trainer = Trainer(args, settings)
+    for epoch in range(1, args.epochs + 1):
+        began = time.perf_counter()
+        train_loss, count = trainer.train_epoch()
+        seconds = time.perf_counter() - began
+        val_loss, val_accuracy = trainer.evaluate()
+        row = {"epoch": epoch, "images_per_second": count / seconds, "train_loss": train_loss}
+        rows.append({**row, "val_loss": val_loss, "val_accuracy": val_accuracy})
+        print(json.dumps(rows[-1]), flush=True)
+    print(json.dumps({"settings": settings, "seconds": time.perf_counter() - start, "epochs": rows}))
+
+
+if __name__ == "__main__":
+    main()

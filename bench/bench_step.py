@@ -1,0 +1,139 @@
+"""The training step: images a second by engine, batch, filters and precision, over plain loops on the same shapes.
+
+Beside the rates stand their shares: FLOP/s over the machine's matrix rate, bytes/s over its copy bandwidth, both
+measured in this process, and time over the counted floor (`bench/roofline.py`). Compiling and capturing are apart, as
+`build_seconds`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench import machine
+from bench.conftest import SCALES, Race
+from bench.profile import count_events
+from bench.roofline import floor_seconds, passes
+from bench.steps import make_step, random_feed, run_steps
+from bench.timing import Apart, clocked
+from fastcnn import engines, runtime
+
+ENGINES = {**engines.ENGINES, "graphed, 8 a replay": functools.partial(engines.graphed, steps_per_replay=8)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """List the combinations, the reference first: where time runs out, what is left is the least asked for."""
+    device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
+    best = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    scale, precisions = (
+        SCALES[name],
+        list(dict.fromkeys(["bf16", "fp16", "fp32"] if on_gpu(device) else [best, "fp32"])),
+    )
+    wanted = list(ENGINES) if on_gpu(device) else ["eager", "compiled"]
+    if name != "full":
+        precisions, wanted = precisions[:1], wanted if on_gpu(device) else ["eager"]
+    shapes = itertools.product(precisions, scale["networks"], scale["batches"], wanted)
+    metafunc.parametrize(("precision", "filters", "batch", "engine"), list(shapes))
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Return whether the device is an NVIDIA GPU."""
+    return device.type == "cuda"
+
+
+class Rivals:
+    """The loops to race against on the shapes at hand; on a CPU in processes with the settings they come with."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.shape: tuple[object, ...] = ()
+        self.runs: dict[str, Apart] = {}
+
+    def on(self, size: int, filters: tuple[int, ...], batch: int, precision: str) -> dict[str, Apart]:
+        """Return name -> what does some of a loop's steps and says the seconds of one."""
+        if (size, filters, batch, precision) != self.shape:
+            self.close()
+            loops = {"plain fp32 loop": ("plain", "fp32")}
+            if precision != "fp32":
+                loops[f"plain {precision} loop"] = ("plain", precision)
+            if on_gpu(self.device):
+                loops[f"max-autotune {precision} loop"] = ("max-autotune", precision)
+            work = "bench.baselines.loops:random_steps"
+            self.runs = {
+                name: Apart(work, loop, max(512, 2 * batch), size, filters, batch, kind)
+                for name, (loop, kind) in loops.items()
+            }
+            for run in self.runs.values():
+                run(3)  # compiles
+            self.shape = size, filters, batch, precision
+        return self.runs
+
+    def close(self) -> None:
+        """End the processes."""
+        for run in self.runs.values():
+            run.close()
+
+
+@pytest.fixture(scope="module")
+def rivals(device: torch.device) -> Iterator[Rivals]:
+    """The loops to race against."""
+    found = Rivals(device)
+    yield found
+    found.close()
+
+
+def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int, ...], batch: int, engine: str) -> None:
+    """Ours."""
+    device, size, rounds = race.device, race.scale["image_size"], race.scale["rounds"]
+    step = make_step(random_feed(device, max(512, 2 * batch), size), filters, batch, precision)
+    start = time.perf_counter()
+    try:
+        runner = ENGINES[engine](step)
+    except engines.NoEngine as error:
+        pytest.skip(str(error))
+    build_seconds = time.perf_counter() - start
+    run_steps(step, runner, 3)
+    num_steps = max(3, math.ceil(0.5 / (clocked(lambda: run_steps(step, runner, 3), device)() / 3)))
+    step.sums.reset()
+    seconds = race(
+        f"{engine}, {precision}, {','.join(map(str, filters))}, batch {batch}",
+        lambda: run_steps(step, runner, num_steps),
+        {name: functools.partial(run, num_steps) for name, run in rivals.on(size, filters, batch, precision).items()},
+        images=batch * num_steps,
+        engine=engine,
+        precision=precision,
+        filters=list(filters),
+        batch=batch,
+        build_seconds=build_seconds,
+    )
+    score = step.sums.read()
+    assert score.count == batch * num_steps * (rounds + 1)
+    assert math.isfinite(score.loss)
+    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
+    if on_gpu(device) and batch == min(race.scale["batches"]):
+        race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
+
+
+def shares(
+    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """Return a step's FLOP/s and bytes/s as shares of the machine's own rates, and the counted floor's of its time."""
+    rates = machine.rates(device)
+    counted = passes(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
+    matrix = rates["fp32_flop_per_second" if precision == "fp32" else "bf16_flop_per_second"]
+    flops, moved = sum(one.flops for one in counted), sum(one.bytes for one in counted)
+    return {
+        "step_seconds": seconds,
+        "flops": flops,
+        "bytes": moved,
+        "share_of_matrix_rate": flops / seconds / matrix,
+        "share_of_copy_bandwidth": moved / seconds / rates["copy_bytes_per_second"],
+        "share_of_floor": floor_seconds(counted, rates["copy_bytes_per_second"], matrix) / seconds,
+    }
