@@ -121,6 +121,7 @@ def commands() -> None:
 @click.argument("data", required=False)
 @click.option("--recipe", metavar="|".join(config.recipe_names()), help="Start from a recipe.")
 @click.option("--config", "config_file", metavar="FILE", help="Start from a YAML file, as a run's config.yaml.")
+@click.option("--resume", metavar="RUN", help="Go on with a run (a folder, or a name under runs/) where it stopped.")
 @click.option("--run-dir", metavar="DIR", help="The run's folder; left out, the next free name under runs/.")
 @click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
 @click.option("--print-config", is_flag=True, help="Print the configuration and stop.")
@@ -129,6 +130,7 @@ def train(
     data: str | None,
     recipe: str | None,
     config_file: str | None,
+    resume: str | None,
     run_dir: str | None,
     quiet: bool,
     print_config: bool,
@@ -137,22 +139,29 @@ def train(
     """Train on the photos in DATA: DATA/<class>/... or DATA/train/<class>/..."""
     from pathlib import Path
 
+    start = time.perf_counter()
     given = {name: value for name, value in {"data": data, **options}.items() if value is not None}
-    run = config.resolve(
-        config.read_recipe(recipe) if recipe else {},
-        config.read_yaml(Path(config_file)) if config_file else {},
-        given,
-    )
+    if resume:
+        if recipe or config_file or run_dir:
+            raise UsageError("--resume goes on as before: leave out --recipe, --config and --run-dir")
+        from fastcnn.train import resumed_config
+
+        run = resumed_config(resume, given)
+    else:
+        run = config.resolve(
+            config.read_recipe(recipe) if recipe else {},
+            config.read_yaml(Path(config_file)) if config_file else {},
+            given,
+        )
     if print_config:
         import yaml
 
         click.echo(yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
-    start = time.perf_counter()
     from fastcnn.console import Console
     from fastcnn.train import fit
 
-    fit(run, run_dir=run_dir, console=Console(quiet=quiet), import_seconds=time.perf_counter() - start)
+    fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=time.perf_counter() - start)
 
 
 @commands.command(**HELP)

@@ -15,8 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fastcnn.errors import UsageError, nearest
 
 Activation = Literal["relu", "gelu", "silu", "mish", "elu", "leaky_relu", "selu", "tanh"]
-Augmentation = Literal["flip", "shift"]
-Schedule = Literal["constant", "cosine", "onecycle"]
+Augmentation = Literal["flip", "shift", "crop", "rotate", "colour", "cutout", "mixup", "cutmix"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["constant", "cosine", "step", "onecycle"]
+Balance = Literal["none", "weights", "sampling"]
 Engine = Literal["auto", "eager", "compiled", "graphed", "compiled+graphed"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Loader = Literal["auto", "resident"]
@@ -37,12 +39,34 @@ class Config:
     """Passes over the training photos."""
     batch_size: int = 32
     """Photos a step."""
+    optimizer: Optimizer = "adam"
+    """What updates the weights."""
     lr: float = 1e-3
-    """Learning rate of Adam: the highest, where a schedule changes it."""
+    """Learning rate: the highest, where a schedule changes it."""
+    momentum: float = 0.9
+    """Momentum of sgd (Nesterov's)."""
+    weight_decay: float = 0.0
+    """Decay of the weights of convolutions and dense layers: decoupled by adamw, in the gradient by the others."""
     schedule: Schedule = "constant"
     """How the learning rate changes from step to step."""
-    augment: tuple[Augmentation, ...] = ()
-    """Random changes to the training photos, as flip,shift; none for none."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from 0; onecycle has a rise of its own, the first 30%."""
+    decay_epochs: float | None = None
+    """Epochs between two drops of the step schedule; left out, a third of them all."""
+    decay_rate: float = 0.1
+    """What the step schedule multiplies the learning rate by."""
+    augment: tuple[str, ...] = ()
+    """Random changes to the training photos: none, light, strong, or a list as flip,rotate=20 (name=strength)."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    balance: Balance = "none"
+    """What makes up for classes of unequal size: weights in the loss, or sampling rare classes more often."""
+    patience: int | None = None
+    """Epochs without a better validation accuracy after which the run ends; left out, it never ends early."""
+    limit_train_batches: int | None = None
+    """Steps an epoch at most, for a dry run; left out, all."""
+    init_from: str | None = None
+    """A run or checkpoint whose weights to begin with; its output layer only where the number of classes agrees."""
     clip_norm: float | None = None
     """Largest norm of a step's gradient; left out, no limit."""
     ema: float = 0.0
@@ -52,6 +76,8 @@ class Config:
 
     image_size: int = 128
     """Side, in pixels, that photos are resized to (32 or more)."""
+    cache_size: int | None = None
+    """Side that photos are kept at, where larger: crops and turns then lose less; left out, the image size."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each colour channel (0 to 1), subtracted from the pixels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -101,15 +127,28 @@ class Config:
         """Coerce every field to its type and check its range."""
         for name, kind in field_types().items():
             object.__setattr__(self, name, _coerce(name, kind, getattr(self, name)))
+        object.__setattr__(self, "augment", _augmentations(self.augment))
         if len(self.filters) == 1:
             object.__setattr__(self, "filters", self.filters * NUM_BLOCKS)
         _check("epochs", self.epochs, self.epochs >= 1, "1 or more")
         _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
         _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        _check("momentum", self.momentum, 0 <= self.momentum < 1, "0 to below 1")
+        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or more")
+        _check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < float("inf"), "0 or more")
+        _check("decay_epochs", self.decay_epochs, self.decay_epochs is None or self.decay_epochs > 0, "above 0")
+        _check("decay_rate", self.decay_rate, 0 < self.decay_rate <= 1, "above 0, up to 1")
+        _check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 to below 1")
+        _check("patience", self.patience, self.patience is None or self.patience >= 1, "1 or more")
+        limit = self.limit_train_batches
+        _check("limit_train_batches", limit, limit is None or limit >= 1, "1 or more")
         _check("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "a number above 0")
         _check("ema", self.ema, 0 <= self.ema < 1, "0 to below 1")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
         _check("image_size", self.image_size, MIN_IMAGE_SIZE <= self.image_size <= 4096, "32 to 4096")
+        cache_size = self.cache_size
+        ok = cache_size is None or self.image_size <= cache_size <= 4096
+        _check("cache_size", cache_size, ok, f"the image size ({self.image_size}) to 4096")
         _check("mean", self.mean, len(self.mean) == 3, "three numbers")
         _check("std", self.std, len(self.std) == 3 and min(self.std) > 0, "three numbers above 0")
         _check(
@@ -131,6 +170,35 @@ class Config:
         """Return the fields as plain data, as they are written to config.yaml and checkpoints."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
+    @property
+    def decoded_size(self) -> int:
+        """Side, in pixels, that photos are decoded to."""
+        return self.cache_size or self.image_size
+
+    @property
+    def augmentations(self) -> list[tuple[str, float]]:
+        """Name and strength of each augmentation."""
+        return [(name, float(strength)) for name, _, strength in (item.partition("=") for item in self.augment)]
+
+
+STRENGTHS: dict[Augmentation, tuple[float, float]] = {
+    "flip": (0.5, 1),  # probability
+    "shift": (0.0625, 0.5),  # share of the side, at most: 8 pixels of 128
+    "crop": (0.35, 1),  # share of the area, at least
+    "rotate": (15, 180),  # degrees, at most
+    "colour": (0.3, 1),  # change of brightness, contrast and saturation, at most
+    "cutout": (0.25, 1),  # share of the side
+    "mixup": (0.2, 100),  # both parameters of the Beta distribution that the shares are drawn from
+    "cutmix": (1, 100),  # likewise
+}
+"""What each augmentation's strength is when none is given, and at most."""
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "light": ("flip", "shift"),
+    "strong": ("flip", "crop", "colour"),
+}
+"""Lists of augmentations with a name."""
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -221,6 +289,25 @@ def user_cache_folder() -> Path:
 def option_name(field: str) -> str:
     """Return the option of a field: --batch-size for batch_size."""
     return "--" + field.replace("_", "-")
+
+
+def _augmentations(items: tuple[str, ...]) -> tuple[str, ...]:
+    """Return augmentations as name=strength, presets written out."""
+    items = tuple(PRESETS[items[0]] if len(items) == 1 and items[0] in PRESETS else items)
+    found = {}
+    for item in items:
+        name, equals, strength = item.partition("=")
+        choices = [*STRENGTHS, *PRESETS]
+        if name not in STRENGTHS:
+            raise UsageError(
+                f"--augment: expected {', '.join(PRESETS)} or a list of {', '.join(STRENGTHS)}, "
+                f"got '{name}'{nearest(name, choices)}"
+            )
+        default, most = STRENGTHS[name]
+        value = _coerce_scalar("augment", float, strength) if equals else default
+        _check("augment", item, 0 < value <= most, f"a strength of {name} above 0, up to {most:g}")
+        found[name] = f"{name}={value:g}"
+    return tuple(found.values())
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:

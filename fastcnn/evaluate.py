@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.augment import resized
 from fastcnn.engines import Eager, Engine, Step
 from fastcnn.loader import Feed
 from fastcnn.metrics import Score, Sums
@@ -50,7 +51,8 @@ class EvaluationStep:
         photos = feed.permutation.index_select(0, places.clamp(max=count - 1))
         labels = feed.labels.index_select(0, photos)
         with torch.no_grad():
-            losses, guesses = self.forward(self.model, self.normalise, feed.images.index_select(0, photos), labels)
+            images = resized(feed.images.index_select(0, photos), self.normalise.image_size)
+            losses, guesses = self.forward(self.model, self.normalise, images, labels)
         self.sums.add(losses, guesses == labels, places < count)
         self.predicted.index_copy_(0, places.clamp(max=count), guesses)
         feed.cursor.add_(self.batch_size)

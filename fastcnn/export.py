@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn import artefact, checkpoint, dataset, runs, runtime
+from fastcnn.augment import resized
 from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest, warn
 from fastcnn.evaluate import restore
 from fastcnn.step import Normalise
@@ -119,7 +120,7 @@ def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.u
     try:
         data = dataset.prepare(
             config["data"],
-            image_size=size,
+            image_size=config["cache_size"] or size,
             decoder=config["decoder"],
             gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
             cache_dir=config["cache_dir"],
@@ -139,7 +140,8 @@ def _verify(path: Path, network: nn.Module, config: dict[str, Any], pixels: npt.
     for start in range(0, len(pixels), 64):
         batch = pixels[start : start + 64]
         with torch.inference_mode():
-            trained = torch.softmax(network(normalise(torch.from_numpy(batch))), 1).numpy()
+            images = resized(torch.from_numpy(batch), config["image_size"])
+            trained = torch.softmax(network(normalise(images)), 1).numpy()
         difference = float(np.abs(exported.probabilities(batch) - trained).max())
         if not difference <= TOLERANCE:
             raise CheckError(

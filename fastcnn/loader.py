@@ -30,11 +30,13 @@ class Feed:
         """Return the number of photos."""
         return len(self.labels)
 
-    def start_epoch(self, seed: int, epoch: int) -> None:
-        """Shuffle for an epoch: an order made of (seed, epoch) alone, so that a resumed run sees it again."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self))
-        self.permutation.copy_(torch.from_numpy(order))
-        self.cursor.zero_()
+    def start_epoch(self, seed: int, epoch: int, *, balanced: bool = False, start: int = 0) -> None:
+        """Shuffle for an epoch: an order made of (seed, epoch) alone, so that a resumed run sees it again.
+
+        balanced: draw as many photos of each class, rare ones several times. start: the place to go on from.
+        """
+        self.permutation.copy_(torch.from_numpy(epoch_order(self.labels.cpu().numpy(), seed, epoch, balanced)))
+        self.cursor.fill_(start)
 
 
 def resident(cache: Cache, photos: npt.NDArray[np.intp], labels: npt.NDArray[np.int64], device: torch.device) -> Feed:
@@ -46,6 +48,15 @@ def resident(cache: Cache, photos: npt.NDArray[np.intp], labels: npt.NDArray[np.
         permutation=torch.arange(len(photos), device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
     )
+
+
+def epoch_order(labels: npt.NDArray[np.int64], seed: int, epoch: int, balanced: bool) -> npt.NDArray[np.int64]:
+    """Return (N,) positions: a permutation; where balanced, draws with replacement in which classes are alike."""
+    generator = np.random.default_rng([seed, epoch])
+    if not balanced:
+        return generator.permutation(len(labels))
+    chances = 1 / np.bincount(labels)[labels]
+    return generator.choice(len(labels), len(labels), p=chances / chances.sum())
 
 
 LOADERS: dict[str, Callable[[Cache, npt.NDArray[np.intp], npt.NDArray[np.int64], torch.device], Feed]] = {

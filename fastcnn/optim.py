@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from fastcnn.model import BatchNorm, SmallCNN
 
@@ -51,6 +52,12 @@ class FlatParameters:
         if self._num_low < len(pieces):
             torch.cat(pieces[self._num_low :], out=self.gradient[split:])
 
+    def weights_only(self, value: float) -> Tensor:
+        """Return (P,): `value` at the weights of convolutions and dense layers, 0 at biases and batch norms."""
+        shares = [value if p.dim() > 1 else 0.0 for _, p in ordered(self.model)]
+        counts = torch.tensor(self._sizes)
+        return torch.tensor(shares).repeat_interleave(counts).to(self.values.device)
+
     def refresh(self) -> None:
         """Bring `compute` up to date after the values have changed."""
         if self.low is not None:
@@ -89,23 +96,53 @@ def ordered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return sorted(model.named_parameters(), key=lambda named: id(named[1]) in norms)
 
 
-class Adam:
-    """Adam over flat parameters. All it reads and writes are device tensors, allocated once.
+class Optimizer:
+    """Updates flat parameters. All it reads and writes are device tensors, allocated once.
 
-    D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980. It calls torch's own fused
-    kernel by its functional form: torch.optim.Adam would make its state in the first step, inside a capture, and its
-    constructor imports dynamo, a second of every start.
+    It calls torch's own fused kernels by their functional form: torch.optim's classes would make their state in the
+    first step, inside a capture, and their constructors import dynamo, a second of every start.
+
+    weight_decay: of the weights of convolutions and dense layers; biases and batch norms are left alone.
     """
 
-    def __init__(self, parameters: FlatParameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self.parameters, self.betas = parameters, betas
+    decoupled = False
+    """Whether weight decay is applied to the weights themselves (I. Loshchilov and F. Hutter, arXiv:1711.05101)."""
+
+    def __init__(self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0) -> None:
+        self.parameters = parameters
         values = parameters.values
         self.lr = torch.tensor(lr, device=values.device)  # a Python number would be frozen into a captured graph
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
+        self.decay = parameters.weights_only(weight_decay) if weight_decay else None
         self.num_updates = torch.zeros((), device=values.device)
 
     def step(self, skip: Tensor) -> None:
         """Update the parameters by their gradient; not where `skip` () is 1."""
+        values, gradient = self.parameters.values, self.parameters.gradient
+        if self.decay is not None and self.decoupled:
+            values.addcmul_(values, self.decay * (self.lr * (skip - 1)))
+        elif self.decay is not None:
+            gradient.addcmul_(values, self.decay)
+        self._update(skip)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint needs to go on."""
+        return {"lr": self.lr, "num_updates": self.num_updates, **self._moments()}
+
+    def _update(self, skip: Tensor) -> None:
+        raise NotImplementedError
+
+    def _moments(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class Adam(Optimizer):
+    """D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980."""
+
+    def __init__(self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, lr, weight_decay)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(parameters.values), torch.zeros_like(parameters.values)
+
+    def _update(self, skip: Tensor) -> None:
         adam(
             [self.parameters.values],
             [self.parameters.gradient],
@@ -116,18 +153,55 @@ class Adam:
             fused=True,
             amsgrad=False,
             found_inf=skip,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
+            beta1=0.9,
+            beta2=0.999,
             lr=self.lr,
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint needs to go on."""
-        names = ("lr", "exp_avg", "exp_avg_sq", "num_updates")
-        return {name: getattr(self, name) for name in names}
+    def _moments(self) -> dict[str, Tensor]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay."""
+
+    decoupled = True
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with Nesterov's momentum."""
+
+    def __init__(
+        self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0, *, momentum: float = 0.9
+    ) -> None:
+        super().__init__(parameters, lr, weight_decay)
+        self.momentum, self.velocity = momentum, torch.zeros_like(parameters.values)
+
+    def _update(self, skip: Tensor) -> None:
+        sgd(
+            [self.parameters.values],
+            [self.parameters.gradient],
+            [self.velocity],
+            fused=True,
+            foreach=False,
+            found_inf=skip,
+            weight_decay=0.0,
+            momentum=self.momentum,
+            lr=self.lr,  # type: ignore[arg-type]
+            dampening=0.0,
+            nesterov=self.momentum > 0,
+            maximize=False,
+        )
+        self.num_updates.add_(1 - skip)
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {"velocity": self.velocity}
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 
 
 class LossScale:
@@ -142,9 +216,9 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
         self.interval = interval
 
-    def state(self) -> tuple[Tensor, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return what a step changes."""
-        return self.scale, self.good_steps
+        return {"scale": self.scale, "good_steps": self.good_steps}
 
     def update(self, overflow: Tensor) -> None:
         """Change the scale after a step; `overflow` () is 1 where its gradient was not finite."""
@@ -154,29 +228,57 @@ class LossScale:
         self.good_steps.mul_(1 - grown)
 
 
-def schedule(name: str, lr: float, num_steps: int) -> Tensor:
-    """Return (num_steps,) learning rates: "constant", "cosine" down to 0, or "onecycle".
+def schedule(
+    name: str,
+    lr: float,
+    num_steps: int,
+    *,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    decay_rate: float = 0.1,
+) -> Tensor:
+    """Return (num_steps,) learning rates: those of `SCHEDULES`, after a linear rise over `warmup_steps`.
 
-    onecycle: L. N. Smith and N. Topin, "Super-Convergence", arXiv:1708.07120: from lr / 25 up to lr over the first 30%
-    and down to lr / 250,000, both along a cosine, as torch.optim.lr_scheduler.OneCycleLR does.
+    decay_steps, decay_rate: how often, and to what share, "step" drops; None is a third of the run.
     """
-    if name == "constant":
-        return torch.full((num_steps,), lr)
-    if name == "cosine":
-        return torch.tensor([lr * (1 + math.cos(math.pi * i / num_steps)) / 2 for i in range(num_steps)])
-    assert name == "onecycle", name
+    rise = [(i + 1) / (warmup_steps + 1) for i in range(min(warmup_steps, num_steps))]
+    rest = num_steps - len(rise)
+    every = decay_steps or max(1, num_steps // 3)
+    shares = rise + [SCHEDULES[name](i, rest, every, decay_rate) for i in range(rest)]
+    return (lr * torch.tensor(shares, dtype=torch.float64)).float()
+
+
+def _constant(step: int, num_steps: int, every: int, rate: float) -> float:
+    return 1.0
+
+
+def _cosine(step: int, num_steps: int, every: int, rate: float) -> float:
+    return (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+def _step(step: int, num_steps: int, every: int, rate: float) -> float:
+    return rate ** (step // every)
+
+
+def _onecycle(step: int, num_steps: int, every: int, rate: float) -> float:
+    """L. N. Smith and N. Topin, "Super-Convergence", arXiv:1708.07120.
+
+    From 1 / 25 up to 1 over the first 30% and down to 1 / 250,000, both along a cosine, as
+    torch.optim.lr_scheduler.OneCycleLR does.
+    """
     peak = max(0.3 * num_steps - 1, 0.5)  # in a run of a few steps the first is all that rises
-    return torch.tensor(
-        [
-            _between(lr / 25, lr, i / peak)
-            if i <= peak
-            else _between(lr, lr / 25e4, (i - peak) / (num_steps - 1 - peak))
-            for i in range(num_steps)
-        ]
-    )
+    if step <= peak:
+        return _between(1 / 25, 1, step / peak)
+    return _between(1, 1 / 25e4, (step - peak) / (num_steps - 1 - peak))
 
 
-SCHEDULES = ("constant", "cosine", "onecycle")
+SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "step": _step,
+    "onecycle": _onecycle,
+}
+"""(step, steps of the run, steps between two drops, what a drop leaves) -> share of the learning rate."""
 
 
 def average_weights(decay: float, num_steps: int) -> Tensor:

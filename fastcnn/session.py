@@ -7,18 +7,21 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from fastcnn import checkpoint, engines, runtime
+from fastcnn import checkpoint, engines, runs, runtime
+from fastcnn.augment import Augment
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
 from fastcnn.engines import Engine
+from fastcnn.errors import FastCNNError, warn
 from fastcnn.evaluate import Evaluator
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
-from fastcnn.optim import Adam, FlatParameters, average_weights, schedule
+from fastcnn.optim import OPTIMIZERS, FlatParameters, average_weights, schedule
 from fastcnn.step import Normalise, TrainingStep
 
 
@@ -35,6 +38,8 @@ class Session:
     """Why `--engine auto` chose the engine."""
     epoch: int = 0
     """Epochs finished."""
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """Figures of the epochs finished, as in metrics.csv."""
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     """Figures of the best epoch so far."""
 
@@ -53,14 +58,37 @@ class Session:
             "model": self.model.state_dict(),
             "optimizer": step.optimizer.state_dict(),
             "average": step.average,
+            "loss_scale": step.loss_scale.state_dict() if step.loss_scale else {},
             "epoch": self.epoch,
             "cursor": int(step.feed.cursor),
             "step": int(step.number),
             "sums": step.sums.values,
             "best": self.best,
+            "rows": self.rows,
             "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state() if step.number.is_cuda else None,
         }
         checkpoint.save(self.run_dir / name, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where a checkpoint of this run was saved."""
+        step = self.step
+        self.model.load_state_dict(state["model"])
+        step.parameters.refresh()
+        saved = {**state["optimizer"], **state["loss_scale"], "average": state["average"]}
+        current = {**step.optimizer.state_dict(), "average": step.average}
+        current |= step.loss_scale.state_dict() if step.loss_scale else {}
+        with torch.no_grad():
+            for key, tensor in current.items():
+                if tensor is not None and saved.get(key) is not None:
+                    tensor.copy_(saved[key])
+            step.sums.values.copy_(state["sums"])
+        step.number.fill_(state["step"])
+        step.feed.cursor.fill_(state["cursor"])
+        self.epoch, self.rows, self.best = state["epoch"], list(state["rows"]), dict(state["best"])
+        torch.set_rng_state(state["rng"].cpu())
+        if step.number.is_cuda and state["device_rng"] is not None:
+            torch.cuda.set_rng_state(state["device_rng"].cpu())
 
 
 def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) -> Session:
@@ -76,22 +104,63 @@ def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) ->
         dense_neurons=config.dense_neurons,
         dropout=config.dropout,
         image_size=config.image_size,
-    ).to(device)
+    )
+    if config.init_from:
+        begin_with(model, config.init_from)
+    model = model.to(device)
     dtype = runtime.DTYPES[config.precision]
     parameters = FlatParameters(model, dtype)
-    num_steps = config.epochs * (len(feed) // config.batch_size)
+    steps_per_epoch = min(len(feed) // config.batch_size, config.limit_train_batches or len(feed))
+    num_steps = config.epochs * steps_per_epoch
+    own = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     step = TrainingStep(
         parameters,
-        Adam(parameters, config.lr),
+        OPTIMIZERS[config.optimizer](parameters, config.lr, config.weight_decay, **own),
         feed,
         Normalise(config.mean, config.std, config.image_size, dtype, device),
         batch_size=config.batch_size,
-        rates=schedule(config.schedule, config.lr, num_steps),
-        augmentations=config.augment,
+        rates=schedule(
+            config.schedule,
+            config.lr,
+            num_steps,
+            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            decay_steps=max(1, round(config.decay_epochs * steps_per_epoch)) if config.decay_epochs else None,
+            decay_rate=config.decay_rate,
+        ),
+        augment=Augment(config.augmentations, config.image_size),
+        label_smoothing=config.label_smoothing,
+        class_weights=class_weights(feed, len(classes)) if config.balance == "weights" else None,
+        limit=config.limit_train_batches,
         clip_norm=config.clip_norm,
         average=average_weights(config.ema, num_steps) if config.ema else None,
     )
     return Session(config, folder, classes, model, step)
+
+
+def class_weights(feed: Feed, num_classes: int) -> Tensor:
+    """Return (num_classes,): weights that make the classes count alike; 1 on average over the feed's photos."""
+    counts = torch.bincount(feed.labels, minlength=num_classes).clamp(min=1)
+    return len(feed) / (num_classes * counts.float())
+
+
+def begin_with(model: SmallCNN, source: str) -> None:
+    """Load the weights of a run or checkpoint; the output layer stays as it is where the classes differ in number.
+
+    Raises FastCNNError, naming the first, where another weight has another shape.
+    """
+    path = Path(source) if Path(source).is_file() else runs.find(source) / "best.pt"
+    found, own = checkpoint.load(path)["model"], model.state_dict()
+    anew = {name for name in ("output.weight", "output.bias") if found[name].shape != own[name].shape}
+    for name, value in own.items():
+        if name not in found or (name not in anew and found[name].shape != value.shape):
+            shape = tuple(found[name].shape) if name in found else "nothing"
+            raise FastCNNError(
+                f"--init-from {source}: {name} is {shape} there and {tuple(value.shape)} here: "
+                "give the options of that network (its config.yaml has them)"
+            )
+    model.load_state_dict({name: own[name] if name in anew else found[name] for name in own})
+    if anew:
+        warn(f"--init-from {source}: its number of classes is another, so the output layer begins anew")
 
 
 def make_engine(session: Session) -> Engine:

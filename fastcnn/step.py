@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcnn.augment import augment
+from fastcnn.augment import Augment, Batch
 from fastcnn.loader import Feed
 from fastcnn.metrics import Sums
-from fastcnn.optim import Adam, FlatParameters, LossScale
+from fastcnn.optim import FlatParameters, LossScale, Optimizer
 
 
 class Normalise:
@@ -28,7 +28,7 @@ class Normalise:
         # For a whole row of pixels (W * 3,): broadcasting three numbers takes 3.5 times as long on a CPU.
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(image_size)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).repeat(image_size)
-        self.dtype = dtype
+        self.dtype, self.image_size = dtype, image_size
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the normalised images. The arithmetic is fp32; the result is rounded once."""
@@ -36,10 +36,21 @@ class Normalise:
         return torch.addcmul(self.shift, rows, self.scale).to(self.dtype).view(images.shape).permute(0, 3, 1, 2)
 
 
-def forward(model: nn.Module, normalise: Normalise, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (N,) cross-entropy and (N,) most probable class of a uint8 batch. This is what is compiled."""
+def forward(
+    model: nn.Module,
+    normalise: Normalise,
+    images: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (N,) cross-entropy and (N,) most probable class of a uint8 batch. This is what is compiled.
+
+    targets: (N,) int64 labels, or (N, num_classes) what each class counts for.
+    """
     logits = model(normalise(images)).float()
-    return F.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(1)
+    losses = F.cross_entropy(logits, targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
+    return losses, logits.detach().argmax(1)
 
 
 class TrainingStep:
@@ -55,7 +66,10 @@ class TrainingStep:
         normalise: pixels to input; its dtype is the arithmetic's.
         batch_size: photos a step.
         rates: (T,) learning rate of each step of the run.
-        augmentations: names in `augment.AUGMENTATIONS`.
+        augment: reads a batch and changes it; None reads it as it is.
+        label_smoothing: share of each label that is spread over all classes.
+        class_weights: (num_classes,) what the classes' losses count for, on average 1; None is 1 for all.
+        limit: steps an epoch at most; None is all.
         clip_norm: the gradient's largest norm; None leaves it.
         average: (T,) weight of each step's values in their moving average; None keeps none.
     """
@@ -63,26 +77,33 @@ class TrainingStep:
     def __init__(
         self,
         parameters: FlatParameters,
-        optimizer: Adam,
+        optimizer: Optimizer,
         feed: Feed,
         normalise: Normalise,
         *,
         batch_size: int,
         rates: Tensor,
-        augmentations: Sequence[str] = (),
+        augment: Augment | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        limit: int | None = None,
         clip_norm: float | None = None,
         average: Tensor | None = None,
     ) -> None:
         device = feed.images.device
         self.parameters, self.optimizer, self.feed, self.normalise = parameters, optimizer, feed, normalise
-        self.batch_size, self.augmentations, self.clip_norm = batch_size, tuple(augmentations), clip_norm
+        self.batch_size, self.clip_norm, self.label_smoothing = batch_size, clip_norm, label_smoothing
+        self.augment = augment or Augment((), feed.images.shape[1])
+        self.class_weights = None if class_weights is None else class_weights.to(device)
         self.rates = rates.to(device)
         self.average_weights = None if average is None else average.to(device)
         self.average = None if average is None else parameters.values.clone()
         self.loss_scale = LossScale(device) if normalise.dtype == torch.float16 else None
-        self.num_steps = len(feed) // batch_size  # an epoch's: the permutation's tail is dropped
+        # An epoch's: the permutation's tail is dropped.
+        self.num_steps = min(len(feed) // batch_size, limit or len(feed))
         self.offsets = torch.arange(batch_size, device=device)
         self.weights = torch.ones(batch_size, device=device)
+        self.one_hot = torch.eye(parameters.model.output.out_features, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
         self.frozen = torch.zeros((), device=device)  # 1 from the first loss that is no number: no more updates
         self.sums = Sums(device)
@@ -92,14 +113,20 @@ class TrainingStep:
         """Train on the batch at the feed's cursor and move the cursor behind it."""
         feed = self.feed
         photos = feed.permutation.index_select(0, feed.cursor + self.offsets)
-        images = augment(feed.images.index_select(0, photos), self.augmentations)  # (N, H, W, 3) uint8
-        labels = feed.labels.index_select(0, photos)  # (N,)
-        losses, guesses = self.forward(self.parameters.compute, self.normalise, images, labels)
+        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos))
+        losses, guesses = self.forward(
+            self.parameters.compute,
+            self.normalise,
+            batch.images,
+            self._targets(batch),
+            self.label_smoothing,
+            self.class_weights,
+        )
         loss = losses.mean()
         objective = loss if self.loss_scale is None else loss * self.loss_scale.scale
         self.parameters.set_gradients(torch.autograd.grad(objective, self.parameters.inputs))
         self._update(loss.detach())
-        self.sums.add(losses.detach(), guesses == labels, self.weights)
+        self.sums.add(losses.detach(), guesses == batch.labels, self.weights)
         feed.cursor.add_(self.batch_size)
         self.number.add_(1)
 
@@ -112,7 +139,7 @@ class TrainingStep:
             parameters.low,
             *parameters.model.buffers(),
             *optimizer.state_dict().values(),
-            *(self.loss_scale.state() if self.loss_scale else ()),
+            *(self.loss_scale.state_dict().values() if self.loss_scale else ()),
             self.average,
             self.feed.cursor,
             self.number,
@@ -120,6 +147,12 @@ class TrainingStep:
             self.sums.values,
         ]
         return [tensor for tensor in tensors if tensor is not None]
+
+    def _targets(self, batch: Batch) -> Tensor:
+        if batch.others is None or batch.share is None:
+            return batch.labels
+        own, other = self.one_hot.index_select(0, batch.labels), self.one_hot.index_select(0, batch.others)
+        return torch.lerp(other, own, batch.share[:, None])
 
     def _update(self, loss: Tensor) -> None:
         parameters, optimizer, gradient = self.parameters, self.optimizer, self.parameters.gradient

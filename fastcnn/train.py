@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -17,7 +18,7 @@ import yaml
 
 from fastcnn import checkpoint, dataset, index, runs, runtime, signals
 from fastcnn import session as sessions
-from fastcnn.config import Config
+from fastcnn.config import Config, field_types, option_name, resolve
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
 from fastcnn.engines import Engine
@@ -54,6 +55,7 @@ def fit(
     config: Config,
     *,
     run_dir: str | Path | None = None,
+    resume: str | Path | None = None,
     console: Console | None = None,
     import_seconds: float = 0.0,
 ) -> Result:
@@ -62,6 +64,7 @@ def fit(
     Args:
         config: the run.
         run_dir: where to; None takes the next free name under `runs/`. A folder with files in it is refused.
+        resume: the run to go on with from its `last.pt`, in its folder; `config` is then that of `resumed_config`.
         console: where progress is shown; None shows nothing.
         import_seconds: what importing cost before this call, for the time table.
 
@@ -74,21 +77,22 @@ def fit(
     config = _resolve(config)
     device = torch.device(config.device)
     tf32 = config.precision == "tf32"
+    name = Path(config.data).name or "run"
     with (
-        runs.folder(run_dir, Path(config.data).name or "run") as folder,
+        contextlib.nullcontext(runs.find(resume)) if resume else runs.folder(run_dir, name) as folder,
         runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32),
     ):
         with console.progress("decoding", "photos") as progress:
             data = dataset.prepare(
                 config.data,
-                image_size=config.image_size,
+                image_size=config.decoded_size,
                 decoder=config.decoder,
                 gpu=device.index if device.type == "cuda" else None,
                 workers=config.workers,
                 cache_dir=config.cache_dir,
                 val_fraction=config.val_fraction,
                 seed=config.seed,
-                split=config.split,
+                split=folder / "split.csv" if resume else config.split,
                 max_bad=config.max_bad,
                 strict=config.strict,
                 progress=lambda done, total: progress(done, total, ""),
@@ -110,6 +114,8 @@ def fit(
                 "lower --batch-size or add photos"
             )
         session = sessions.start(config, folder, data.index.classes, feeds["train"])
+        if resume:
+            _restore(session, console)
         with watch.stage("compile"):
             engine = sessions.make_engine(session)
             evaluator = sessions.make_evaluator(session, feeds["val"])
@@ -122,10 +128,41 @@ def fit(
         )
         trackers = [make(session.run_dir, console, config.epochs) for make in TRACKERS.values()]
         with signals.received() as stop:
-            rows = _train(session, engine, evaluator, watch, trackers, console, stop)
-        summary = _finish(session, data, feeds, rows, watch)
+            _train(session, engine, evaluator, watch, trackers, console, stop)
+        summary = _finish(session, data, feeds, watch)
     _report(console, summary, session.run_dir)
-    return Result(session.run_dir, rows, summary)
+    return Result(session.run_dir, session.rows, summary)
+
+
+RESUMABLE = ("epochs", "device", "wandb")  # what may change when a run goes on
+
+
+def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
+    """Return the configuration to go on with a run by: its own, with other `epochs` or another `device`.
+
+    Raises UsageError for any other change, FastCNNError where there is no such run or no `last.pt` in it.
+    """
+    refused = [option_name(name) for name in changes if name not in RESUMABLE]
+    if refused:
+        raise UsageError(
+            f"--resume goes on as before: {', '.join(refused)} cannot change, "
+            f"only {', '.join(option_name(name) for name in RESUMABLE)}"
+        )
+    state = checkpoint.load(runs.find(run) / "last.pt")
+    saved = {name: value for name, value in state["config"].items() if name in field_types()}
+    config = resolve(saved, changes)
+    if config.epochs <= state["epoch"]:
+        raise UsageError(f"--resume: {run} has its {state['epoch']} epochs: give more with --epochs")
+    return config
+
+
+def _restore(session: Session, console: Console) -> None:
+    state = checkpoint.load(session.run_dir / "last.pt", session.step.feed.images.device)
+    if tuple(state["classes"]) != session.classes:
+        raise DataError(f"{session.run_dir} was trained on other classes than there are now: begin a new run")
+    session.restore(state)
+    done = state["cursor"] // session.config.batch_size % session.step.num_steps
+    console.line(f"going on after epoch {session.epoch}" + (f" and {done} steps" if done else ""))
 
 
 def _resolve(config: Config) -> Config:
@@ -138,6 +175,8 @@ def _resolve(config: Config) -> Config:
         data=str(Path(config.data).resolve()),
         split=config.split and str(Path(config.split).resolve()),
         cache_dir=config.cache_dir and str(Path(config.cache_dir).resolve()),
+        init_from=config.init_from
+        and str(Path(config.init_from).resolve() if Path(config.init_from).exists() else config.init_from),
         device=str(device),
         precision=runtime.pick_precision(
             config.precision, device, deterministic=config.deterministic, strict=config.strict
@@ -163,19 +202,22 @@ def _train(
     trackers: list[Tracker],
     console: Console,
     stop: list[int],
-) -> list[dict[str, float]]:
-    """Run the epochs and return a row each. `stop` holds the signal that asks the run to end, once one came."""
+) -> None:
+    """Run the epochs that are left. `stop` holds the signal that asks the run to end, once one came."""
     config, step = session.config, session.step
-    rows: list[dict[str, float]] = []
-    for epoch in range(1, config.epochs + 1):
-        start = time.perf_counter()
+    while session.epoch < config.epochs and not _is_stale(session, console):
+        epoch, start = session.epoch + 1, time.perf_counter()
+        done = _steps_done(step)
         step.parameters.compute.train()
         with watch.stage("train"), console.progress(f"epoch {epoch}/{config.epochs}", "steps") as progress:
-            step.feed.start_epoch(config.seed, epoch)
-            step.sums.reset()
-            for done, live in _run_epoch(step, engine):
-                rate = live.count / (time.perf_counter() - start)
-                progress(done, step.num_steps, f"loss {live.loss:.4f}  {rate:,.0f} images/s")
+            step.feed.start_epoch(
+                config.seed, epoch, balanced=config.balance == "sampling", start=done * config.batch_size
+            )
+            if not done:
+                step.sums.reset()
+            for queued, live in _run_epoch(step, engine, done):
+                rate = (live.count - done * config.batch_size) / (time.perf_counter() - start)
+                progress(queued, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
                 if stop:
                     session.save("last.pt")
                     raise Interrupted(stop[0], session.run_dir)
@@ -193,25 +235,38 @@ def _train(
             "val/loss": val.loss,
             "val/accuracy": val.accuracy,
             "lr": float(step.optimizer.lr),
-            "images_per_second": train.count / train_seconds,
+            "images_per_second": (train.count - done * config.batch_size) / train_seconds,
         }
-        rows.append(row)
+        session.rows.append(row)
         is_best = not session.best or _rank(row) > _rank(session.best)
         if is_best:
             session.best = row
         with watch.stage("checkpoint"):
-            session.save("last.pt")
             if is_best:
                 with session.averaged():
                     session.save("best.pt")
+            session.save("last.pt")
         for tracker in trackers:
             tracker.epoch(row)
-    return rows
 
 
-def _run_epoch(step: TrainingStep, engine: Engine) -> Iterator[tuple[int, Score]]:
+def _steps_done(step: TrainingStep) -> int:
+    """Return the steps that an interrupted epoch has behind it; 0 where the next epoch begins."""
+    return int(step.feed.cursor) // step.batch_size % step.num_steps
+
+
+def _is_stale(session: Session, console: Console) -> bool:
+    """Return whether the validation accuracy has not risen for `--patience` epochs."""
+    patience = session.config.patience
+    if patience is None or session.epoch - session.best.get("epoch", session.epoch) < patience:
+        return False
+    console.line(f"ended early: no better validation accuracy for {patience} epochs")
+    return True
+
+
+def _run_epoch(step: TrainingStep, engine: Engine, done: int) -> Iterator[tuple[int, Score]]:
     """Run an epoch's steps in portions of about a tenth of a second; yield the steps queued and the score so far."""
-    done, portion, live = 0, 1, Live(step.sums)
+    portion, live = 1, Live(step.sums)
     while done < step.num_steps:
         start = time.perf_counter()
         portion = min(portion, step.num_steps - done)
@@ -240,9 +295,7 @@ def _rank(row: dict[str, float]) -> tuple[float, float]:
     return row["val/accuracy"], -loss if loss == loss else float("-inf")
 
 
-def _finish(
-    session: Session, data: Dataset, feeds: dict[str, Feed], rows: list[dict[str, float]], watch: Stopwatch
-) -> dict[str, Any]:
+def _finish(session: Session, data: Dataset, feeds: dict[str, Feed], watch: Stopwatch) -> dict[str, Any]:
     """Look at the test set once, with the best weights; write and return what result.json holds."""
     config, step, test = session.config, session.step, Score(loss=float("nan"), accuracy=float("nan"), count=0)
     device = step.feed.images.device
@@ -251,7 +304,7 @@ def _finish(
             session.model.load_state_dict(checkpoint.load(session.run_dir / "best.pt", device)["model"])
             step.parameters.refresh()
             test = sessions.make_evaluator(session, feeds["test"])().score
-    steady = rows[1:] or rows
+    steady = session.rows[1:] or session.rows
     stages = {name: watch.seconds.get(name, 0.0) for name in STAGES}
     summary = {
         "engine": config.engine,
@@ -260,6 +313,7 @@ def _finish(
         "loader": config.loader,
         "precision": config.precision,
         "device": config.device,
+        "epochs": session.epoch,
         "best_epoch": int(session.best["epoch"]),
         "num_train": len(feeds["train"]),
         "num_val": len(feeds["val"]),

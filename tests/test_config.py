@@ -16,7 +16,7 @@ from fastcnn.engines import ENGINES, NEXT_BEST
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.loader import LOADERS
 from fastcnn.model import ACTIVATIONS
-from fastcnn.optim import SCHEDULES
+from fastcnn.optim import OPTIMIZERS, SCHEDULES
 from fastcnn.runtime import DTYPES
 from pipelines import BACKENDS
 
@@ -26,6 +26,8 @@ from pipelines import BACKENDS
     [
         (config.Activation, ACTIVATIONS),
         (config.Augmentation, AUGMENTATIONS),
+        (config.Augmentation, config.STRENGTHS),
+        (config.Optimizer, OPTIMIZERS),
         (config.Schedule, SCHEDULES),
         (config.Engine, {"auto", *ENGINES}),
         (config.Precision, {"auto", *DTYPES}),
@@ -62,7 +64,9 @@ def test_recipe_seed_is_the_defaults() -> None:
         ("filters", 16, (16,) * 5),
         ("batch_norm", "False", False),
         ("workers", "none", None),
-        ("augment", "flip, shift", ("flip", "shift")),
+        ("augment", "flip, shift=0.1", ("flip=0.5", "shift=0.1")),
+        ("augment", "light", ("flip=0.5", "shift=0.0625")),
+        ("augment", ["mixup"], ("mixup=0.2",)),
         ("augment", "none", ()),
         ("augment", [], ()),
         ("device", "cuda:1", "cuda:1"),
@@ -91,6 +95,9 @@ def test_values_are_coerced(name: str, given_: object, value: object) -> None:
         ("batch_norm", "perhaps", "true or false"),
         ("epoch", 3, "did you mean 'epochs'"),
         ("augment", "flip,shfit", "did you mean 'shift'"),
+        ("augment", "flip=2", "a strength of flip above 0, up to 1"),
+        ("augment", "rotate=much", "a number"),
+        ("cache_size", 64, "the image size (128) to 4096"),
         ("clip_norm", "0", "above 0"),
         ("ema", "1", "0 to below 1"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn import Config, checkpoint, engines, fit
-from fastcnn.augment import AUGMENTATIONS, augment
+from fastcnn.augment import AUGMENTATIONS, Augment, Batch
+from fastcnn.config import STRENGTHS
 from fastcnn.engines import Eager, Engine, Graphed, NoEngine, direct_call, rehearsal
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.evaluate import EvaluationStep, Evaluator
@@ -56,6 +57,7 @@ def make_step(
 ) -> TrainingStep:
     parameters = FlatParameters((model or make_model()).to(device), dtype)
     rates = options.pop("rates", schedule("onecycle", LR, num_steps))
+    augment = make_augment(options.pop("augmentations", ()))
     return TrainingStep(
         parameters,
         Adam(parameters, LR),
@@ -63,8 +65,19 @@ def make_step(
         Normalise(MEAN, STD, 32, dtype, device),
         batch_size=BATCH,
         rates=rates,
+        augment=augment,
         **options,
     )
+
+
+def make_augment(names: Sequence[str]) -> Augment:
+    return Augment([(name, STRENGTHS[name][0]) for name in names], 32)  # type: ignore[index]
+
+
+def targets(batch: Batch) -> Tensor:
+    if batch.others is None or batch.share is None:
+        return batch.labels
+    return torch.lerp(F.one_hot(batch.others, 4).float(), F.one_hot(batch.labels, 4).float(), batch.share[:, None])
 
 
 def run_epochs(step: TrainingStep, engine: Engine, num_steps: int) -> None:
@@ -110,9 +123,9 @@ def test_fifty_steps_equal_a_plain_loop_to_the_bit(
             if number == 50:
                 break
             batch = torch.from_numpy(order[start : start + BATCH])
-            images = augment(feed.images[batch], augmentations)
-            logits = model(step.normalise(images))
-            loss = F.cross_entropy(logits, feed.labels[batch], reduction="none")
+            changed = make_augment(augmentations)(feed.images, batch, feed.labels[batch])
+            logits = model(step.normalise(changed.images))
+            loss = F.cross_entropy(logits, targets(changed), reduction="none")
             model.zero_grad()
             loss.mean().backward()
             flat.grad = torch.cat([memory_order(gradient(p)) for p in parameters])
@@ -442,12 +455,13 @@ def test_fp16_skips_an_overflow_and_learns_on() -> None:
 def test_augmentations() -> None:
     torch.manual_seed(0)
     images = make_feed().images
-    flipped = AUGMENTATIONS["flip"](images)
+    photos, labels = torch.arange(PHOTOS), make_feed().labels
+    flipped = make_augment(["flip"])(images, photos, labels).images
     mirrored = (flipped == images.flip(2)).flatten(1).all(1)
     same = (flipped == images).flatten(1).all(1)
     assert (mirrored | same).all()
     assert 10 < mirrored.sum() < 50
-    shifted = AUGMENTATIONS["shift"](images)
+    shifted = make_augment(["shift"])(images, photos, labels).images
     assert shifted.shape == images.shape
     assert shifted.dtype == torch.uint8
     inside = shifted[:, 8:24, 8:24]
