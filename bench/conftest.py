@@ -46,7 +46,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "decode_photos": 1000,
         "networks": NETWORKS[:1],
         "batches": [32],
-        "epochs": 3,
+        "epochs": 2,
         "train_rounds": 1,
         "try_compile": False,
         "growth_photos": [1000, 3000],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.growth import GROWING
 from bench.record import Record, Row
 from bench.tables import STAGES, grown, machine, rate
 
@@ -79,16 +81,19 @@ def _network(row: Row) -> str:
 
 
 def _bars(rows: list[Row]) -> list[tuple[str, float, str]]:
-    """Return name, images/s and colour; a baseline that several contenders in a row raced stands once, last."""
+    """Return name, images/s and colour. Baselines stand once, below the contenders in a row that raced them."""
     bars: list[tuple[str, float, str]] = []
-    theirs: dict[str, float] = {}
-    for row in rows:
-        info = row["extra_info"]
-        if theirs and list(info["over"]) != list(theirs):
-            bars += [(name, value, THEIRS) for name, value in theirs.items()]
-        bars.append((row["name"], info["images_per_second"], OURS))
-        theirs = info["baseline_images_per_second"]
-    return bars + [(name, value, THEIRS) for name, value in theirs.items()]
+    for _, together in itertools.groupby(rows, key=_race):
+        mine = list(together)
+        bars += [(row["name"], row["extra_info"]["images_per_second"], OURS) for row in mine]
+        theirs = mine[-1]["extra_info"]["baseline_images_per_second"]
+        bars += [(_wrapped(name), value, THEIRS) for name, value in theirs.items()]
+    return bars
+
+
+def _race(row: Row) -> tuple[list[str], Any]:
+    """Return what contenders that raced the same baselines at the same work have in common."""
+    return list(row["extra_info"]["over"]), row["extra_info"].get("batch")
 
 
 def _draw_bars(axes: Axes, bars: list[tuple[str, float, str]]) -> None:
@@ -138,8 +143,8 @@ def stages(plt: Any, record: Record) -> Figure:
     names = [f"fastcnn, {cache} cache" for cache in info["stages"]]
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.5 * (len(names) + len(info["baseline_seconds"]))))
     left = np.zeros(len(names))
-    for stage, colour in zip(STAGES, plt.get_cmap("tab10").colors, strict=False):
-        widths = np.array([seconds.get(stage, 0.0) for seconds in info["stages"].values()])
+    for stage, colour in zip((*STAGES, "other"), plt.get_cmap("Paired").colors, strict=False):
+        widths = np.array([_seconds(seconds, stage) for seconds in info["stages"].values()])
         axes.barh(names, widths, left=left, label=stage, color=colour)
         left += widths
     totals = dict(zip(names, left, strict=True))
@@ -160,9 +165,15 @@ def stages(plt: Any, record: Record) -> Figure:
     return figure
 
 
+def _seconds(stages: dict[str, float], stage: str) -> float:
+    if stage != "other":
+        return stages[stage]
+    return stages["total"] + stages["start"] - sum(stages[name] for name in STAGES)  # between the stages
+
+
 def _wrapped(name: str) -> str:
     script, *settings = name.split(" ")
-    return f"{script}\n{' '.join(settings).replace('--', '')}" if settings else script
+    return f"{script}\n{' '.join(settings).replace('--', '')}" if script.endswith(".py") else name
 
 
 def roofline(plt: Any, record: Record) -> Figure:
@@ -239,12 +250,13 @@ def growth(plt: Any, record: Record) -> Figure:
     figure, (seconds, memory, rates) = plt.subplots(1, 3, figsize=(15, 4.4))
     names = [f"{info['num_photos']:,}" for info in photos]
     below = np.zeros(len(photos))
-    for stage in (name for name in (photos[0]["photo_seconds"] if photos else {}) if name != "total"):
+    for stage in GROWING if photos else ():
         heights = np.array([info["photo_seconds"][stage] * 1e3 for info in photos])
         seconds.bar(names, heights, bottom=below, label=stage, width=0.6)
         below += heights
     for place, height in enumerate(below):
         seconds.text(place, height, f"{height:.2f}", ha="center", va="bottom", fontsize=9)
+    seconds.margins(y=0.1)
     seconds.set(xlabel="photos", ylabel="milliseconds a photo", title="What grows: an epoch, nothing decoded before")
     if photos:
         seconds.legend(fontsize=8, loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.32))
