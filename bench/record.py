@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.growth import growth
-from bench.machine import slug
 
 FORMAT = 1
 
@@ -71,6 +70,8 @@ def read(path: Path) -> Record:
 
 def record(found: dict[str, Any], *, command: str, settings: dict[str, Any], seconds: float) -> Record:
     """Return the record of what pytest-benchmark wrote, as `conftest.py` has it written."""
+    from bench.machine import slug  # imports torch: reading a record does not
+
     failed = list(dict.fromkeys(one["name"] for one in found["failed"]))
     # A benchmark whose check failed after it was timed has a row too.
     rows = [_row(one) for one in found["benchmarks"] if one["fullname"] not in failed]
