@@ -8,6 +8,7 @@ A table stands between <!-- table: NAME --> and <!-- end -->; the names are thos
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,16 +57,17 @@ def filled(text: str, records: list[Record]) -> str:
 def table(name: str, records: list[Record]) -> str:
     """Return a table over all records that have lines for it, and below it what each machine's were made with."""
     wanted = tables.TABLES[name]
-    found = {tables.machine(record): (record, lines) for record in records if (lines := wanted.lines(record))}
-    rows = [[machine, *line] for machine, (_, lines) in found.items() for line in lines]
-    if name not in ON_CPU and not any("gpu" in record.hardware for record, _ in found.values()):
+    found = [(record, lines) for record in records if (lines := wanted.lines(record))]
+    rows = [[tables.machine(record), *line] for record, lines in found for line in lines]
+    if name not in ON_CPU and not any("gpu" in record.hardware for record, _ in found):
         rows.append(["an NVIDIA GPU", "not measured", *[""] * (len(wanted.head) - 1)])
-    made_with = "".join(f"\n{_made_with(machine, record)}\n" for machine, (record, _) in found.items())
+    made_with = "".join(f"\n{_made_with(record)}\n" for record, _ in found)
     return f"\n{tables.markdown(['machine', *wanted.head], rows)}{made_with}\n"
 
 
-def _made_with(machine: str, record: Record) -> str:
-    return f"{machine}: `{record.command}`, {record.date[:10]}; {tables.versions(record)}."
+def _made_with(record: Record) -> str:
+    what = f"{tables.machine(record)}: `{record.command}`, {record.date[:10]}; {tables.versions(record)}."
+    return textwrap.fill(what, 120, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
