@@ -20,6 +20,8 @@ from fastcnn.model import SmallCNN
 @pytest.fixture(scope="module")
 def run_dir(photos: Path, scale: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to export."""
+    for package in ("yaml", "rich"):
+        pytest.importorskip(package)
     from fastcnn.train import fit
 
     folder = tmp_path_factory.mktemp("infer")

@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -25,7 +25,10 @@ from bench.steps import make_step, random_feed, run_steps
 from bench.timing import Apart, clocked
 from fastcnn import engines, runtime
 
-ENGINES = {**engines.ENGINES, "graphed, 8 a replay": functools.partial(engines.graphed, steps_per_replay=8)}
+ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
+    **engines.ENGINES,
+    "graphed, 8 a replay": functools.partial(engines.graphed, steps_per_replay=8),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,6 +5,7 @@ python -m pytest bench/bench_step.py --scale quick      # one of them; `fastcnn 
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from bench import machine
+from bench.runs import Runs
 from bench.timing import Clocked, clocked, ratios
 from fastcnn import runtime
 from fastcnn.kernels import pool
@@ -33,6 +35,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "batches": [32, 128, 512, 2048],
         "epochs": 10,
         "train_rounds": 3,
+        "try_compile": True,
         "growth_photos": [1000, 5000, 20_000, 50_000],
         "growth_batches": [32, 128, 512, 2048],
     },
@@ -43,8 +46,9 @@ SCALES: dict[str, dict[str, Any]] = {
         "decode_photos": 1000,
         "networks": NETWORKS[:1],
         "batches": [32],
-        "epochs": 3,
+        "epochs": 2,
         "train_rounds": 1,
+        "try_compile": False,
         "growth_photos": [1000, 3000],
         "growth_batches": [32, 256],
     },
@@ -58,6 +62,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "batches": [8],
         "epochs": 2,
         "train_rounds": 1,
+        "try_compile": False,
         "growth_photos": [60, 120],
         "growth_batches": [8, 16],
     },
@@ -74,9 +79,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
 
 
+OUTCOMES: dict[str, list[dict[str, str]]] = {"skipped": [], "failed": []}
+
+
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Show no dots between the lines that `race` prints."""
-    return (report.outcome if report.when == "call" else "", "", "") if report.passed else None
+    shown = report.when == "call" or report.skipped
+    return None if report.failed else (report.outcome if shown else "", "", "")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what was left out and why, and what failed."""
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        OUTCOMES["skipped"].append({"name": report.nodeid, "reason": reason.removeprefix("Skipped: ")})
+    elif report.failed:
+        OUTCOMES["failed"].append({"name": report.nodeid})
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Keep the files that could not be read: a package that they need is missing, say."""
+    if report.failed:
+        OUTCOMES["failed"].append({"name": report.nodeid})
+    elif report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        OUTCOMES["skipped"].append({"name": report.nodeid, "reason": reason})
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
@@ -87,6 +114,9 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
         "versions": runtime.versions(),
         "rates": machine.rates(device),
     }
+    scale = config.getoption("--scale")
+    output_json["settings"] = {"scale": scale, "device": str(device), **SCALES[scale]}
+    output_json.update(OUTCOMES)
 
 
 @pytest.fixture(scope="session")
@@ -113,10 +143,10 @@ def _settings(device: torch.device) -> Iterator[None]:
 STARTED = time.perf_counter()
 
 
-@pytest.fixture(autouse=True)
-def _budget(request: pytest.FixtureRequest) -> None:
-    """Leave out what comes after the time is up."""
-    if time.perf_counter() - STARTED > request.config.getoption("--budget"):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what comes after the time is up: before its fixtures, which train and compile."""
+    if time.perf_counter() - STARTED > item.config.getoption("--budget"):
         pytest.skip("out of time")
 
 
@@ -132,11 +162,17 @@ def photos(request: pytest.FixtureRequest, work_dir: Path, scale: dict[str, Any]
     own: Path | None = request.config.getoption("--photos")
     if own:
         return own.resolve()
-    from make_dataset import make
-
     folder = work_dir / f"photos-{scale['num_photos']}"
-    make(folder, classes=10, photos=scale["num_photos"], seed=0)
+    importlib.import_module("make_dataset").make(folder, classes=10, photos=scale["num_photos"], seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(photos: Path, device: torch.device, scale: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Whole runs as commands."""
+    for package in ("yaml", "click", "rich"):
+        pytest.importorskip(package)
+    return Runs(tmp_path_factory.mktemp("runs"), photos, device, scale)
 
 
 class Race:
@@ -176,6 +212,10 @@ class Race:
         self.note(
             images_per_second=images / statistics.median(ours),
             over={baseline: ratios(ours, seconds[-rounds:]) for baseline, seconds in theirs.items()},
+            baseline_images_per_second={
+                baseline: images / statistics.median(seconds[-rounds:]) for baseline, seconds in theirs.items()
+            },
+            baseline_seconds={baseline: statistics.median(seconds[-rounds:]) for baseline, seconds in theirs.items()},
             **info,
         )
         facts = self.benchmark.extra_info

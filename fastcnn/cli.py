@@ -197,6 +197,26 @@ def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str) -> in
     return 1 if bad else 0
 
 
+@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure throughput side by side with the usual ways. [--quick] [--only GROUP...]: see fastcnn bench --help.
+
+    Needs a checkout: the benchmarks and the loops that they race are not installed.
+    """
+    import os
+    import subprocess
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise FastCNNError("bench needs a checkout, and this is an installed package: run scripts/bench.sh in a clone")
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    # -P: a folder named bench where the user stands is not ours; --photos and --out are relative to there.
+    command = [sys.executable, "-P", "-m", "bench", *arguments]
+    return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
+
+
 @commands.group(cls=Commands, **HELP)
 def cache() -> None:
     """Look at the decoded photos that are kept on disk, or delete them."""

@@ -140,6 +140,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory that was in use at once: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # Linux: a process's ru_maxrss begins at what the one that started it had
+        peak_kib = re.search(
+            r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE
+        )
+        if peak_kib:
+            return int(peak_kib[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

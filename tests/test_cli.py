@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,3 +151,21 @@ def test_scripts_work_from_a_checkout(photos: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "photos" / "result.json").stat().st_mtime >= start
+
+
+def test_bench_needs_a_checkout_and_passes_arguments_on(tmp_path: Path) -> None:
+    def bench(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-c", "from fastcnn.cli import main; main()", "bench", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+
+    checkout = Path(__file__).resolve().parents[1]
+    shutil.copytree(checkout / "fastcnn", tmp_path / "installed" / "fastcnn")
+    installed = bench(tmp_path / "installed", "--quick")
+    assert installed.returncode == 1
+    assert installed.stderr.startswith("fastcnn: error: bench needs a checkout")
+    (tmp_path / "bench").mkdir()  # the user's own folder of that name is not run
+    (tmp_path / "bench" / "__main__.py").touch()
+    wrong = bench(checkout, "--only", "stepp")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean 'step'?" in wrong.stderr

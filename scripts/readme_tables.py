@@ -1,0 +1,76 @@
+"""Write the README's tables from the results files in bench/results/published: no figure is typed by hand.
+
+    python scripts/readme_tables.py            # writes them
+    python scripts/readme_tables.py --check    # exits with 1 where they differ
+
+A table stands between <!-- table: NAME --> and <!-- end -->; the names are those of bench.tables.TABLES.
+"""
+
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import tables  # noqa: E402
+from bench.record import Record, read  # noqa: E402
+
+PUBLISHED = ROOT / "bench" / "results" / "published"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ON_CPU = {"infer", "decode"}  # measured without a GPU too where there is one: no line says that a GPU is missing
+
+
+def main(arguments: list[str]) -> int:
+    """Write the tables, or compare them; return the exit code."""
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = filled(before, published(PUBLISHED))
+    if arguments not in ([], ["--check"]):
+        print(f"readme_tables: error: expected --check or nothing, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    if arguments and before != after:
+        print("README.md differs from the published results: run python scripts/readme_tables.py", file=sys.stderr)
+        return 1
+    if before != after:
+        path.write_text(after, encoding="utf-8")
+    return 0
+
+
+def published(folder: Path) -> list[Record]:
+    """Return the records of a folder's results files, by file name."""
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def filled(text: str, records: list[Record]) -> str:
+    """Return a text with every marked table made anew. Raises ValueError where there is no table of that name."""
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in tables.TABLES:
+            raise ValueError(f"no table {match[2]}: the tables are {', '.join(tables.TABLES)}")
+        return f"{match[1]}{table(match[2], records)}{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def table(name: str, records: list[Record]) -> str:
+    """Return a table over all records that have lines for it, and below it what each machine's were made with."""
+    wanted = tables.TABLES[name]
+    found = [(record, lines) for record in records if (lines := wanted.lines(record))]
+    rows = [[tables.machine(record), *line] for record, lines in found for line in lines]
+    if name not in ON_CPU and not any("gpu" in record.hardware for record, _ in found):
+        rows.append(["an NVIDIA GPU", "not measured", *[""] * (len(wanted.head) - 1)])
+    made_with = "".join(f"\n{_made_with(record)}\n" for record, _ in found)
+    return f"\n{tables.markdown(['machine', *wanted.head], rows)}{made_with}\n"
+
+
+def _made_with(record: Record) -> str:
+    what = f"{tables.machine(record)}: `{record.command}`, {record.date[:10]}; {tables.versions(record)}."
+    if record.settings.get("scale") == "smoke":
+        what += " The smoke form shows that the parts work; its figures mean nothing."
+    return textwrap.fill(what, 120, break_long_words=False, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
