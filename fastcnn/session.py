@@ -78,6 +78,7 @@ def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) ->
         image_size=config.image_size,
     ).to(device)
     dtype = runtime.DTYPES[config.precision]
+    assert feed.batch_size in (None, config.batch_size)
     parameters = FlatParameters(model, dtype)
     num_steps = config.epochs * (len(feed) // config.batch_size)
     step = TrainingStep(
