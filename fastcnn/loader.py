@@ -20,7 +20,7 @@ from fastcnn.index import Index
 
 __all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "stream"]
 
-CHUNK = 256  # photos read at once: what a resident feed takes beside its own memory
+CHUNK = 256  # photos brought to a device at once: what a resident feed takes of the host's memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,12 @@ def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: 
     """Return a Feed that holds all of `photos` (positions in the index) on the device."""
     device = options.device
     images = torch.empty((len(photos), *cache.images.shape[1:]), dtype=torch.uint8, device=device)
-    for start in range(0, len(photos), CHUNK):
-        part = slice(start, start + CHUNK)
-        images[part] = torch.from_numpy(cache.pixels(photos[part])).to(device)
+    if device.type == "cpu":
+        cache.read(photos, images.numpy())
+    else:
+        for start in range(0, len(photos), CHUNK):
+            part = slice(start, start + CHUNK)
+            images[part] = torch.from_numpy(cache.pixels(photos[part])).to(device)
     return Feed(
         images=images,
         labels=torch.from_numpy(index.labels[photos]).to(device),
