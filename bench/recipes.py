@@ -20,8 +20,8 @@ import torch
 
 from fastcnn import checkpoint, dataset, runtime
 from fastcnn.config import Config, read_recipe, read_yaml, resolve
-from fastcnn.evaluate import Evaluator, restore
-from fastcnn.loader import LOADERS
+from fastcnn.evaluate import BATCH_SIZE, Evaluator, restore
+from fastcnn.loader import Options, resident
 from fastcnn.optim import FlatParameters
 from fastcnn.step import Normalise
 from fastcnn.train import fit
@@ -73,7 +73,7 @@ def measured(config: Config) -> dict[str, float]:
             max_bad=config.max_bad,
         )
     held_out = (data.splits != "train").nonzero()[0]
-    feed = LOADERS["resident"](data.cache, held_out, data.index.labels, torch.device("cpu"))
+    feed = resident(data.index, data.cache, held_out, Options(device=torch.device("cpu"), batch_size=BATCH_SIZE))
     model = restore(state)
     parameters = FlatParameters(model)
     if state["average"] is not None:

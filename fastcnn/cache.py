@@ -9,12 +9,15 @@ A cache is a folder named by the hash of what determines pixels (data folder, im
 A photo is found again by path, size and modification time, so that photos added later are decoded alone and an
 interrupted build goes on where it stopped. A line that is cut short or damaged, or a row whose checksum is wrong, only
 means that its photo is decoded again.
+
+A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and pixels.bin and rows are left out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
 import time
@@ -46,9 +49,9 @@ class Cache:
 
     folder: Path
     images: npt.NDArray[np.uint8]
-    """(R, size, size, 3), memory-mapped, read-only."""
+    """(R, size, size, 3), memory-mapped, read-only; none in a cache of verdicts alone."""
     rows: npt.NDArray[np.int64]
-    """(N,) row in `images` of each photo of the index, -1 where it is unusable."""
+    """(N,) row in `images` of each photo of the index, -1 where it has none."""
     reasons: tuple[str, ...]
     """(N,) why a photo is unusable, "" where it is not."""
     num_decoded: int
@@ -57,8 +60,8 @@ class Cache:
 
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether each photo has pixels."""
-        return self.rows >= 0
+        """(N,) whether each photo can be decoded."""
+        return np.array([not reason for reason in self.reasons], np.bool_)
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
         """Return the cache of `index.take(keep)`."""
@@ -67,7 +70,26 @@ class Cache:
 
     def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
         """Return (n, size, size, 3): the pixels of photos, by their positions in the index, in memory."""
-        return np.take(self.images, self.rows[photos], axis=0)
+        out = np.empty((len(photos), *self.images.shape[1:]), np.uint8)
+        self.read(photos, out)
+        return out
+
+    def read(self, photos: npt.NDArray[np.intp], out: npt.NDArray[np.uint8]) -> None:
+        """Write the pixels of photos into `out` (n, size, size, 3).
+
+        Read, not copied from the map: pages of the map that were touched count as this process's memory, so that it
+        would grow to the size of the set. Raises FastCNNError where the file is gone or too short.
+        """
+        rows, path = self.rows[photos], self.folder / "pixels.bin"
+        if not len(rows):
+            return
+        try:
+            with path.open("rb", buffering=0) as file:
+                for i in np.argsort(rows):  # in the disk's order
+                    if not _read_row(file, rows[i], out[i]):
+                        raise FastCNNError(f"{path} became shorter while it was used: run again")
+        except OSError as error:
+            raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; run again") from None
 
 
 def build(
@@ -78,6 +100,7 @@ def build(
     gpu: int | None = None,
     workers: int | None = None,
     cache_dir: str | Path | None = None,
+    keep_pixels: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Cache:
@@ -90,28 +113,22 @@ def build(
         gpu: device on which DALI decodes; None is the CPU.
         workers: decoding threads; None is one a core.
         cache_dir: where caches are kept; None is the user's cache folder.
+        keep_pixels: False decodes for the verdicts alone.
         progress: told photos decoded and photos to decode.
         note: told, once, that another run is building this cache.
 
     Raises FastCNNError where the cache cannot be written.
     """
-    header = {
-        "format": FORMAT,
-        "root": str(index.root.resolve()),
-        "image_size": image_size,
-        "resize": RESIZE,
-        "decoder": pipelines.identity(decoder, gpu),
-    }
-    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    folder = default_folder(cache_dir) / key
+    header = _header(index, image_size, decoder, gpu, keep_pixels)
+    folder = _folder(header, cache_dir)
     start = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, note):
             (folder / "cache.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
             journal = _read_journal(folder / "photos.jsonl")
-            missing = _missing(index, journal, _map(folder, image_size))
-            _check_space(folder, len(missing) * image_size**2 * 3)
+            missing = _missing(index, journal, folder, image_size, keep_pixels)
+            _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
             with ThreadPoolExecutor(1) as writer:  # a chunk is written while the next is decoded
                 writing: Future[None] | None = None
                 for photos in _chunks(missing):
@@ -121,7 +138,7 @@ def build(
                     if writing:
                         writing.result()
                     reasons = [verdict.reason for verdict in verdicts]
-                    writing = writer.submit(_append, folder, index, photos, pixels, reasons, journal)
+                    writing = writer.submit(_append, folder, index, photos, pixels, reasons, journal, keep_pixels)
                     progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
                 if writing:
                     writing.result()
@@ -140,6 +157,18 @@ def build(
     )
 
 
+def fits_on_disk(
+    index: Index, *, image_size: int, decoder: str, gpu: int | None = None, cache_dir: str | Path | None = None
+) -> bool:
+    """Return whether the pixels of an index are in its cache, or have room there."""
+    folder = _folder(_header(index, image_size, decoder, gpu, True), cache_dir)
+    pixels = folder / "pixels.bin"
+    there = pixels.stat().st_size if pixels.exists() else 0
+    while not folder.exists():
+        folder = folder.parent
+    return len(index) * image_size**2 * 3 - there <= shutil.disk_usage(folder).free
+
+
 def default_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder that caches are kept in."""
     return Path(cache_dir) if cache_dir else user_cache_folder()
@@ -156,7 +185,7 @@ def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
             {
                 "key": folder.name,
                 **{name: header.get(name) for name in ("root", "image_size", "decoder")},
-                "photos": sum(entry["row"] >= 0 for entry in journal.values()),
+                "photos": sum(not entry["reason"] for entry in journal.values()),
                 "bytes": sum(stat.st_size for stat in files),
                 "modified": max(stat.st_mtime for stat in files),
             }
@@ -172,6 +201,22 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
             freed += sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder)
     return freed
+
+
+def _header(index: Index, image_size: int, decoder: str, gpu: int | None, keep_pixels: bool) -> dict[str, Any]:
+    header = {
+        "format": FORMAT,
+        "root": str(index.root.resolve()),
+        "image_size": image_size,
+        "resize": RESIZE,
+        "decoder": pipelines.identity(decoder, gpu),
+    }
+    return header if keep_pixels else {**header, "pixels": False}
+
+
+def _folder(header: dict[str, Any], cache_dir: str | Path | None) -> Path:
+    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    return default_folder(cache_dir) / key
 
 
 def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
@@ -212,19 +257,38 @@ def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
 
 
-def _missing(index: Index, journal: dict[str, dict[str, Any]], images: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+def _missing(
+    index: Index, journal: dict[str, dict[str, Any]], folder: Path, image_size: int, keep_pixels: bool
+) -> npt.NDArray[np.intp]:
     """Return the positions of the photos that have no entry, or one that does not hold any more."""
+    pixels = np.empty((image_size, image_size, 3), np.uint8)
 
-    def holds(i: int) -> bool:
+    def holds(i: int, file: io.FileIO | None) -> bool:
         entry = journal.get(index.paths[i])
         if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
             return False
-        if entry["row"] < 0:
-            return bool(entry["reason"]) and entry["reason"] not in _TRANSIENT
-        row: int = entry["row"]
-        return row < len(images) and zlib.crc32(images[row]) == entry["crc"]
+        if entry["reason"]:
+            return entry["row"] < 0 and entry["reason"] not in _TRANSIENT
+        if not keep_pixels:
+            return True
+        row = entry["row"]
+        return (
+            file is not None
+            and 0 <= row < num_rows
+            and _read_row(file, row, pixels)
+            and zlib.crc32(pixels.data) == entry["crc"]
+        )
 
-    return np.array([i for i in range(len(index)) if not holds(i)], np.intp)
+    path = folder / "pixels.bin"
+    num_rows = path.stat().st_size // pixels.nbytes if path.exists() else 0
+    with path.open("rb", buffering=0) if num_rows else contextlib.nullcontext() as file:
+        return np.array([i for i in range(len(index)) if not holds(i, file)], np.intp)
+
+
+def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
+    """Write a row of pixels.bin into `out` (size, size, 3); return whether there was so much."""
+    file.seek(int(row) * out.nbytes)
+    return file.readinto(out.data) == out.nbytes
 
 
 def _chunks(photos: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
@@ -239,30 +303,37 @@ def _append(
     pixels: npt.NDArray[np.uint8],
     reasons: Sequence[str],
     journal: dict[str, dict[str, Any]],
+    keep_pixels: bool,
 ) -> None:
     """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
-    good = np.array([not reason for reason in reasons])
-    with (folder / "pixels.bin").open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
-        row_bytes = pixels[0].nbytes
-        row = -(-file.tell() // row_bytes)
-        file.truncate(row * row_bytes)  # fills up the row that a killed build left cut short
-        file.write(pixels[good].data)
+    good = np.array([keep_pixels and not reason for reason in reasons])
+    row = _append_rows(folder / "pixels.bin", pixels[good]) if keep_pixels else 0
     lines = []
-    for i, reason, image in zip(photos, reasons, pixels, strict=True):
+    for i, reason, image, kept in zip(photos, reasons, pixels, good, strict=True):
         entry = {
             "path": index.paths[i],
             "size": int(index.sizes[i]),
             "mtime": int(index.mtimes[i]),
-            "row": -1 if reason else row,
-            "crc": 0 if reason else zlib.crc32(image),
+            "row": row if kept else -1,
+            "crc": zlib.crc32(image) if kept else 0,
             "reason": reason,
         }
-        row += not reason
+        row += bool(kept)
         journal[index.paths[i]] = entry
         lines.append(json.dumps(entry) + "\n")
     with (folder / "photos.jsonl").open("ab") as file:
         # A cut line before these must not swallow the first of them.
         file.write(b"\n" + "".join(lines).encode())
+
+
+def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
+    """Append rows; return the number of the first."""
+    with path.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
+        row_bytes = int(np.prod(pixels.shape[1:]))
+        row = -(-file.tell() // row_bytes)
+        file.truncate(row * row_bytes)  # fills up the row that a killed build left cut short
+        file.write(pixels.data)
+    return row
 
 
 def _map(folder: Path, size: int) -> npt.NDArray[np.uint8]:

@@ -108,7 +108,17 @@ def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     text = str(kind)
-    return "LIST" if "tuple" in text else "N" if "int" in text else "X" if "float" in text else "TEXT"
+    return (
+        "SIZE"
+        if "Bytes" in text
+        else "LIST"
+        if "tuple" in text
+        else "N"
+        if "int" in text
+        else "X"
+        if "float" in text
+        else "TEXT"
+    )
 
 
 @click.group(cls=Commands, **HELP)

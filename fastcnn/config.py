@@ -6,11 +6,12 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import types
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from fastcnn.errors import UsageError, nearest
 
@@ -21,8 +22,11 @@ Schedule = Literal["constant", "cosine", "step", "onecycle"]
 Balance = Literal["none", "weights", "sampling"]
 Engine = Literal["auto", "eager", "compiled", "graphed", "compiled+graphed"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Loader = Literal["auto", "resident"]
+Loader = Literal["auto", "resident", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
+
+Bytes = NewType("Bytes", int)
+"""A number of bytes, given as one, or as 500MB, 2GB, 1.5GiB."""
 
 NUM_BLOCKS = 5
 MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
@@ -107,7 +111,10 @@ class Config:
     precision: Precision = "auto"
     """Arithmetic of the network; auto is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     loader: Loader = "auto"
-    """Where the decoded photos are kept while training."""
+    """Where pixels come from while training: the device's memory, the cache on disk, or the files, decoded each time;
+    auto is the first that has room."""
+    memory_limit: Bytes | None = None
+    """Memory that the photos may take, as 2GB or 500MB; left out, 60% of what is free on a GPU, 50% of it on a CPU."""
     decoder: Decoder = "auto"
     """What decodes the photos; auto is DALI on a GPU, else turbo, else Pillow."""
     device: str = "auto"
@@ -342,7 +349,20 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
     return _coerce_scalar(name, kind, value)
 
 
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes that 500MB, 2G, 1.5 GiB or 1000 stand for; None for anything else or less than 1."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d*)?) *([kmgt]?)(i?)b?", text.strip().lower(), re.ASCII)
+    if match is None or (match[3] and not match[2]):
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) or None
+
+
 def _coerce_scalar(name: str, kind: type, value: Any) -> Any:
+    if kind is Bytes:
+        count = parse_bytes(str(value)) if not isinstance(value, bool) else None
+        if count is None:
+            raise UsageError(f"{option_name(name)}: expected bytes as 2GB, 500MB or 1.5GiB, got '{value}'")
+        return count
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
     text = str(value).strip()
     try:

@@ -11,12 +11,14 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 import pipelines
 from fastcnn import cache as caches
 from fastcnn import index as indexes
+from fastcnn import loader as loaders
 from fastcnn.cache import Cache
-from fastcnn.config import Decoder
+from fastcnn.config import Decoder, Loader
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.index import Index
 from fastcnn.metrics import Stopwatch
@@ -34,6 +36,10 @@ class Dataset:
     """Path -> reason of every photo left out."""
     decoder: Decoder
     """What decoded the photos; never auto."""
+    loader: Loader
+    """How they are to be fed; never auto."""
+    loader_reason: str
+    """Why, where it was auto."""
 
     def photos(self, split: str) -> npt.NDArray[np.intp]:
         """Return the positions in the index of a split's photos."""
@@ -48,6 +54,8 @@ def prepare(
     gpu: int | None = None,
     workers: int | None = None,
     cache_dir: str | Path | None = None,
+    loader: Loader = "resident",
+    memory_limit: int | None = None,
     val_fraction: float = 0.2,
     seed: int = 0,
     split: str | Path | None = None,
@@ -57,7 +65,9 @@ def prepare(
     note: Callable[[str], None] = lambda text: None,
     stopwatch: Stopwatch | None = None,
 ) -> Dataset:
-    """Return the dataset of a folder. The arguments are those of `index.scan`, `cache.build` and `index.split`.
+    """Return the dataset of a folder.
+
+    The arguments are those of `index.scan`, `loader.choose`, `cache.build` and `index.split`.
 
     Raises DataError where the folder cannot be used or more than `max_bad` of its photos are unusable, FastCNNError
     where the decoder is missing or the cache cannot be written.
@@ -73,14 +83,27 @@ def prepare(
         raise FastCNNError(str(error)) from None
     if missing:
         fall_back(missing, strict=strict)
+    decoding_gpu = gpu if chosen == "dali" else None
+    picked, why = loaders.choose(
+        loader,
+        len(index) * image_size**2 * 3,
+        on_disk=caches.fits_on_disk(
+            index, image_size=image_size, decoder=chosen, gpu=decoding_gpu, cache_dir=cache_dir
+        ),
+        device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
+        memory_limit=memory_limit,
+    )
+    if why:
+        note(f"loader {picked}: {why}")
     with stopwatch.stage("decode"):
         cache = caches.build(
             index,
             image_size=image_size,
             decoder=chosen,
-            gpu=gpu if chosen == "dali" else None,
+            gpu=decoding_gpu,
             workers=workers,
             cache_dir=cache_dir,
+            keep_pixels=picked != "stream",
             progress=progress,
             note=note,
         )
@@ -96,7 +119,15 @@ def prepare(
     if not listed.all():
         warn(f"{(~listed).sum()} photos are not listed in {split} and are left out")
         index, cache, splits = index.take(listed), cache.take(listed), splits[listed]
-    return Dataset(index=index, cache=cache, splits=splits, bad=bad, decoder=cast(Decoder, chosen))
+    return Dataset(
+        index=index,
+        cache=cache,
+        splits=splits,
+        bad=bad,
+        decoder=cast(Decoder, chosen),
+        loader=picked,
+        loader_reason=why,
+    )
 
 
 def write_bad(path: Path, bad: dict[str, str]) -> None:

@@ -36,7 +36,7 @@ class EvaluationStep:
 
     def __init__(self, model: SmallCNN, feed: Feed, normalise: Normalise, batch_size: int = BATCH_SIZE) -> None:
         device, count = feed.images.device, len(feed)
-        batch_size = min(batch_size, count)
+        batch_size = feed.batch_size or min(batch_size, count)
         self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
         self.num_steps = -(-count // batch_size)
         self.offsets = torch.arange(batch_size, device=device)
@@ -75,10 +75,9 @@ class Evaluator:
     def __call__(self) -> Evaluation:
         """Return the model's score on all photos of the feed."""
         step = self.step
-        step.feed.cursor.zero_()
         step.sums.reset()
-        with _evaluating(step.model):
-            self.engine.run(step.num_steps)
+        with _evaluating(step.model), step.feed.start_in_order() as feed:
+            feed.drive(self.engine.run, step.num_steps)
         return Evaluation(step.sums.read(), step.predicted[:-1].clone())
 
 

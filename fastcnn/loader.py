@@ -1,4 +1,4 @@
-"""Decoded photos as a Feed: what every engine's step reads its batches from."""
+"""A split's photos as a Feed: resident on the device, read from the cache, or decoded from the files in use."""
 
 from __future__ import annotations
 
@@ -8,57 +8,167 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+import pipelines
+from fastcnn import runtime
 from fastcnn.cache import Cache
+from fastcnn.config import Loader
+from fastcnn.crops import crop_boxes
+from fastcnn.errors import DataError, FastCNNError
+from fastcnn.feed import Buffered, Epoch, Feed
+from fastcnn.index import Index
+
+__all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "stream"]
+
+CHUNK = 256  # photos brought to a device at once: what a resident feed takes of the host's memory
 
 
-@dataclass(frozen=True)
-class Feed:
-    """Photos and the order in which the step takes them, all on the device."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a split is fed."""
 
-    images: Tensor
-    """(M, H, W, 3) uint8."""
-    labels: Tensor
-    """(M,) int64."""
-    permutation: Tensor
-    """(M,) int64: this epoch's order."""
-    cursor: Tensor
-    """(1,) int64: where in it the next batch begins."""
-
-    def __len__(self) -> int:
-        """Return the number of photos."""
-        return len(self.labels)
-
-    def start_epoch(self, seed: int, epoch: int, *, balanced: bool = False, start: int = 0) -> None:
-        """Shuffle for an epoch: an order made of (seed, epoch) alone, so that a resumed run sees it again.
-
-        balanced: draw as many photos of each class, rare ones several times. start: the place to go on from.
-        """
-        self.permutation.copy_(torch.from_numpy(epoch_order(self.labels.cpu().numpy(), seed, epoch, balanced)))
-        self.cursor.fill_(start)
+    device: torch.device
+    """Where the step runs."""
+    batch_size: int
+    """Photos a step."""
+    decoder: str = "turbo"
+    """What decodes streamed photos, as in `pipelines.BACKENDS`."""
+    workers: int | None = None
+    """Threads that it decodes with; None is one a core."""
+    crop_scale: float | None = None
+    """Least share of a streamed training photo's area that is shown; None shows all of every photo."""
 
 
-def resident(cache: Cache, photos: npt.NDArray[np.intp], labels: npt.NDArray[np.int64], device: torch.device) -> Feed:
-    """Return a Feed that holds all of `photos` (positions in the cache's index) on the device."""
-    images = torch.from_numpy(cache.pixels(photos))
+def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+    """Return a Feed that holds all of `photos` (positions in the index) on the device."""
+    device = options.device
+    images = torch.empty((len(photos), *cache.images.shape[1:]), dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        cache.read(photos, images.numpy())
+    else:
+        for start in range(0, len(photos), CHUNK):
+            part = slice(start, start + CHUNK)
+            images[part] = torch.from_numpy(cache.pixels(photos[part])).to(device)
     return Feed(
-        images=images.to(device),
-        labels=torch.from_numpy(labels[photos]).to(device),
+        images=images,
+        labels=torch.from_numpy(index.labels[photos]).to(device),
         permutation=torch.arange(len(photos), device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
 
-def epoch_order(labels: npt.NDArray[np.int64], seed: int, epoch: int, balanced: bool) -> npt.NDArray[np.int64]:
-    """Return (N,) positions: a permutation; where balanced, draws with replacement in which classes are alike."""
-    generator = np.random.default_rng([seed, epoch])
-    if not balanced:
-        return generator.permutation(len(labels))
-    chances = 1 / np.bincount(labels)[labels]
-    return generator.choice(len(labels), len(labels), p=chances / chances.sum())
+def mapped(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+    """Return a Feed of two batches of `photos`, whose pixels are read from the cache while the step works."""
+
+    def fill(
+        places: npt.NDArray[np.intp], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], epoch: Epoch | None
+    ) -> dict[str, str]:
+        cache.read(photos[places], images)
+        labels[:] = index.labels[photos[places]]
+        return {}
+
+    return Buffered(fill, len(photos), cache.images.shape[1], options.batch_size, options.device)
 
 
-LOADERS: dict[str, Callable[[Cache, npt.NDArray[np.intp], npt.NDArray[np.int64], torch.device], Feed]] = {
+def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+    """Return a Feed of two batches of `photos`, decoded from their files while the step works.
+
+    A training photo that cannot be decoded any more is replaced by the next one of its batch; in an evaluation that is
+    a DataError.
+    """
+    size, device = cache.images.shape[1], options.device
+    gpu = device.index if device.type == "cuda" and options.decoder == "dali" else None
+
+    def fill(
+        places: npt.NDArray[np.intp], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], epoch: Epoch | None
+    ) -> dict[str, str]:
+        chosen = photos[places]
+        verdicts = pipelines.decode(
+            [index.root / index.paths[photo] for photo in chosen],
+            size,
+            images,
+            _boxes(chosen, epoch, options.crop_scale),
+            decoder=options.decoder,
+            workers=options.workers,
+            gpu=gpu,
+        )
+        labels[:] = index.labels[chosen]
+        bad = {i: verdict.reason for i, verdict in enumerate(verdicts) if not verdict.ok}
+        if bad and (epoch is None or len(bad) == len(verdicts)):
+            first, reason = next(iter(bad.items()))
+            raise DataError(
+                f"{index.root / index.paths[chosen[first]]} was usable when the run began and cannot be decoded any "
+                f"more ({reason}): bring it back and start again, or start again without it"
+            )
+        for i in bad:
+            other = next(j % len(verdicts) for j in range(i + 1, i + len(verdicts)) if verdicts[j % len(verdicts)].ok)
+            images[i], labels[i] = images[other], labels[other]
+        return {index.paths[chosen[i]]: reason for i, reason in bad.items()}
+
+    return Buffered(fill, len(photos), size, options.batch_size, device)
+
+
+def _boxes(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | None) -> pipelines.Boxes | None:
+    """Return what says which part of each photo is shown, once its size is known; None for all of it."""
+    if epoch is None or scale is None:
+        return None
+    seed, number = epoch
+
+    def box(i: int, width: int, height: int) -> npt.NDArray[np.float64]:
+        boxes = crop_boxes(seed, number, photos[i : i + 1], np.array([[width, height]]), (scale, 1.0))
+        return boxes.reshape(4)
+
+    return box
+
+
+LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]] = {
     "resident": resident,
+    "mapped": mapped,
+    "stream": stream,
 }
+
+SHARE = {
+    "cuda": 0.6,
+    "cpu": 0.5,
+}  # of the free memory that the photos may take: the rest is the network's and the user's
+
+
+def choose(
+    loader: Loader, needed: int, *, on_disk: bool, device: torch.device, memory_limit: int | None = None
+) -> tuple[Loader, str]:
+    """Return the loader that `loader` means here, and why for "auto".
+
+    Resident where the pixels fit into memory, else mapped, and stream where not even the disk has room for them.
+
+    Args:
+        loader: what was asked for.
+        needed: bytes of all photos' pixels.
+        on_disk: whether the cache is there or has room.
+        device: whose memory a resident feed takes.
+        memory_limit: bytes that it may take; None is a share of what is free.
+
+    Raises FastCNNError where "resident" was asked for and exceeds the limit that was given.
+    """
+    if loader != "auto":
+        if loader == "resident" and memory_limit is not None and needed > memory_limit:
+            raise FastCNNError(
+                f"--loader resident: the photos take {_mib(needed)} and --memory-limit is {_mib(memory_limit)}; "
+                "use --loader mapped, or raise the limit"
+            )
+        return loader, ""
+    if not on_disk:
+        return "stream", f"there is no room on disk for the photos' {_mib(needed)}; see also --cache-dir"
+    given = memory_limit is not None
+    limit = (
+        memory_limit
+        if memory_limit is not None
+        else int(runtime.free_memory_bytes(device) * SHARE.get(device.type, SHARE["cpu"]))
+    )
+    whose = "that --memory-limit allows" if given else "that they may take of the free memory"
+    if needed <= limit:
+        return "resident", f"the photos take {_mib(needed)} of the {_mib(limit)} {whose}"
+    return "mapped", f"the photos take {_mib(needed)}, more than the {_mib(limit)} {whose}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

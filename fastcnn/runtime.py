@@ -136,6 +136,33 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory of the device that is free: a GPU's own, else what the system and the control group leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # macOS: half of what is built in; Windows does not say
+        built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        return built_in // 2
+    return max(0, min([free, *_left_in_control_group()]))
+
+
+def _left_in_control_group() -> list[int]:
+    """Return what this container may still take, where it has a limit; files it has cached do not count."""
+    for limit, usage, group in (("memory.max", "memory.current", ""), (*_CGROUP_1, "memory")):
+        folder = Path("/sys/fs/cgroup") / group
+        with contextlib.suppress(OSError, ValueError):
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            used = int((folder / usage).read_text()) - (int(cached[1]) if cached else 0)
+            return [int((folder / limit).read_text()) - used]  # "max" is no number: no limit
+    return []
+
+
+_CGROUP_1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory that was in use at once: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":

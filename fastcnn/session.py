@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from fastcnn.config import Engine as EngineName
 from fastcnn.engines import Engine
 from fastcnn.errors import FastCNNError, warn
 from fastcnn.evaluate import Evaluator
+from fastcnn.feed import Chances
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
 from fastcnn.optim import OPTIMIZERS, FlatParameters, average_weights, schedule
@@ -34,6 +37,8 @@ class Session:
     classes: tuple[str, ...]
     model: SmallCNN
     step: TrainingStep
+    chances: Chances | None = None
+    """Of each training photo, to be drawn for an epoch; None takes each once."""
     why: str = ""
     """Why `--engine auto` chose the engine."""
     epoch: int = 0
@@ -91,8 +96,8 @@ class Session:
             torch.cuda.set_rng_state(state["device_rng"].cpu())
 
 
-def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) -> Session:
-    """Return a session at its beginning: seeded weights, an optimizer, a step over `feed`."""
+def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, labels: npt.NDArray[np.int64]) -> Session:
+    """Return a session at its beginning: seeded weights, an optimizer, a step over `feed`, whose labels are (N,)."""
     device = feed.images.device
     torch.manual_seed(config.seed)  # on the CPU first: the same initial weights on every device
     model = SmallCNN(
@@ -109,6 +114,7 @@ def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) ->
         begin_with(model, config.init_from)
     model = model.to(device)
     dtype = runtime.DTYPES[config.precision]
+    assert feed.batch_size in (None, config.batch_size)
     parameters = FlatParameters(model, dtype)
     steps_per_epoch = min(len(feed) // config.batch_size, config.limit_train_batches or len(feed))
     num_steps = config.epochs * steps_per_epoch
@@ -127,20 +133,29 @@ def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed) ->
             decay_steps=max(1, round(config.decay_epochs * steps_per_epoch)) if config.decay_epochs else None,
             decay_rate=config.decay_rate,
         ),
-        augment=Augment(config.augmentations, config.image_size),
+        augment=Augment(in_the_step(config), config.image_size),
         label_smoothing=config.label_smoothing,
-        class_weights=class_weights(feed, len(classes)) if config.balance == "weights" else None,
+        class_weights=class_weights(labels, len(classes)) if config.balance == "weights" else None,
         limit=config.limit_train_batches,
         clip_norm=config.clip_norm,
         average=average_weights(config.ema, num_steps) if config.ema else None,
     )
-    return Session(config, folder, classes, model, step)
+    session = Session(config, folder, classes, model, step)
+    if config.balance == "sampling":
+        session.chances = (class_weights(labels, len(classes))[labels] / len(labels)).numpy().astype(np.float64)
+        session.chances /= session.chances.sum()
+    return session
 
 
-def class_weights(feed: Feed, num_classes: int) -> Tensor:
-    """Return (num_classes,): weights that make the classes count alike; 1 on average over the feed's photos."""
-    counts = torch.bincount(feed.labels, minlength=num_classes).clamp(min=1)
-    return len(feed) / (num_classes * counts.float())
+def in_the_step(config: Config) -> list[tuple[str, float]]:
+    """Return the augmentations that the step makes: a streamed photo was cropped when it was decoded."""
+    return [(name, strength) for name, strength in config.augmentations if (name, config.loader) != ("crop", "stream")]
+
+
+def class_weights(labels: npt.NDArray[np.int64], num_classes: int) -> Tensor:
+    """Return (num_classes,): weights that make the classes count alike; 1 on average over the photos."""
+    counts = np.bincount(labels, minlength=num_classes).clip(min=1)
+    return torch.from_numpy(len(labels) / (np.count_nonzero(np.bincount(labels)) * counts)).float()
 
 
 def begin_with(model: SmallCNN, source: str) -> None:

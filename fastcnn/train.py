@@ -23,9 +23,9 @@ from fastcnn.console import Console
 from fastcnn.dataset import Dataset
 from fastcnn.engines import Engine
 from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
-from fastcnn.evaluate import Evaluator
+from fastcnn.evaluate import BATCH_SIZE, Evaluator
 from fastcnn.kernels import pool
-from fastcnn.loader import LOADERS, Feed
+from fastcnn.loader import LOADERS, Feed, Options
 from fastcnn.metrics import Live, Score, Stopwatch
 from fastcnn.session import Session
 from fastcnn.step import TrainingStep
@@ -90,6 +90,8 @@ def fit(
                 gpu=device.index if device.type == "cuda" else None,
                 workers=config.workers,
                 cache_dir=config.cache_dir,
+                loader=config.loader,
+                memory_limit=config.memory_limit,
                 val_fraction=config.val_fraction,
                 seed=config.seed,
                 split=folder / "split.csv" if resume else config.split,
@@ -99,13 +101,15 @@ def fit(
                 note=console.line,
                 stopwatch=watch,
             )
-        config = dataclasses.replace(config, decoder=data.decoder)
+        config = dataclasses.replace(config, decoder=data.decoder, loader=data.loader)
         with watch.stage("compile"):
             _load_kernels(device, strict=config.strict)
         _report_cache(console, data)
         with watch.stage("upload"):
             feeds = {
-                split: LOADERS[config.loader](data.cache, data.photos(split), data.index.labels, device)
+                split: LOADERS[config.loader](
+                    data.index, data.cache, data.photos(split), _options(config, device, split)
+                )
                 for split in ("train", "val", "test")
             }
         if len(feeds["train"]) < config.batch_size:
@@ -113,7 +117,9 @@ def fit(
                 f"{len(feeds['train'])} training photos do not fill one batch of {config.batch_size}: "
                 "lower --batch-size or add photos"
             )
-        session = sessions.start(config, folder, data.index.classes, feeds["train"])
+        session = sessions.start(
+            config, folder, data.index.classes, feeds["train"], data.index.labels[data.photos("train")]
+        )
         if resume:
             _restore(session, console)
         with watch.stage("compile"):
@@ -181,8 +187,17 @@ def _resolve(config: Config) -> Config:
         precision=runtime.pick_precision(
             config.precision, device, deterministic=config.deterministic, strict=config.strict
         ),
-        loader="resident" if config.loader == "auto" else config.loader,
         threads=config.threads or runtime.num_cores(),
+    )
+
+
+def _options(config: Config, device: torch.device, split: str) -> Options:
+    return Options(
+        device=device,
+        batch_size=config.batch_size if split == "train" else BATCH_SIZE,
+        decoder=config.decoder,
+        workers=config.workers,
+        crop_scale=dict(config.augmentations).get("crop"),
     )
 
 
@@ -209,10 +224,11 @@ def _train(
         epoch, start = session.epoch + 1, time.perf_counter()
         done = _steps_done(step)
         step.parameters.compute.train()
-        with watch.stage("train"), console.progress(f"epoch {epoch}/{config.epochs}", "steps") as progress:
-            step.feed.start_epoch(
-                config.seed, epoch, balanced=config.balance == "sampling", start=done * config.batch_size
-            )
+        with (
+            watch.stage("train"),
+            step.feed.start_epoch(config.seed, epoch, done * config.batch_size, session.chances),
+            console.progress(f"epoch {epoch}/{config.epochs}", "steps") as progress,
+        ):
             if not done:
                 step.sums.reset()
             for queued, live in _run_epoch(step, engine, done):
@@ -270,7 +286,7 @@ def _run_epoch(step: TrainingStep, engine: Engine, done: int) -> Iterator[tuple[
     while done < step.num_steps:
         start = time.perf_counter()
         portion = min(portion, step.num_steps - done)
-        engine.run(portion)
+        step.feed.drive(engine.run, portion)
         live.mark()
         done += portion
         yield done, live.score
@@ -311,6 +327,7 @@ def _finish(session: Session, data: Dataset, feeds: dict[str, Feed], watch: Stop
         "engine_reason": session.why,
         "decoder": config.decoder,
         "loader": config.loader,
+        "loader_reason": data.loader_reason,
         "precision": config.precision,
         "device": config.device,
         "epochs": session.epoch,
@@ -351,6 +368,8 @@ def _report_cache(console: Console, data: Dataset) -> None:
     if cache.num_decoded:
         rate = cache.num_decoded / cache.decode_seconds
         console.line(f"decoded {cache.num_decoded:,} photos with {data.decoder}, {rate:,.0f} photos/s")
+    elif data.loader == "stream":
+        console.line("every photo was checked before")
     else:
         console.line("every photo is in the cache: nothing to decode")
 

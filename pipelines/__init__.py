@@ -3,17 +3,20 @@
 A decoder is one module with `decode` and `identity` (and `close`, where it keeps something) and one line in `BACKENDS`.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
 
-from pipelines.verdict import MAX_PIXELS, Source, Verdict
+from pipelines.verdict import MAX_PIXELS, Box, Source, Verdict
 
-__all__ = ["BACKENDS", "MAX_PIXELS", "DecoderUnavailable", "Verdict", "choose", "close", "decode", "identity"]
+__all__ = [
+    "BACKENDS", "MAX_PIXELS", "Boxes", "DecoderUnavailable", "Verdict", "choose", "close", "decode", "identity",
+]  # fmt: skip
 
 BACKENDS = {
     "dali": "pipelines.dali",
@@ -21,6 +24,9 @@ BACKENDS = {
     "pillow": "pipelines.pillow",
 }
 """Decoder name -> the module that holds it, imported when it is first asked for."""
+
+Boxes = np.ndarray | Callable[[int, int, int], np.ndarray]
+"""(n, 4) left, top, right, bottom; or what gives a source's four from its position and its upright width and height."""
 
 _imported: dict[str, ModuleType] = {}
 
@@ -57,7 +63,7 @@ def decode(
     sources: Sequence[Source],
     size: int,
     out: np.ndarray,
-    boxes: np.ndarray | None = None,
+    boxes: Boxes | None = None,
     *,
     decoder: str = "turbo",
     workers: int | None = None,
@@ -70,7 +76,8 @@ def decode(
     out: (n, size, size, 3) uint8, C-contiguous. The photo upright, RGB, squashed to size x size (bilinear,
         antialiased). Rows of unusable sources are zeroed.
     boxes: (n, 4) float: left, top, right, bottom in pixels of the upright photo. What the row shows; None: all of it.
-        Clipped to the photo, so that rounding cannot push one off its edge.
+        Clipped to the photo, so that rounding cannot push one off its edge. Or a function (position, width, height) ->
+        (4,), asked in a decoding thread once the photo's size is known: no file is read twice for it.
     decoder: a name in BACKENDS ("auto" is for `choose`, whose answer belongs into cache keys).
     workers: decoding threads; None: one for each core this process may use.
     gpu: index of the device on which DALI decodes; None: the CPU. The other decoders ignore it.
@@ -85,12 +92,16 @@ def decode(
             f"out must be {(len(sources), size, size, 3)} uint8, C-contiguous; got {out.shape} {out.dtype}"
             f"{'' if out.flags.c_contiguous else ', not contiguous'}"
         )
-    if boxes is not None:
+    parts: Sequence[Box] | None = None
+    if callable(boxes):
+        parts = [functools.partial(boxes, i) for i in range(len(sources))]
+    elif boxes is not None:
         boxes = np.asarray(boxes, np.float64)
+        parts = list(boxes)
         if boxes.shape != (len(sources), 4) or not (boxes[:, 2:] > boxes[:, :2]).all():
             raise ValueError(f"boxes must be {(len(sources), 4)}: left < right, top < bottom; got {boxes.shape}")
     backend = _backend(decoder)
-    verdicts: list[Verdict] = backend.decode(sources, size, out, boxes, workers or _cores(), gpu, max_pixels)
+    verdicts: list[Verdict] = backend.decode(sources, size, out, parts, workers or _cores(), gpu, max_pixels)
     return verdicts
 
 

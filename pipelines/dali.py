@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines import pillow
 from pipelines.jpeg import Header, header, upright_size
-from pipelines.verdict import USABLE, Source, Unusable, Verdict, check_pixels, read
+from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, read
 
 # Not an import statement, because DALI's type hints lack half of its names.
 _dali: Any = importlib.import_module("nvidia.dali")
@@ -28,7 +28,7 @@ _pipelines: dict[tuple[int, int, int | None], Any] = {}
 class _Photo(NamedTuple):
     row: int
     data: bytes
-    box: np.ndarray | None  # the caller's, for Pillow
+    box: Box | None  # the caller's, for Pillow
     region: np.ndarray  # (4,) float32: top, left, bottom, right, for DALI
 
 
@@ -36,7 +36,7 @@ def decode(
     sources: Sequence[Source],
     size: int,
     out: np.ndarray,
-    boxes: np.ndarray | None,
+    boxes: Sequence[Box] | None,
     workers: int,
     gpu: int | None,
     max_pixels: int,
@@ -45,7 +45,7 @@ def decode(
     pillow.quiet()
     verdicts = [USABLE] * len(sources)
 
-    def with_pillow(index: int, data: bytes, box: np.ndarray | None) -> None:
+    def with_pillow(index: int, data: bytes, box: Box | None) -> None:
         verdicts[index] = pillow.one(data, size, out[index], box, max_pixels)
 
     def prepare(index: int) -> _Photo | None:
@@ -117,7 +117,7 @@ def _complete(data: bytes, head: Header) -> bool:
     return data.rfind(b"\xff\xd9", max(head.scan, len(data) - 1024)) >= 0
 
 
-def _region(head: Header, box: np.ndarray | None) -> np.ndarray:
+def _region(head: Header, box: Box | None) -> np.ndarray:
     left, top, right, bottom = pillow.clip(box, *upright_size(head))
     return np.array([top, left, bottom, right], np.float32)
 

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from pipelines.threads import each
-from pipelines.verdict import USABLE, Source, Unusable, Verdict, check_pixels, explain, image_format
+from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, explain, image_format
 
 
 def decode(
     sources: Sequence[Source],
     size: int,
     out: np.ndarray,
-    boxes: np.ndarray | None,
+    boxes: Sequence[Box] | None,
     workers: int,
     gpu: int | None,
     max_pixels: int,
@@ -39,7 +39,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def one(data: bytes, size: int, row: np.ndarray, box: np.ndarray | None, max_pixels: int) -> Verdict:
+def one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:
     """Write the photo in `data` into `row` (size, size, 3) uint8; return its verdict. `quiet` was called before."""
     try:
         image = load(data, max_pixels)
@@ -70,10 +70,12 @@ def load(data: bytes, max_pixels: int) -> Image.Image:
     return _upright(_rgb(image), _orientation(image))
 
 
-def clip(box: np.ndarray | None, width: int, height: int) -> tuple[float, float, float, float]:
+def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float, float]:
     """Return the box (all of the photo for None) cut to the photo. Raises ValueError where nothing is left."""
     if box is None:
         return 0, 0, width, height
+    if callable(box):
+        box = box(width, height)
     left, top, right, bottom = (float(edge) for edge in box)
     inside = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
     if inside[0] >= inside[2] or inside[1] >= inside[3]:

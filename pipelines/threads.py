@@ -5,13 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from pipelines.verdict import Source, Unusable, Verdict, read
+from pipelines.verdict import Box, Source, Unusable, Verdict, read
 
-One = Callable[[bytes, np.ndarray, np.ndarray | None], Verdict]
+One = Callable[[bytes, np.ndarray, Box | None], Verdict]
 """(encoded photo, its row of the output, its box) -> verdict."""
 
 
-def each(one: One, sources: Sequence[Source], out: np.ndarray, boxes: np.ndarray | None, workers: int) -> list[Verdict]:
+def each(
+    one: One, sources: Sequence[Source], out: np.ndarray, boxes: Sequence[Box] | None, workers: int
+) -> list[Verdict]:
     """Return the verdict of `one` on every source, in their order; rows of unusable ones are zeroed."""
 
     def chunk(start: int) -> list[Verdict]:
@@ -27,7 +29,7 @@ def each(one: One, sources: Sequence[Source], out: np.ndarray, boxes: np.ndarray
         return [verdict for verdicts in pool.map(chunk, starts) for verdict in verdicts]
 
 
-def _guarded(one: One, source: Source, row: np.ndarray, box: np.ndarray | None) -> Verdict:
+def _guarded(one: One, source: Source, row: np.ndarray, box: Box | None) -> Verdict:
     try:
         verdict = one(read(source), row, box)
     except Unusable as error:

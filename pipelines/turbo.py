@@ -10,14 +10,14 @@ from simplejpeg import decode_jpeg
 from pipelines import pillow
 from pipelines.jpeg import Header, header, upright_size
 from pipelines.threads import each
-from pipelines.verdict import USABLE, Source, Verdict, check_pixels
+from pipelines.verdict import USABLE, Box, Source, Verdict, check_pixels
 
 
 def decode(
     sources: Sequence[Source],
     size: int,
     out: np.ndarray,
-    boxes: np.ndarray | None,
+    boxes: Sequence[Box] | None,
     workers: int,
     gpu: int | None,
     max_pixels: int,
@@ -32,7 +32,7 @@ def identity(gpu: int | None) -> str:
     return "turbo-1"
 
 
-def _one(data: bytes, size: int, row: np.ndarray, box: np.ndarray | None, max_pixels: int) -> Verdict:
+def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:
     head = header(data)
     if head is None:
         return pillow.one(data, size, row, box, max_pixels)
@@ -84,7 +84,7 @@ def _scale(part: tuple[float, float, float, float], size: int) -> int:
     return next((scale for scale in (8, 4, 2) if side >= 4 * size * scale), 1)
 
 
-def _stored(box: np.ndarray | None, head: Header) -> tuple[float, float, float, float]:
+def _stored(box: Box | None, head: Header) -> tuple[float, float, float, float]:
     """Return the box, which is in the upright photo's pixels, in those of the photo as stored."""
     left, top, right, bottom = pillow.clip(box, *upright_size(head))
     if head.orientation >= 5:

@@ -2,12 +2,18 @@
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 Source = str | os.PathLike[str] | bytes
 """A path (str or PathLike), or the encoded photo itself (bytes)."""
+
+Box = np.ndarray | Callable[[int, int], np.ndarray]
+"""(4,) left, top, right, bottom in pixels of the upright photo, or what gives them from its width and height."""
 
 Reason = Literal["", "unreadable", "empty", "not an image", "unsupported format", "too large", "truncated", "corrupt"]
 

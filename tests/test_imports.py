@@ -14,17 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"config"},
-    {"index", "augment", "metrics", "console", "artefact", "runtime", "kernels", "signals", "runs"},
+    {"index", "augment", "crops", "feed", "metrics", "console", "artefact", "runtime", "kernels", "signals", "runs"},
     {"tracker", "model", "cache", "checkpoint"},
-    {"optim", "dataset", "loader"},
-    {"step"},
+    {"optim", "loader"},
+    {"step", "dataset"},
     {"engines"},
     {"evaluate", "predict"},
     {"export", "session"},
     {"train"},
     {"cli"},
 ]
-DECODING = {"cache", "dataset", "predict"}  # what may import pipelines
+DECODING = {"cache", "dataset", "loader", "predict"}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:

@@ -15,7 +15,8 @@ import torch
 
 from fastcnn import Config, checkpoint, fit, train
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
-from fastcnn.loader import epoch_order
+from fastcnn.feed import shuffled
+from fastcnn.session import class_weights
 
 SMALL: dict[str, Any] = {"image_size": 32, "filters": (8,), "batch_size": 16, "deterministic": True}
 
@@ -111,11 +112,15 @@ def test_init_from_takes_the_weights_and_another_output_layer(photos: Path, run_
 
 def test_balanced_sampling_draws_classes_alike() -> None:
     labels = np.repeat([0, 1, 2], [900, 90, 10])
-    counts = np.bincount(labels[epoch_order(labels, 0, 1, True)])
+    weights = class_weights(labels, 3).numpy()[labels]
+    assert weights.mean() == pytest.approx(1)
+    chances = weights.astype(np.float64) / weights.astype(np.float64).sum()
+    drawn = shuffled(1000, (0, 1), chances)
+    counts = np.bincount(labels[drawn])
     assert counts.sum() == 1000
     assert counts.min() > 270
-    assert sorted(epoch_order(labels, 0, 1, False)) == list(range(1000))
-    assert np.array_equal(epoch_order(labels, 0, 1, True), epoch_order(labels, 0, 1, True))
+    assert np.array_equal(drawn, shuffled(1000, (0, 1), chances))
+    assert sorted(shuffled(1000, (0, 1))) == list(range(1000))
 
 
 @pytest.mark.parametrize("balance", ["weights", "sampling"])
