@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"config"},
-    {"index", "augment", "metrics", "console", "artefact", "runtime", "kernels", "signals", "runs"},
-    {"tracker", "model", "cache", "checkpoint"},
+    {"index", "augment", "metrics", "console", "artefact", "runtime", "kernels", "signals", "runs", "archive"},
+    {"tracker", "model", "cache", "checkpoint", "fetch"},
     {"optim", "dataset", "loader"},
     {"step"},
     {"engines"},
     {"evaluate", "predict"},
     {"export", "session"},
-    {"train"},
+    {"train", "data"},
     {"cli"},
 ]
 DECODING = {"cache", "dataset", "predict"}  # what may import pipelines
