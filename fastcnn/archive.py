@@ -25,12 +25,18 @@ JUNK = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db"})
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError)
 
 
+class Refused(Exception):
+    """What is in the archive is not written anywhere."""
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file; DataError for what is none, or proves damaged later."""
+    """Open a zip file; DataError for what is none, or proves damaged or is refused later."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
+    except Refused as error:
+        raise DataError(f"the archive {path} is not unpacked: {error}; is it the right one?") from None
     except _DAMAGED as error:
         raise DataError(
             f"the archive {path} is damaged ({first_line(error)}): delete it and run the same command again"
@@ -40,7 +46,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the regular files of an archive by safe relative path, without what systems leave in archives.
 
-    Raises DataError for an archive with a name that leads elsewhere, a link or device, a file that stands where a
+    Raises Refused for an archive with a name that leads elsewhere, a link or device, a file that stands where a
     folder should, a name twice, encryption, an unusual compression, or more in it than its own size allows.
     """
     found: dict[str, zipfile.ZipInfo] = {}
@@ -48,39 +54,39 @@ def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         path = safe_path(info.orig_filename)
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _refused(f"'{path}' is a link or a device")
+            raise Refused(f"'{path}' is a link or a device")
         if info.is_dir() or kind == stat.S_IFDIR:
             continue
         if info.flag_bits & 1:
-            raise _refused(f"'{path}' is encrypted")
+            raise Refused(f"'{path}' is encrypted")
         if info.compress_type not in METHODS:
-            raise _refused(f"'{path}' is compressed by method {info.compress_type}; deflate is understood")
+            raise Refused(f"'{path}' is compressed by method {info.compress_type}; deflate is understood")
         if str(path) in found:
-            raise _refused(f"'{path}' is in it twice")
+            raise Refused(f"'{path}' is in it twice")
         found[str(path)] = info
     for name in found:
         blocked = next((str(above) for above in PurePosixPath(name).parents if str(above) in found), None)
         if blocked:
-            raise _refused(f"'{blocked}' is a file and the folder of '{name}'")
+            raise Refused(f"'{blocked}' is a file and the folder of '{name}'")
     _check_sizes(archive, found)
     return {name: info for name, info in found.items() if not _is_junk(name)}
 
 
 def safe_path(name: str) -> PurePosixPath:
-    """Return the path below any folder that an archive's name stands for; DataError for one that leads elsewhere.
+    """Return the path below any folder that an archive's name stands for; Refused for one that leads elsewhere.
 
     As strict on every system as Windows has to be.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or not parts:
-        raise _refused(f"{_shown(name)} is not below its folder")
+        raise Refused(f"{_shown(name)} is not below its folder")
     for part in parts:
         if not part.strip(". "):  # "..", and what Windows takes for it
-            raise _refused(f"{_shown(name)} leads out of its folder")
+            raise Refused(f"{_shown(name)} leads out of its folder")
         if any(character in '\\:<>"|?*' or not character.isprintable() for character in part):
-            raise _refused(f"{_shown(name)} has characters that some systems do not allow")
+            raise Refused(f"{_shown(name)} has characters that some systems do not allow")
         if part.partition(".")[0].rstrip(" ").upper() in DEVICES:
-            raise _refused(f"{_shown(name)} is the name of a device")
+            raise Refused(f"{_shown(name)} is the name of a device")
     return PurePosixPath(*parts)
 
 
@@ -116,16 +122,12 @@ def _check_sizes(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
     packed = sum(info.compress_size for info in members.values())
     unpacked = sum(info.file_size for info in members.values())
     if packed > size or unpacked > max(ALWAYS_FINE, MAX_GROWTH * size):
-        raise _refused(f"{unpacked / 2**20:,.0f} MiB in an archive of {size / 2**20:,.1f} MiB are no photos")
+        raise Refused(f"{unpacked / 2**20:,.0f} MiB in an archive of {size / 2**20:,.1f} MiB are not photos")
 
 
 def _is_junk(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return any(part in JUNK for part in parts) or parts[-1].startswith("._")
-
-
-def _refused(why: str) -> DataError:
-    return DataError(f"the archive is not unpacked: {why}; is it the right one?")
 
 
 def _shown(name: str) -> str:

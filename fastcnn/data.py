@@ -125,7 +125,7 @@ def _unpack(packed: Path, photos: Path, console: Console) -> None:
 def photo_root(names: Iterable[str]) -> PurePosixPath:
     """Return the folder, among the paths of files, that holds train/<class>/<file> of two classes or more.
 
-    The uppermost, and of several the one of most files, whatever it is called. Raises DataError where there is none.
+    The uppermost, and of several the one of most files, whatever it is called. Raises Refused where there is none.
     """
     classes = defaultdict[PurePosixPath, list[str]](list)
     for name in names:
@@ -135,5 +135,5 @@ def photo_root(names: Iterable[str]) -> PurePosixPath:
             classes[PurePosixPath(*parts[:position])].append(parts[position + 1])
     roots = [root for root, found in classes.items() if len(set(found)) >= 2]
     if not roots:
-        raise DataError("the archive holds no train/<class>/<photos> of two classes or more: is it the right one?")
+        raise archive.Refused("it holds no train/<class>/<photos> of two classes or more")
     return min(roots, key=lambda root: (len(root.parts), -len(classes[root])))
