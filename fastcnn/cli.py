@@ -275,5 +275,28 @@ def cache_clear(key: str | None, cache_dir: str | None) -> None:
     click.echo(f"freed {clear(cache_dir, key) / 2**20:,.0f} MiB")
 
 
+@commands.group(cls=Commands, **HELP)
+def data() -> None:
+    """Get folders of photos."""
+
+
+@data.command("download", **HELP)
+@click.argument("name")
+@click.argument("folder", metavar="DIR")
+@click.option("--url", metavar="URL", help="A mirror's address of the archive; left out, the set's own.")
+def data_download(name: str, folder: str, url: str | None) -> None:
+    """Load the photos called NAME (inaturalist12k) into DIR, and unpack them there.
+
+    A broken download is gone on with: in the same command, or by the same command later.
+    """
+    import shlex
+
+    from fastcnn.console import Console
+    from fastcnn.data import download
+
+    photos = download(name, folder, url=url, console=Console())
+    click.echo(f"next: fastcnn train {shlex.quote(str(photos))}")
+
+
 if __name__ == "__main__":
     main()

@@ -26,9 +26,12 @@ class Console:
             print(text, flush=True)
 
     @contextmanager
-    def progress(self, label: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Yield a function of (done, total, note) that shows how far something is, with its rate in `unit` a second."""
-        start = time.perf_counter()
+    def progress(self, label: str, unit: str, *, start: int = 0) -> Iterator[Callable[[int, int, str], None]]:
+        """Yield a function of (done, total, note) that shows how far something is, with its rate in `unit` a second.
+
+        `start` of them were done before, and do not count in the rate.
+        """
+        began = time.perf_counter()
         if self.quiet:
             yield lambda done, total, note: None
         elif self._bars.is_terminal:
@@ -41,21 +44,21 @@ class Console:
             with Progress(
                 *columns, TimeRemainingColumn(), console=self._bars, transient=True, refresh_per_second=4
             ) as bar:
-                task = bar.add_task(label, total=None, note="")
+                task = bar.add_task(label, total=None, completed=start, note="")
 
                 def update(done: int, total: int, note: str) -> None:
-                    rate = done / (time.perf_counter() - start)
+                    rate = (done - start) / (time.perf_counter() - began)
                     bar.update(task, completed=done, total=total, note=note or f"{rate:,.0f} {unit}/s")
 
                 yield update
         else:
-            last = start
+            last = began
 
             def write(done: int, total: int, note: str) -> None:
                 nonlocal last
                 now = time.perf_counter()
                 if now - last >= PLAIN_INTERVAL and done < total:
-                    last, rate = now, done / (now - start)
+                    last, rate = now, (done - start) / (now - began)
                     left = (total - done) / max(rate, 1e-9)
                     print(
                         f"{label} {done:,}/{total:,}  {note or f'{rate:,.0f} {unit}/s'}  {left:.0f} s left",
