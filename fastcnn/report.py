@@ -21,6 +21,7 @@ from fastcnn.metrics import Sample
 from fastcnn.scorecard import Scorecard, number
 
 NUM_BAD = 20  # bad photos that the page lists
+NUM_ROWS = 60  # a table of more scrolls in its box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,8 @@ def _config_table(config: Mapping[str, Any]) -> str:
     defaults = configs.Config().to_dict()
     rows = []
     for field, value in config.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        shown = "none" if shown in (None, "") else shown
         rows.append((field, shown, "" if value == defaults.get(field) else "changed"))
     return _table(("option", "value"), [row[:2] for row in rows], marks=[row[2] for row in rows])
 
@@ -219,7 +221,9 @@ def _table(
         f'<tr class="{mark}"><th>{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in cells)}</tr>'
         for mark, (first, *cells) in zip(marks, rows, strict=True)
     ]
-    return f'<div class="box"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    kind = "box long" if len(rows) > NUM_ROWS else "box"
+    top = f"<tr>{head}</tr>" if head else ""
+    return f'<div class="{kind}"><table>{top}{"".join(lines)}</table></div>'
 
 
 def _text(value: object) -> str:
@@ -242,20 +246,24 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; margin: 0; }
 .headline div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
 dt { color: var(--dim); font-size: .85rem; }
-dd { margin: 0; font-size: 1.2rem; font-weight: 600; overflow-wrap: anywhere; }
-.box { overflow: auto; max-height: 32rem; margin: .5rem 0; }
-.picture { background: #fff; border-radius: .4rem; max-height: none; }
+dd { margin: 0; font-size: 1.1rem; font-weight: 600; overflow-wrap: anywhere; }
+.box { overflow: auto; margin: .5rem 0; }
+.long { max-height: 40rem; }
+.picture { background: #fff; border-radius: .4rem; }
 .picture img { display: block; margin: 0 auto; max-width: 100%; min-width: 32rem; height: auto; }
 .picture.predictions img { min-width: 44rem; }
 .picture.filters img { min-width: 0; }
 .narrow { display: none; font-size: .85rem; }
-@media (max-width: 34rem) { .narrow { display: block; } }
+@media (max-width: 34rem) {
+  .narrow { display: block; }
+  th:first-child { max-width: 9rem; }
+}
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child { text-align: left; font-weight: 400; min-width: 6rem; max-width: 24rem; overflow-wrap: anywhere; }
 th { color: var(--dim); }
-td { overflow-wrap: anywhere; }
-table tr > td:nth-child(2):last-child { text-align: left; min-width: 12rem; }
+td { white-space: nowrap; }
+tr > :nth-child(2):last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .changed td, .sum th, .sum td { font-weight: 600; color: var(--text); }
 .bar { display: flex; height: 1.5rem; border-radius: .3rem; overflow: hidden; margin: .5rem 0; }
 table i { display: inline-block; width: .75rem; height: .75rem; border-radius: .15rem; margin-right: .5rem; }
