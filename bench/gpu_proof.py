@@ -271,7 +271,8 @@ def count_events(events: list[Any], num_steps: int) -> dict[str, float]:
 FIT = """
 import json, sys
 from fastcnn import Config, fit
-run = fit(Config(data=sys.argv[1], epochs=1, device=sys.argv[2], engine=sys.argv[3], cache_dir=sys.argv[4]))
+data, device, engine, cache_dir = sys.argv[1:]
+run = fit(Config(data=data, epochs=1, device=device, engine=engine, cache_dir=cache_dir, report=False))
 print(json.dumps(run.summary["seconds"]))
 """
 

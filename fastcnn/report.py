@@ -254,10 +254,6 @@ dd { margin: 0; font-size: 1.1rem; font-weight: 600; overflow-wrap: anywhere; }
 .picture.predictions img { min-width: 44rem; }
 .picture.filters img { min-width: 0; }
 .narrow { display: none; font-size: .85rem; }
-@media (max-width: 34rem) {
-  .narrow { display: block; }
-  th:first-child { max-width: 9rem; }
-}
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child { text-align: left; font-weight: 400; min-width: 6rem; max-width: 24rem; overflow-wrap: anywhere; }
@@ -268,6 +264,12 @@ tr > :nth-child(2):last-child { text-align: left; white-space: normal; overflow-
 .bar { display: flex; height: 1.5rem; border-radius: .3rem; overflow: hidden; margin: .5rem 0; }
 table i { display: inline-block; width: .75rem; height: .75rem; border-radius: .15rem; margin-right: .5rem; }
 pre { overflow-x: auto; background: var(--page); border-radius: .3rem; padding: .6rem; font-size: .85rem; }
+@media (max-width: 34rem) {
+  .narrow { display: block; }
+  th:first-child { min-width: 5rem; max-width: 9rem; }
+  table { font-size: .85rem; }
+  th, td { padding-right: .5rem; }
+}
 """
 
 _PAGE = """<!doctype html>
