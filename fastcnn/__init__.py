@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastcnn.index import Index, scan
     from fastcnn.model import SmallCNN
     from fastcnn.predict import predict_photos
+    from fastcnn.rescore import evaluate_run
     from fastcnn.train import Result, fit
 
 # Lazy (PEP 562), so that `fastcnn --help` does not wait for torch.
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Index": "fastcnn.index:Index",
     "Result": "fastcnn.train:Result",
     "SmallCNN": "fastcnn.model:SmallCNN",
+    "evaluate_run": "fastcnn.rescore:evaluate_run",
     "export_run": "fastcnn.export:export_run",
     "fit": "fastcnn.train:fit",
     "open_artefact": "fastcnn.artefact:open",
@@ -39,6 +41,7 @@ __all__ = [
     "Index",
     "Result",
     "SmallCNN",
+    "evaluate_run",
     "export_run",
     "fit",
     "open_artefact",

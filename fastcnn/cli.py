@@ -174,6 +174,45 @@ def train(
     fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=time.perf_counter() - start)
 
 
+@commands.command("eval", **HELP)
+@click.argument("run")
+@click.argument("data", required=False)
+@click.option("--device", default="auto", help="As for train.  [auto]")
+@click.option("--decoder", metavar="auto|dali|turbo|pillow", help="What decodes the photos; left out, as in the run.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+@click.option("--output", metavar="FILE", help="Write the JSON to a file too.")
+def evaluate(run: str, data: str | None, device: str, decoder: str | None, as_json: bool, output: str | None) -> None:
+    """Score the best model of RUN (a folder, or a name under runs/): accuracy, loss, top-5, and figures by class.
+
+    Without DATA on the run's own validation and test photos, by its split.csv. Of DATA the photos in its val and test
+    folders are used; without those, the ones in its train folder; without that, all of DATA/<class>/...
+    """
+    import json
+    from pathlib import Path
+
+    from fastcnn.console import Console
+    from fastcnn.rescore import evaluate_run
+
+    decoder = config.resolve({"decoder": decoder}).decoder if decoder else None
+    with Console().progress("decoding", "photos") as progress:
+        scores = evaluate_run(
+            run, data, device=device, decoder=decoder, progress=lambda done, total: progress(done, total, "")
+        )
+    text = json.dumps(scores.to_dict(), indent=1)
+    if output:
+        try:
+            Path(output).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FastCNNError(f"cannot write {output}: {error.strerror or error}") from None
+    if as_json:
+        click.echo(text)
+        return
+    click.echo(f"epoch {scores.best_epoch} of {scores.run_dir}, {scores.precision} on {scores.device}")
+    for name, card in scores.scorecards.items():
+        where = f"{scores.data}, the photos that the run held out" if data is None else str(scores.data)
+        click.echo(f"\n{name} photos of {where}\n{card.table()}")
+
+
 @commands.command(**HELP)
 @click.argument("run")
 @click.option("--format", "format_", default="torchscript", metavar="torchscript", help="Format of the file.")

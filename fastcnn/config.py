@@ -127,6 +127,8 @@ class Config:
     """Where decoded photos are kept; left out, the user's cache folder."""
     deterministic: bool = False
     """Repeat to the bit: fp32 and deterministic algorithms (on a CPU with the same --threads)."""
+    report: bool = True
+    """Draw the pictures and the page of the run folder at the end."""
     strict: bool = False
     """Make every fallback an error."""
 

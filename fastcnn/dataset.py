@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -59,6 +59,7 @@ def prepare(
     val_fraction: float = 0.2,
     seed: int = 0,
     split: str | Path | None = None,
+    classes: Sequence[str] | None = None,
     max_bad: float = 0.05,
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -69,12 +70,14 @@ def prepare(
 
     The arguments are those of `index.scan`, `loader.choose`, `cache.build` and `index.split`.
 
+    With `classes`, those of a model to be scored, it holds the photos of `index.scan_held_out`, split by their folders.
+
     Raises DataError where the folder cannot be used or more than `max_bad` of its photos are unusable, FastCNNError
     where the decoder is missing or the cache cannot be written.
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        index = indexes.scan(root)
+        index = indexes.scan(root) if classes is None else indexes.scan_held_out(root, classes)
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
     try:
@@ -110,10 +113,13 @@ def prepare(
     pipelines.close()  # nothing of DALI may be in flight while a CUDA graph is captured
     bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
     if bad:
-        _report_bad(bad, len(index), max_bad)
+        _report_bad(bad, len(index), max_bad, "" if classes else "; see bad_images.csv")
         usable = cache.usable
         index, cache = index.take(usable), cache.take(usable)
-        indexes.check_classes(index)
+        if classes is None:
+            indexes.check_classes(index)
+    if classes is not None:
+        return Dataset(index=index, cache=cache, splits=index.folders, bad=bad, decoder=cast(Decoder, chosen))
     splits = indexes.read_split(Path(split), index) if split else indexes.split(index, val_fraction, seed)
     listed = splits != ""
     if not listed.all():
@@ -138,11 +144,11 @@ def write_bad(path: Path, bad: dict[str, str]) -> None:
         writer.writerows(bad.items())
 
 
-def _report_bad(bad: dict[str, str], count: int, max_bad: float) -> None:
+def _report_bad(bad: dict[str, str], count: int, max_bad: float, where: str) -> None:
     reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(bad.values()).most_common())
     if len(bad) > max_bad * count:
         first = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:10])
         raise DataError(
             f"{len(bad)} of {count} photos cannot be used ({reasons}), more than --max-bad {max_bad:g}: {first}"
         )
-    warn(f"{len(bad)} of {count} photos cannot be used and are left out ({reasons}); see bad_images.csv")
+    warn(f"{len(bad)} of {count} photos cannot be used and are left out ({reasons}){where}")

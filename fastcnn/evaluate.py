@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.augment import resized
@@ -26,23 +27,34 @@ class Evaluation:
     score: Score
     predicted: Tensor
     """(M,) int64 most probable class of each photo, on the device, in the order of the feed's permutation."""
+    probabilities: Tensor
+    """(M, num_classes) fp32 in the same order; (M, 0) where none were asked for."""
 
 
 class EvaluationStep:
     """One batch of an evaluation, as a function of device tensors like the training step.
 
-    Every batch has the same shape: the last is filled up with the last photo, whose repeats weigh nothing.
+    Every batch has the same shape: the last is filled up with the last photo, whose repeats weigh nothing. With
+    `num_classes`, the width of the network's output, every photo's probabilities are kept too.
     """
 
-    def __init__(self, model: SmallCNN, feed: Feed, normalise: Normalise, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(
+        self,
+        model: SmallCNN,
+        feed: Feed,
+        normalise: Normalise,
+        batch_size: int = BATCH_SIZE,
+        num_classes: int = 0,
+    ) -> None:
         device, count = feed.images.device, len(feed)
         batch_size = feed.batch_size or min(batch_size, count)
         self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
         self.num_steps = -(-count // batch_size)
         self.offsets = torch.arange(batch_size, device=device)
         self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last takes the repeats
+        self.probabilities = torch.zeros(count + 1, num_classes, device=device)
         self.sums = Sums(device)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = _forward_logits if num_classes else forward
 
     def __call__(self) -> None:
         """Score the batch at the feed's cursor and move the cursor behind it."""
@@ -53,22 +65,30 @@ class EvaluationStep:
         with torch.no_grad():
             images = resized(feed.images.index_select(0, photos), self.normalise.image_size)
             losses, guesses = self.forward(self.model, self.normalise, images, labels)
+            if self.probabilities.size(1):
+                self.probabilities.index_copy_(0, places.clamp(max=count), guesses.softmax(1))
+                guesses = guesses.argmax(1)
         self.sums.add(losses, guesses == labels, places < count)
         self.predicted.index_copy_(0, places.clamp(max=count), guesses)
         feed.cursor.add_(self.batch_size)
 
     def state(self) -> list[Tensor]:
         """Return every tensor that outlives a call and is changed by it."""
-        return [self.predicted, self.feed.cursor, self.sums.values]
+        return [self.predicted, self.probabilities, self.feed.cursor, self.sums.values]
 
 
 class Evaluator:
     """Scores a model on a feed as often as asked, by one engine."""
 
     def __init__(
-        self, model: SmallCNN, feed: Feed, normalise: Normalise, engine: Callable[[Step], Engine] = Eager
+        self,
+        model: SmallCNN,
+        feed: Feed,
+        normalise: Normalise,
+        engine: Callable[[Step], Engine] = Eager,
+        num_classes: int = 0,
     ) -> None:
-        self.step = EvaluationStep(model, feed, normalise)
+        self.step = EvaluationStep(model, feed, normalise, num_classes=num_classes)
         with _evaluating(model):
             self.engine = engine(self.step)
 
@@ -78,7 +98,13 @@ class Evaluator:
         step.sums.reset()
         with _evaluating(step.model), step.feed.start_in_order() as feed:
             feed.drive(self.engine.run, step.num_steps)
-        return Evaluation(step.sums.read(), step.predicted[:-1].clone())
+        return Evaluation(step.sums.read(), step.predicted[:-1].clone(), step.probabilities[:-1].clone())
+
+
+def _forward_logits(model: SmallCNN, normalise: Normalise, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (N,) cross-entropy and (N, num_classes) logits of a uint8 batch."""
+    logits = model(normalise(images)).float()
+    return F.cross_entropy(logits, labels, reduction="none"), logits
 
 
 class _evaluating:  # noqa: N801  (read as a function)

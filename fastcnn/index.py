@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,9 +64,7 @@ def scan(root: str | Path) -> Index:
     hold a class that the training folder lacks.
     """
     root = Path(root)
-    if not root.is_dir():
-        where = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"the data folder {root} {where}{_sibling(root)}")
+    _check_folder(root)
     split_folders = _split_folders(root)
     train_folder = split_folders.get("train", root)
     classes = tuple(_class_names(train_folder))
@@ -77,26 +75,44 @@ def scan(root: str | Path) -> Index:
         )
     if len(classes) == 1:
         raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two folders or more")
-    counts: Counter[str] = Counter()
-    photos = []  # (path, label, bytes, mtime, split)
-    for split, folder in split_folders.items() or [("train", root)]:
-        for label, name in _labelled(folder, split, classes):
-            photos += [(path, label, size, mtime, split) for path, size, mtime in _files(root, folder / name, counts)]
-    photos.sort()
-    paths, labels, sizes, mtimes, splits = zip(*photos, strict=True) if photos else ((), (), (), (), ())
-    index = Index(
-        root=root,
-        classes=classes,
-        paths=paths,
-        labels=np.array(labels, np.int64),
-        sizes=np.array(sizes, np.int64),
-        mtimes=np.array(mtimes, np.int64),
-        folders=np.array(splits, np.str_),
-        num_hidden=counts["hidden"],
-    )
+    index = _read(root, split_folders or {"train": root}, classes)
     check_classes(index)
-    if counts["unreadable"]:
-        warn(f"{counts['unreadable']} folders below {root} cannot be read and are left out")
+    return index
+
+
+def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
+    """Return the Index of the photos that a folder has for scoring a model of these classes.
+
+    They are the photos of its val and test folders; without those, of its train folder; without that, of root/<class>.
+    `folders` says which: val, test, train or all. Labels are positions in `classes`.
+
+    Raises DataError for a folder that is missing or empty, or has a class that is not among `classes`; a class
+    without photos is a warning.
+    """
+    root = Path(root)
+    _check_folder(root)
+    parts = {"train": "train", **HELD_OUT}
+    found: dict[str, Path] = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name in parts and p.name not in classes):
+        part = parts[folder.name]
+        if part in found:
+            raise DataError(f"{root} has two validation folders, {found[part].name} and {folder.name}: keep one")
+        found[part] = folder
+    if len(found) > 1:
+        found.pop("train", None)
+    known = tuple(classes)
+    for place in found.values() or [root]:
+        for name in _class_names(place):
+            if name not in known:
+                raise DataError(
+                    f"{place / name} is a class that the model does not know; "
+                    f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
+                )
+    index = _read(root, found or {"all": root}, known)
+    if not len(index):
+        raise DataError(
+            f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
+        )
     return index
 
 
@@ -174,6 +190,44 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
     if not {"train", "val"} <= set(splits):
         raise DataError(f"{path} names no photos for training or none for validation")
     return splits
+
+
+def printable(name: str) -> str:
+    """Return a path or class name as any terminal, font or page takes it: a line, bytes that are no UTF-8 escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _check_folder(root: Path) -> None:
+    if not root.is_dir():
+        where = "is a file, not a folder" if root.exists() else "does not exist"
+        raise DataError(f"the data folder {root} {where}{_sibling(root)}")
+
+
+def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...]) -> Index:
+    """Return the Index of the class folders in each split folder."""
+    counts: Counter[str] = Counter()
+    photos = []  # (path, label, bytes, mtime, split)
+    for split, split_folder in split_folders.items():
+        for label, name in _labelled(split_folder, split, classes):
+            photos += [
+                (path, label, size, mtime, split) for path, size, mtime in _files(root, split_folder / name, counts)
+            ]
+    photos.sort()
+    paths, labels, sizes, mtimes, splits = zip(*photos, strict=True) if photos else ((), (), (), (), ())
+    index = Index(
+        root=root,
+        classes=classes,
+        paths=paths,
+        labels=np.array(labels, np.int64),
+        sizes=np.array(sizes, np.int64),
+        mtimes=np.array(mtimes, np.int64),
+        folders=np.array(splits, np.str_),
+        num_hidden=counts["hidden"],
+    )
+    if counts["unreadable"]:
+        warn(f"{counts['unreadable']} folders below {root} cannot be read and are left out")
+    return index
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pipelines
 from fastcnn.artefact import Artefact
 from fastcnn.errors import FastCNNError
+from fastcnn.index import printable
 
 BATCH_SIZE = 64
 
@@ -72,7 +73,7 @@ def writer(format: str, classes: Sequence[str], top_k: int) -> Callable[[Predict
 def _table(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
     def write(prediction: Prediction) -> None:
         best = "  ".join(f"{name} {probability:.4f}" for name, probability in _best(prediction, classes, top_k))
-        print(f"{_printable(prediction.path)}  {best or f'not used: {prediction.reason}'}")
+        print(f"{printable(prediction.path)}  {best or f'not used: {prediction.reason}'}")
 
     return write
 
@@ -82,7 +83,7 @@ def _csv(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
     lines.writerow(["path", "rank", "class", "probability", "error"])
 
     def write(prediction: Prediction) -> None:
-        path = _printable(prediction.path)
+        path = printable(prediction.path)
         if prediction.reason:
             lines.writerow([path, "", "", "", prediction.reason])
         for rank, (name, probability) in enumerate(_best(prediction, classes, top_k), 1):
@@ -103,8 +104,3 @@ def _jsonl(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
 def _best(prediction: Prediction, classes: Sequence[str], top_k: int) -> list[tuple[str, float]]:
     order = np.argsort(-prediction.probabilities, kind="stable")[:top_k]
     return [(classes[i], float(prediction.probabilities[i])) for i in order]
-
-
-def _printable(path: str) -> str:
-    """Return a path that any terminal takes: bytes that are no UTF-8 are shown as escapes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

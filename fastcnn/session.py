@@ -20,7 +20,7 @@ from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
 from fastcnn.engines import Engine
 from fastcnn.errors import FastCNNError, warn
-from fastcnn.evaluate import Evaluator
+from fastcnn.evaluate import Evaluation, Evaluator
 from fastcnn.feed import Chances
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
@@ -201,3 +201,9 @@ def make_evaluator(session: Session, feed: Feed) -> Evaluator:
     return Evaluator(
         parameters.compute, feed, session.step.normalise, lambda step: engines.build(name, step, strict=strict)[0]
     )
+
+
+def judge(session: Session, feed: Feed) -> Evaluation:
+    """Return what the model, as it is now, says of every photo of a feed. One pass: nothing is compiled or captured."""
+    step = session.step
+    return Evaluator(step.parameters.compute, feed, step.normalise, num_classes=len(session.classes))()

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
-from fastcnn import checkpoint, dataset, index, runs, runtime, signals
+from fastcnn import checkpoint, dataset, index, pictures, report, runs, runtime, scorecard, signals
 from fastcnn import session as sessions
 from fastcnn.config import Config, field_types, option_name, resolve
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
 from fastcnn.engines import Engine
-from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
-from fastcnn.evaluate import BATCH_SIZE, Evaluator
+from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back, first_line, warn
+from fastcnn.evaluate import BATCH_SIZE, Evaluation, Evaluator
 from fastcnn.kernels import pool
 from fastcnn.loader import LOADERS, Feed, Options
-from fastcnn.metrics import Live, Score, Stopwatch
+from fastcnn.metrics import Live, Sample, Score, Stopwatch
 from fastcnn.session import Session
 from fastcnn.step import TrainingStep
 from fastcnn.tracker import TRACKERS, Tracker
@@ -312,14 +313,19 @@ def _rank(row: dict[str, float]) -> tuple[float, float]:
 
 
 def _finish(session: Session, data: Dataset, feeds: dict[str, Feed], watch: Stopwatch) -> dict[str, Any]:
-    """Look at the test set once, with the best weights; write and return what result.json holds."""
+    """Look at the test set once, with the best weights; write and return what result.json holds, and the report."""
     config, step, test = session.config, session.step, Score(loss=float("nan"), accuracy=float("nan"), count=0)
     device = step.feed.images.device
-    if len(feeds["test"]):
+    judged, story, files = "test" if len(feeds["test"]) else "val", None, dict[str, bytes]()
+    if judged == "test" or config.report:
         with watch.stage("eval"):
             session.model.load_state_dict(checkpoint.load(session.run_dir / "best.pt", device)["model"])
             step.parameters.refresh()
-            test = sessions.make_evaluator(session, feeds["test"])().score
+            evaluation = sessions.judge(session, feeds[judged])
+        test = evaluation.score if judged == "test" else test
+    if config.report:
+        with watch.stage("report"):
+            story, files = _draw(session, data, judged, evaluation)
     steady = session.rows[1:] or session.rows
     stages = {name: watch.seconds.get(name, 0.0) for name in STAGES}
     summary = {
@@ -349,10 +355,61 @@ def _finish(session: Session, data: Dataset, feeds: dict[str, Feed], watch: Stop
         "hardware": runtime.describe(device),
     }
     (session.run_dir / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if story:
+        try:
+            report.write(session.run_dir, story, files, summary, config.to_dict())
+        except OSError as error:
+            warn(f"the run is finished, but its report cannot be written: {error}")
     return summary
 
 
-STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "export")
+STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report", "export")
+
+
+def _draw(
+    session: Session, data: Dataset, rows: list[dict[str, float]], judged: str, evaluation: Evaluation
+) -> tuple[report.Report | None, dict[str, bytes]]:
+    """Return the report and its pictures; whatever goes wrong with them is a warning, as the run is finished."""
+    try:
+        story = _tell(session, data, rows, judged, evaluation)
+        return story, report.draw(story)
+    except Exception as error:
+        warn(f"the run is finished, but its pictures cannot be drawn: {first_line(error)}")
+        return None, {}
+
+
+def _tell(
+    session: Session, data: Dataset, rows: list[dict[str, float]], judged: str, evaluation: Evaluation
+) -> report.Report:
+    """Return what the report tells of, from an evaluation of the photos of the split `judged`."""
+    photos, classes = data.photos(judged), session.classes
+    labels = data.index.labels[photos]
+    predicted, probabilities = evaluation.predicted.cpu().numpy(), evaluation.probabilities.cpu().numpy()
+    confidence = probabilities[np.arange(len(predicted)), predicted]
+    chosen = pictures.choose_samples(labels, predicted, confidence)
+    samples = [
+        Sample(
+            path=data.index.paths[photos[i]],
+            image=image,
+            label=classes[labels[i]],
+            predicted=classes[predicted[i]],
+            probability=float(confidence[i]),
+        )
+        for i, image in zip(chosen, data.cache.pixels(photos[chosen]), strict=True)
+    ]
+    return report.Report(
+        rows=rows,
+        best_epoch=int(session.best["epoch"]),
+        judged=judged,
+        scorecard=scorecard.make(classes, evaluation.score, labels, predicted, probabilities),
+        samples=samples,
+        filters=session.model.get_parameter("blocks.0.conv.weight").detach().cpu().numpy(),
+        split={
+            split: np.bincount(data.index.labels[data.photos(split)], minlength=len(classes))
+            for split in ("train", "val", "test")
+        },
+        bad=data.bad,
+    )
 
 
 def _write_inputs(session: Session, data: Dataset) -> None:

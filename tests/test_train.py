@@ -19,7 +19,7 @@ from fastcnn.evaluate import restore
 from fastcnn.tracker import COLUMNS
 from fastcnn.train import STAGES
 
-SMALL = {"epochs": 2, "image_size": 32, "filters": (8,), "batch_size": 16}
+SMALL = {"epochs": 2, "image_size": 32, "filters": (8,), "batch_size": 16, "report": False}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -30,6 +30,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_the_run_folder(run_dir: Path, photos: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} >= {
         "config.yaml", "split.csv", "bad_images.csv", "metrics.csv", "result.json", "last.pt", "best.pt",
+        "curves.png", "confusion_matrix.png", "predictions.png", "filters.png", "report.html",
     }  # fmt: skip
     metrics = rows(run_dir / "metrics.csv")
     assert [row["epoch"] for row in metrics] == ["1", "2"]
@@ -153,7 +154,7 @@ def test_settings_are_put_back(photos: Path) -> None:
 
 def test_it_learns(photos: Path) -> None:
     """Four classes that differ in shape: far better than chance on the photos it was trained on."""
-    config = Config(data=str(photos), epochs=12, image_size=64, filters=(16,), batch_size=16, lr=2e-3)
+    config = Config(data=str(photos), epochs=12, image_size=64, filters=(16,), batch_size=16, lr=2e-3, report=False)
     assert fit(config).metrics[-1]["train/accuracy"] > 0.7
 
 
