@@ -45,6 +45,15 @@ class Dataset:
         """Return the positions in the index of a split's photos."""
         return np.flatnonzero(self.splits == split)
 
+    def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+        """Return (n, size, size, 3): the pixels of photos, by their positions in the index, in memory."""
+        if self.loader != "stream":
+            return self.cache.pixels(photos)
+        out = np.zeros((len(photos), *self.cache.images.shape[1:]), np.uint8)
+        paths = [self.index.root / self.index.paths[photo] for photo in photos]
+        pipelines.decode(paths, out.shape[1], out, decoder=self.decoder)
+        return out
+
 
 def prepare(
     root: str | Path,
@@ -119,8 +128,11 @@ def prepare(
         if classes is None:
             indexes.check_classes(index)
     if classes is not None:
-        return Dataset(index=index, cache=cache, splits=index.folders, bad=bad, decoder=cast(Decoder, chosen))
-    splits = indexes.read_split(Path(split), index) if split else indexes.split(index, val_fraction, seed)
+        splits = index.folders
+    elif split:
+        splits = indexes.read_split(Path(split), index)
+    else:
+        splits = indexes.split(index, val_fraction, seed)
     listed = splits != ""
     if not listed.all():
         warn(f"{(~listed).sum()} photos are not listed in {split} and are left out")

@@ -121,13 +121,14 @@ def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.u
         data = dataset.prepare(
             config["data"],
             image_size=config["cache_size"] or size,
+            loader=config["loader"],
             decoder=config["decoder"],
             gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
             cache_dir=config["cache_dir"],
             split=folder / "split.csv",
             max_bad=1.0,
         )
-        return data.cache.pixels(data.photos("val")[:MAX_CHECKED])
+        return data.pixels(data.photos("val")[:MAX_CHECKED])
     except FastCNNError as error:
         warn(f"the run's photos cannot be read ({error}): the export is compared on synthetic ones")
         return np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)

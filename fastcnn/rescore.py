@@ -11,8 +11,8 @@ from fastcnn import checkpoint, dataset, runs, runtime, scorecard
 from fastcnn.config import Decoder
 from fastcnn.dataset import Dataset
 from fastcnn.errors import DataError, FastCNNError, warn
-from fastcnn.evaluate import Evaluator, restore
-from fastcnn.loader import LOADERS
+from fastcnn.evaluate import BATCH_SIZE, Evaluator, restore
+from fastcnn.loader import LOADERS, Options
 from fastcnn.optim import FlatParameters
 from fastcnn.scorecard import Scorecard
 from fastcnn.step import Normalise
@@ -78,7 +78,8 @@ def evaluate_run(
         raise FastCNNError(f"{folder} has no split.csv: say which photos, as fastcnn eval {folder} DATA")
     photos = dataset.prepare(
         config["data"] if data is None else Path(data).resolve(),  # resolved: as it stands in the cache's key
-        image_size=config["image_size"],
+        image_size=config["cache_size"] or config["image_size"],
+        loader=config["loader"],
         decoder=decoder or config["decoder"],
         gpu=place.index if place.type == "cuda" else None,
         cache_dir=config["cache_dir"],
@@ -99,7 +100,8 @@ def evaluate_run(
         for name in SETS if data is not None else ("val", "test"):
             mine = photos.photos(name)
             if len(mine):
-                feed = LOADERS[config["loader"]](photos.cache, mine, photos.index.labels, place)
+                options = Options(device=place, batch_size=BATCH_SIZE, decoder=photos.decoder)
+                feed = LOADERS[photos.loader](photos.index, photos.cache, mine, options)
                 found = Evaluator(model, feed, normalise, num_classes=len(classes))()
                 predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
                 cards[name] = scorecard.make(classes, found.score, photos.index.labels[mine], predicted, probabilities)

@@ -367,20 +367,18 @@ STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "che
 
 
 def _draw(
-    session: Session, data: Dataset, rows: list[dict[str, float]], judged: str, evaluation: Evaluation
+    session: Session, data: Dataset, judged: str, evaluation: Evaluation
 ) -> tuple[report.Report | None, dict[str, bytes]]:
     """Return the report and its pictures; whatever goes wrong with them is a warning, as the run is finished."""
     try:
-        story = _tell(session, data, rows, judged, evaluation)
+        story = _tell(session, data, judged, evaluation)
         return story, report.draw(story)
     except Exception as error:
         warn(f"the run is finished, but its pictures cannot be drawn: {first_line(error)}")
         return None, {}
 
 
-def _tell(
-    session: Session, data: Dataset, rows: list[dict[str, float]], judged: str, evaluation: Evaluation
-) -> report.Report:
+def _tell(session: Session, data: Dataset, judged: str, evaluation: Evaluation) -> report.Report:
     """Return what the report tells of, from an evaluation of the photos of the split `judged`."""
     photos, classes = data.photos(judged), session.classes
     labels = data.index.labels[photos]
@@ -395,10 +393,10 @@ def _tell(
             predicted=classes[predicted[i]],
             probability=float(confidence[i]),
         )
-        for i, image in zip(chosen, data.cache.pixels(photos[chosen]), strict=True)
+        for i, image in zip(chosen, data.pixels(photos[chosen]), strict=True)
     ]
     return report.Report(
-        rows=rows,
+        rows=session.rows,
         best_epoch=int(session.best["epoch"]),
         judged=judged,
         scorecard=scorecard.make(classes, evaluation.score, labels, predicted, probabilities),
