@@ -21,6 +21,8 @@ Engine = Literal["auto", "eager", "compiled", "graphed", "compiled+graphed"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Loader = Literal["auto", "resident"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
+Export = Literal["torchscript"]
+Wandb = Literal["auto", "online", "offline", "disabled"]
 
 NUM_BLOCKS = 5
 MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
@@ -94,6 +96,12 @@ class Config:
     """Where decoded photos are kept; left out, the user's cache folder."""
     deterministic: bool = False
     """Repeat to the bit: fp32 and deterministic algorithms (on a CPU with the same --threads)."""
+    export: tuple[Export, ...] = ()
+    """Formats that the best model is exported to when training ends, as torchscript; none for none."""
+    wandb: Wandb = "auto"
+    """Where W&B records the run; auto is WANDB_MODE, else online when logged in, else offline in the run's folder."""
+    wandb_project: str | None = None
+    """Project in W&B; left out, WANDB_PROJECT, else fastcnn."""
     strict: bool = False
     """Make every fallback an error."""
 

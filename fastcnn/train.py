@@ -17,6 +17,7 @@ import yaml
 
 from fastcnn import checkpoint, dataset, index, runs, runtime, signals
 from fastcnn import session as sessions
+from fastcnn import tracker as tracking
 from fastcnn.config import Config
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
@@ -25,10 +26,10 @@ from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
 from fastcnn.evaluate import Evaluator
 from fastcnn.kernels import pool
 from fastcnn.loader import LOADERS, Feed
-from fastcnn.metrics import Live, Score, Stopwatch
+from fastcnn.metrics import Live, Outcome, Score, Stopwatch
 from fastcnn.session import Session
 from fastcnn.step import TrainingStep
-from fastcnn.tracker import TRACKERS, Tracker
+from fastcnn.tracker import Run, Tracker
 
 
 class Interrupted(FastCNNError):
@@ -120,11 +121,25 @@ def fit(
             f"{len(feeds['train']):,} train, {len(feeds['val']):,} val, {len(feeds['test']):,} test photos; "
             f"{session.config.engine} engine, {config.precision}, {device}; run folder {session.run_dir}"
         )
-        trackers = [make(session.run_dir, console, config.epochs) for make in TRACKERS.values()]
-        with signals.received() as stop:
-            rows = _train(session, engine, evaluator, watch, trackers, console, stop)
-        summary = _finish(session, data, feeds, rows, watch)
+        facts = {"hardware": runtime.describe(device), "versions": runtime.versions()}
+        run = Run(
+            run_dir=session.run_dir,
+            console=console,
+            num_epochs=config.epochs,
+            config={**session.config.to_dict(), **facts},
+        )
+        with tracking.opened(run) as trackers:
+            with signals.received() as stop:
+                rows = _train(session, engine, evaluator, watch, trackers, console, stop)
+            summary = _finish(session, data, feeds, rows, watch)
+            exported, failure = _export(session, console, watch)
+            summary["seconds"] |= {"export": watch.seconds.get("export", 0.0), "total": _total(watch)}
+            outcome = Outcome(summary=summary, classes=session.classes, exported=exported)
+            summary |= tracking.finish(trackers, outcome)
+        _write_result(session.run_dir, summary)
     _report(console, summary, session.run_dir)
+    if failure:
+        raise failure
     return Result(session.run_dir, rows, summary)
 
 
@@ -272,13 +287,40 @@ def _finish(
         "test_loss": test.loss if test.count else None,
         # Steady state: the mean over the epochs after the first, by time.
         "images_per_second": len(steady) / sum(1 / row["images_per_second"] for row in steady),
-        "seconds": {**stages, "total": watch.total() + watch.seconds["import"]},
+        "seconds": {**stages, "total": _total(watch)},
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "versions": runtime.versions(),
         "hardware": runtime.describe(device),
     }
-    (session.run_dir / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    _write_result(session.run_dir, summary)
     return summary
+
+
+def _export(session: Session, console: Console, watch: Stopwatch) -> tuple[list[Path], FastCNNError | None]:
+    """Export as configured; return the files and, where one cannot be made, why: the run is finished all the same."""
+    exported: list[Path] = []
+    if not session.config.export:
+        return exported, None
+    from fastcnn.export import export_run
+
+    with watch.stage("export"):
+        for name in session.config.export:
+            try:
+                exported.append(export_run(session.run_dir, format=name))
+            except FastCNNError as error:
+                return exported, error
+            console.line(f"exported {exported[-1]}: the same probabilities as the trained model")
+    return exported, None
+
+
+def _total(watch: Stopwatch) -> float:
+    return watch.total() + watch.seconds["import"]
+
+
+def _write_result(folder: Path, summary: dict[str, Any]) -> None:
+    partial = folder / ".partial-result.json"
+    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / "result.json")
 
 
 STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "export")
