@@ -24,6 +24,8 @@ Engine = Literal["auto", "eager", "compiled", "graphed", "compiled+graphed"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Loader = Literal["auto", "resident", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
+Export = Literal["torchscript"]
+Wandb = Literal["auto", "online", "offline", "disabled"]
 
 Bytes = NewType("Bytes", int)
 """A number of bytes, given as one, or as 500MB, 2GB, 1.5GiB."""
@@ -129,6 +131,12 @@ class Config:
     """Repeat to the bit: fp32 and deterministic algorithms (on a CPU with the same --threads)."""
     report: bool = True
     """Draw the pictures and the page of the run folder at the end."""
+    export: tuple[Export, ...] = ()
+    """Formats that the best model is exported to when training ends, as torchscript; none for none."""
+    wandb: Wandb = "auto"
+    """Where W&B records the run; auto is WANDB_MODE, else online when logged in, else offline in the run's folder."""
+    wandb_project: str | None = None
+    """Project in W&B; left out, WANDB_PROJECT, else fastcnn."""
     strict: bool = False
     """Make every fallback an error."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastcnn import artefact, checkpoint, dataset, runs, runtime
 from fastcnn.augment import resized
-from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest, warn
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest, warn
 from fastcnn.evaluate import restore
 from fastcnn.step import Normalise
 
@@ -118,16 +118,18 @@ def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.u
     """Return (n, size, size, 3) cached validation photos of a run; synthetic ones where its photos are gone."""
     size = config["image_size"]
     try:
-        data = dataset.prepare(
-            config["data"],
-            image_size=config["cache_size"] or size,
-            loader=config["loader"],
-            decoder=config["decoder"],
-            gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
-            cache_dir=config["cache_dir"],
-            split=folder / "split.csv",
-            max_bad=1.0,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastCNNWarning)  # the run has told of its bad photos
+            data = dataset.prepare(
+                config["data"],
+                image_size=config["cache_size"] or size,
+                loader=config["loader"],
+                decoder=config["decoder"],
+                gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
+                cache_dir=config["cache_dir"],
+                split=folder / "split.csv",
+                max_bad=1.0,
+            )
         return data.pixels(data.photos("val")[:MAX_CHECKED])
     except FastCNNError as error:
         warn(f"the run's photos cannot be read ({error}): the export is compared on synthetic ones")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,20 @@ class Sample:
     predicted: str
     probability: float
     """The model's, for the class that it predicts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a finished run leaves, for the trackers; what it does not have is left out."""
+
+    summary: Mapping[str, Any]
+    """What result.json holds."""
+    classes: Sequence[str]
+    confusion: npt.NDArray[np.int64] | None = None
+    """As `confusion_matrix` returns it."""
+    samples: Sequence[Sample] = ()
+    exported: Sequence[Path] = ()
+    """The exported model's files."""
 
 
 class Sums:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -13,24 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from fastcnn import checkpoint, dataset, index, pictures, report, runs, runtime, scorecard, signals
+from fastcnn import checkpoint, dataset, index, runs, runtime, signals
 from fastcnn import session as sessions
+from fastcnn import tracker as tracking
 from fastcnn.config import Config, field_types, option_name, resolve
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
 from fastcnn.engines import Engine
-from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back, first_line, warn
-from fastcnn.evaluate import BATCH_SIZE, Evaluation, Evaluator
+from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
+from fastcnn.evaluate import BATCH_SIZE, Evaluator
+from fastcnn.finish import finish
 from fastcnn.kernels import pool
-from fastcnn.loader import LOADERS, Feed, Options
-from fastcnn.metrics import Live, Sample, Score, Stopwatch
+from fastcnn.loader import LOADERS, Options
+from fastcnn.metrics import Live, Score, Stopwatch
 from fastcnn.session import Session
 from fastcnn.step import TrainingStep
-from fastcnn.tracker import TRACKERS, Tracker
+from fastcnn.tracker import Run, Tracker
 
 
 class Interrupted(FastCNNError):
@@ -133,11 +133,24 @@ def fit(
             f"{len(feeds['train']):,} train, {len(feeds['val']):,} val, {len(feeds['test']):,} test photos; "
             f"{session.config.engine} engine, {config.precision}, {device}; run folder {session.run_dir}"
         )
-        trackers = [make(session.run_dir, console, config.epochs) for make in TRACKERS.values()]
-        with signals.received() as stop:
-            _train(session, engine, evaluator, watch, trackers, console, stop)
-        summary = _finish(session, data, feeds, watch)
+        run = Run(
+            run_dir=session.run_dir,
+            console=console,
+            num_epochs=config.epochs,
+            config={
+                **session.config.to_dict(),
+                "hardware": runtime.describe(device),
+                "versions": runtime.versions(),
+            },
+            rows=tuple(session.rows),
+        )
+        with tracking.opened(run) as trackers:
+            with signals.received() as stop:
+                _train(session, engine, evaluator, watch, trackers, console, stop)
+            summary = finish(session, data, feeds, watch, trackers, console)
     _report(console, summary, session.run_dir)
+    if summary["export_error"]:
+        raise FastCNNError(summary["export_error"])
     return Result(session.run_dir, session.rows, summary)
 
 
@@ -168,7 +181,7 @@ def _restore(session: Session, console: Console) -> None:
     if tuple(state["classes"]) != session.classes:
         raise DataError(f"{session.run_dir} was trained on other classes than there are now: begin a new run")
     session.restore(state)
-    done = state["cursor"] // session.config.batch_size % session.step.num_steps
+    done = _steps_done(session.step)
     console.line(f"going on after epoch {session.epoch}" + (f" and {done} steps" if done else ""))
 
 
@@ -310,104 +323,6 @@ def _rank(row: dict[str, float]) -> tuple[float, float]:
     """Order epochs: the highest validation accuracy, ties by loss; a loss that is no number is the worst."""
     loss = row["val/loss"]
     return row["val/accuracy"], -loss if loss == loss else float("-inf")
-
-
-def _finish(session: Session, data: Dataset, feeds: dict[str, Feed], watch: Stopwatch) -> dict[str, Any]:
-    """Look at the test set once, with the best weights; write and return what result.json holds, and the report."""
-    config, step, test = session.config, session.step, Score(loss=float("nan"), accuracy=float("nan"), count=0)
-    device = step.feed.images.device
-    judged, story, files = "test" if len(feeds["test"]) else "val", None, dict[str, bytes]()
-    if judged == "test" or config.report:
-        with watch.stage("eval"):
-            session.model.load_state_dict(checkpoint.load(session.run_dir / "best.pt", device)["model"])
-            step.parameters.refresh()
-            evaluation = sessions.judge(session, feeds[judged])
-        test = evaluation.score if judged == "test" else test
-    if config.report:
-        with watch.stage("report"):
-            story, files = _draw(session, data, judged, evaluation)
-    steady = session.rows[1:] or session.rows
-    stages = {name: watch.seconds.get(name, 0.0) for name in STAGES}
-    summary = {
-        "engine": config.engine,
-        "engine_reason": session.why,
-        "decoder": config.decoder,
-        "loader": config.loader,
-        "loader_reason": data.loader_reason,
-        "precision": config.precision,
-        "device": config.device,
-        "epochs": session.epoch,
-        "best_epoch": int(session.best["epoch"]),
-        "num_train": len(feeds["train"]),
-        "num_val": len(feeds["val"]),
-        "num_test": len(feeds["test"]),
-        "num_bad": len(data.bad),
-        "num_decoded": data.cache.num_decoded,
-        "val_accuracy": session.best["val/accuracy"],
-        "val_loss": session.best["val/loss"],
-        "test_accuracy": test.accuracy if test.count else None,
-        "test_loss": test.loss if test.count else None,
-        # Steady state: the mean over the epochs after the first, by time.
-        "images_per_second": len(steady) / sum(1 / row["images_per_second"] for row in steady),
-        "seconds": {**stages, "total": watch.total() + watch.seconds["import"]},
-        "peak_memory_bytes": runtime.peak_memory_bytes(device),
-        "versions": runtime.versions(),
-        "hardware": runtime.describe(device),
-    }
-    (session.run_dir / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    if story:
-        try:
-            report.write(session.run_dir, story, files, summary, config.to_dict())
-        except OSError as error:
-            warn(f"the run is finished, but its report cannot be written: {error}")
-    return summary
-
-
-STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report", "export")
-
-
-def _draw(
-    session: Session, data: Dataset, judged: str, evaluation: Evaluation
-) -> tuple[report.Report | None, dict[str, bytes]]:
-    """Return the report and its pictures; whatever goes wrong with them is a warning, as the run is finished."""
-    try:
-        story = _tell(session, data, judged, evaluation)
-        return story, report.draw(story)
-    except Exception as error:
-        warn(f"the run is finished, but its pictures cannot be drawn: {first_line(error)}")
-        return None, {}
-
-
-def _tell(session: Session, data: Dataset, judged: str, evaluation: Evaluation) -> report.Report:
-    """Return what the report tells of, from an evaluation of the photos of the split `judged`."""
-    photos, classes = data.photos(judged), session.classes
-    labels = data.index.labels[photos]
-    predicted, probabilities = evaluation.predicted.cpu().numpy(), evaluation.probabilities.cpu().numpy()
-    confidence = probabilities[np.arange(len(predicted)), predicted]
-    chosen = pictures.choose_samples(labels, predicted, confidence)
-    samples = [
-        Sample(
-            path=data.index.paths[photos[i]],
-            image=image,
-            label=classes[labels[i]],
-            predicted=classes[predicted[i]],
-            probability=float(confidence[i]),
-        )
-        for i, image in zip(chosen, data.pixels(photos[chosen]), strict=True)
-    ]
-    return report.Report(
-        rows=session.rows,
-        best_epoch=int(session.best["epoch"]),
-        judged=judged,
-        scorecard=scorecard.make(classes, evaluation.score, labels, predicted, probabilities),
-        samples=samples,
-        filters=session.model.get_parameter("blocks.0.conv.weight").detach().cpu().numpy(),
-        split={
-            split: np.bincount(data.index.labels[data.photos(split)], minlength=len(classes))
-            for split in ("train", "val", "test")
-        },
-        bad=data.bad,
-    )
 
 
 def _write_inputs(session: Session, data: Dataset) -> None:

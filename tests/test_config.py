@@ -14,10 +14,12 @@ from fastcnn.augment import AUGMENTATIONS
 from fastcnn.config import Config, resolve
 from fastcnn.engines import ENGINES, NEXT_BEST
 from fastcnn.errors import FastCNNError, UsageError
+from fastcnn.export import EXPORTERS
 from fastcnn.loader import LOADERS
 from fastcnn.model import ACTIVATIONS
 from fastcnn.optim import OPTIMIZERS, SCHEDULES
 from fastcnn.runtime import DTYPES
+from fastcnn.wandb_tracker import MODES
 from pipelines import BACKENDS
 
 
@@ -33,6 +35,8 @@ from pipelines import BACKENDS
         (config.Precision, {"auto", *DTYPES}),
         (config.Loader, {"auto", *LOADERS}),
         (config.Decoder, {"auto", *BACKENDS}),
+        (config.Export, EXPORTERS),
+        (config.Wandb, MODES),
     ],
 )
 def test_literals_name_what_there_is(literal: Any, choices: Any) -> None:
@@ -69,6 +73,7 @@ def test_recipe_seed_is_the_defaults() -> None:
         ("augment", ["mixup"], ("mixup=0.2",)),
         ("augment", "none", ()),
         ("augment", [], ()),
+        ("export", "torchscript", ("torchscript",)),
         ("device", "cuda:1", "cuda:1"),
     ],
 )
