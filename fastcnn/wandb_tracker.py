@@ -191,7 +191,7 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
         logged["confusion_matrix"] = wandb.plot_table(
             "wandb/confusion_matrix/v1",
             wandb.Table(columns=columns, data=counts),
-            {column: column for column in columns},
+            {str(column): str(column) for column in columns},
             {"title": "Confusion matrix"},
         )
     if outcome.samples:

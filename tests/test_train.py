@@ -17,7 +17,7 @@ from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.evaluate import restore
 from fastcnn.tracker import COLUMNS
-from fastcnn.train import STAGES
+from fastcnn.finish import STAGES
 
 SMALL = {"epochs": 2, "image_size": 32, "filters": (8,), "batch_size": 16, "report": False}
 
