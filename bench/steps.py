@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastcnn import runtime
+from fastcnn.augment import Augment
 from fastcnn.engines import Engine
 from fastcnn.kernels import pool
 from fastcnn.loader import Feed
@@ -26,8 +29,14 @@ def random_feed(device: torch.device, count: int, size: int) -> Feed:
     )
 
 
-def make_step(feed: Feed, filters: tuple[int, ...], batch: int, precision: str) -> TrainingStep:
-    """Return a training step of the reference network."""
+def make_step(
+    feed: Feed,
+    filters: tuple[int, ...],
+    batch: int,
+    precision: str,
+    augmentations: Sequence[tuple[str, float]] = (),
+) -> TrainingStep:
+    """Return a training step of the reference network, with augmentations by name and strength."""
     device, dtype = feed.images.device, runtime.DTYPES[precision]
     torch.manual_seed(0)
     if device.type == "cpu":
@@ -36,8 +45,16 @@ def make_step(feed: Feed, filters: tuple[int, ...], batch: int, precision: str) 
     parameters = FlatParameters(model, dtype)
     parameters.compute.train()
     rates = torch.full((1_000_000,), 1e-4)
-    normalise = Normalise(MEAN, STD, feed.images.shape[1], dtype, device)
-    return TrainingStep(parameters, Adam(parameters, 1e-4), feed, normalise, batch_size=batch, rates=rates)
+    size = feed.images.shape[1]
+    return TrainingStep(
+        parameters,
+        Adam(parameters, 1e-4),
+        feed,
+        Normalise(MEAN, STD, size, dtype, device),
+        batch_size=batch,
+        rates=rates,
+        augment=Augment(augmentations, size),
+    )
 
 
 def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:

@@ -16,8 +16,8 @@ from fastcnn import Config, checkpoint, fit
 from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.evaluate import restore
-from fastcnn.tracker import COLUMNS
 from fastcnn.finish import STAGES
+from fastcnn.tracker import COLUMNS
 
 SMALL = {"epochs": 2, "image_size": 32, "filters": (8,), "batch_size": 16, "report": False}
 
