@@ -35,6 +35,13 @@ WAIT_SECONDS = 30.0  # for all of that, at the end of a run that was shorter
 _ENVIRONMENT_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
 
 
+def asked_mode(option: str) -> str:
+    """Return the mode asked for by option, else by WANDB_MODE."""
+    value = os.environ.get("WANDB_MODE", "")
+    value = _ENVIRONMENT_MODES.get(value, value)
+    return value if option == "auto" and value in MODES else option
+
+
 class WandbTracker:
     """A run in W&B: configuration, figures of every epoch, confusion matrix, samples, exported model.
 
@@ -44,11 +51,7 @@ class WandbTracker:
 
     def __init__(self, run_dir: Path, console: Console, config: Mapping[str, Any]) -> None:
         self.run_dir, self.console, self.config = run_dir, console, dict(config)
-        self.mode = self.config["wandb"]
-        if self.mode == "auto":
-            asked = os.environ.get("WANDB_MODE", "")
-            asked = _ENVIRONMENT_MODES.get(asked, asked)
-            self.mode = asked if asked in MODES else "auto"
+        self.mode = asked_mode(self.config["wandb"])
         self.id: str | None = None
         self.url: str | None = None
         self.folder: Path | None = None
@@ -169,7 +172,9 @@ class WandbTracker:
                 self.mode = "offline"
         if self.mode == "offline":
             run = init("offline", None)
-        self.id, self.url, self.folder = run.id, run.url, Path(run.settings.sync_dir)
+        self.id, self.folder = run.id, Path(run.settings.sync_dir)
+        if self.mode == "online":
+            self.url = run.url
         run.define_metric("epoch")
         run.define_metric("*", step_metric="epoch")
         return run
@@ -187,11 +192,11 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
             for j, predicted in enumerate(outcome.classes)
         ]
         # As wandb.plot.confusion_matrix, which wants every photo and counts again.
-        columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
+        columns = ("Actual", "Predicted", "nPredictions")
         logged["confusion_matrix"] = wandb.plot_table(
             "wandb/confusion_matrix/v1",
-            wandb.Table(columns=columns, data=counts),
-            {str(column): str(column) for column in columns},
+            wandb.Table(columns=list(columns), data=counts),
+            {column: column for column in columns},
             {"title": "Confusion matrix"},
         )
     if outcome.samples:

@@ -310,18 +310,33 @@ def test_a_failing_tracker_does_not_fail_the_run(photos: Path, monkeypatch: pyte
     assert [row["epoch"] for row in epochs(read(run.run_dir))] == [1, 3]
 
 
-@pytest.mark.parametrize("off", [{"wandb": "disabled"}, {"environment": "disabled"}])
-def test_disabled_imports_nothing(photos: Path, tmp_path: Path, off: dict[str, str]) -> None:
-    options = ["--wandb", off["wandb"]] if "wandb" in off else []
+def test_disabled_imports_nothing(photos: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from fastcnn.cli import commands\n"
-        f"commands.main({command(photos)[3:] + options!r}, standalone_mode=False)\n"
+        f"commands.main({command(photos)[3:]!r}, standalone_mode=False)\n"
         "assert 'wandb' not in sys.modules"
     )
-    environment = {**os.environ, **({"WANDB_MODE": off["environment"]} if "environment" in off else {})}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "WANDB_MODE": "disabled"}, check=True)
     assert not (tmp_path / "runs" / "photos" / "wandb").exists()
     assert result(tmp_path / "runs" / "photos")["wandb"]["mode"] == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("auto", "", "auto"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "nonsense", "auto"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+    ],
+)
+def test_wandb_mode_counts_where_no_option_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, asked: str, environment: str, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert wandb_tracker.asked_mode(asked) == mode
 
 
 def test_an_export_that_fails_leaves_a_finished_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
