@@ -35,15 +35,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """List the combinations, the reference first: where time runs out, what is left is the least asked for."""
     device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
     best = runtime.pick_precision("auto", device, deterministic=False, strict=False)
-    scale, precisions = (
-        SCALES[name],
-        list(dict.fromkeys(["bf16", "fp16", "fp32"] if on_gpu(device) else [best, "fp32"])),
-    )
-    wanted = list(ENGINES) if on_gpu(device) else ["eager", "compiled"]
-    if name != "full":
-        precisions, wanted = precisions[:1], wanted if on_gpu(device) else ["eager"]
-    shapes = itertools.product(precisions, scale["networks"], scale["batches"], wanted)
-    metafunc.parametrize(("precision", "filters", "batch", "engine"), list(shapes))
+    networks, batches = SCALES[name]["networks"], SCALES[name]["batches"]
+    if on_gpu(device):
+        precisions = ["bf16", "fp16", "fp32"] if name == "full" else [best]
+        shapes = list(itertools.product(precisions, networks, batches, ENGINES))
+    else:  # one thing changed at a time: all combinations would take a CPU hours
+        reference = (best, networks[0], batches[0], "eager")
+        shapes = [reference, *((best, networks[0], batch, "eager") for batch in batches[1:-1])]
+        shapes += [(best, network, batches[0], "eager") for network in networks[1:]]
+        if name == "full":
+            shapes += [("fp32", networks[0], batches[0], "eager"), (best, networks[0], batches[0], "compiled")]
+    metafunc.parametrize(("precision", "filters", "batch", "engine"), list(dict.fromkeys(shapes)))
 
 
 def on_gpu(device: torch.device) -> bool:
