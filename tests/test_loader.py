@@ -29,7 +29,14 @@ from fastcnn.loader import LOADERS, Options, choose
 SIZE, BATCH = 32, 16
 CPU = torch.device("cpu")
 BUFFERED = ["mapped", "stream"]
-SMALL: dict[str, Any] = {"epochs": 2, "image_size": 48, "filters": (8,), "batch_size": 16, "threads": 1, "deterministic": True}
+SMALL: dict[str, Any] = {
+    "epochs": 2,
+    "image_size": 48,
+    "filters": (8,),
+    "batch_size": 16,
+    "threads": 1,
+    "deterministic": True,
+}
 
 
 @pytest.fixture(autouse=True)
