@@ -54,8 +54,7 @@ def test_a_training_step() -> None:
     assert f"{counter.get_total_flops() / 2 / 1e9:.3f} GFLOP a photo in training" in GUIDE
 
 
-# The mixes light and strong of --augment are not in Config yet.
-@pytest.mark.parametrize("name", sorted(set(SWEEP["parameters"]) - {"augment"}))
+@pytest.mark.parametrize("name", sorted(SWEEP["parameters"]))
 def test_the_sweep_names_options_as_the_agent_gives_them(name: str) -> None:
     assert SWEEP["command"][:2] == ["fastcnn", "train"]
     parameter = SWEEP["parameters"][name]
