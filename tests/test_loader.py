@@ -294,8 +294,12 @@ def test_a_batch_without_any_photo_is_an_error(fragile: tuple[Index, cache.Cache
         batches(feed, 2)
 
 
-@pytest.mark.parametrize("decoder", ["turbo", "pillow"])
+@pytest.mark.parametrize("decoder", pipelines.BACKENDS)
 def test_training_photos_are_cropped_and_no_others(decoder: str, index: Index, decoded: cache.Cache) -> None:
+    try:
+        pipelines.choose(decoder, gpu=False)
+    except pipelines.DecoderUnavailable as error:
+        pytest.skip(str(error))
     feed = make_feed("stream", index, decoded, crop_scale=0.35, decoder=decoder)
     plain = make_feed("stream", index, decoded, decoder=decoder)
     runs = []
