@@ -55,11 +55,11 @@ def test_normalise() -> None:
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_twenty_steps_against_a_plain_loop(batch_norm: bool) -> None:
-    """Adam over per-layer parameters, batches by slicing: the same weights, to fp32 rounding."""
+    """Adam over per-layer parameters, batches by slicing: the same weights. In fp32 they drift apart in a few steps."""
     feed, model, plain = make_feed(40), make_model(batch_norm=batch_norm), make_model(batch_norm=batch_norm)
-    step = make_step(model, feed, 8)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
-    normalise = Normalise(MEAN, STD, 32)
+    step = make_step(model.double(), feed, 8, torch.float64)
+    optimizer = torch.optim.Adam(plain.double().parameters(), lr=1e-2)
+    normalise = Normalise(MEAN, STD, 32, torch.float64)
     for epoch in (1, 2):
         feed.start_epoch(7, epoch)
         step.sums.reset()
@@ -76,10 +76,10 @@ def test_twenty_steps_against_a_plain_loop(batch_norm: bool) -> None:
             right += int((logits.argmax(1) == feed.labels[batch]).sum())
         score = step.sums.read()
         assert score.count == 40
-        assert score.loss == pytest.approx(total / 40, rel=1e-3)
-        assert abs(score.accuracy * 40 - right) <= 1
+        assert score.loss == pytest.approx(total / 40, rel=1e-5)
+        assert score.accuracy * 40 == pytest.approx(right)
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_flat_update_is_adam_to_the_bit() -> None:
