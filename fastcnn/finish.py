@@ -159,7 +159,7 @@ def _tell(session: Session, data: Dataset, judged: str, evaluation: Evaluation) 
     )
 
 
-def _export(session: Session, console: Console) -> tuple[list[Path], str]:
+def _export(session: Session, console: Console) -> tuple[list[Path], str | None]:
     """Export as configured; return the files and, where one cannot be made, why."""
     exported: list[Path] = []
     if session.config.export:
@@ -171,4 +171,4 @@ def _export(session: Session, console: Console) -> tuple[list[Path], str]:
             except FastCNNError as error:
                 return exported, str(error)
             console.line(f"exported {exported[-1]}: the same probabilities as the trained model")
-    return exported, ""
+    return exported, None
