@@ -149,7 +149,7 @@ def best_settings(args: argparse.Namespace) -> dict[str, Any]:
 def has_bf16() -> bool:
     """Return whether the machine computes in bf16."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known = torch.cpu.get_capabilities()
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
