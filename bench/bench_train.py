@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -21,6 +22,8 @@ from bench.timing import ratios
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = ("seed", "tuned")
+PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
+"""Baselines that need a package: raced in the full form, where it is installed."""
 SHOWN = {"True": "on", "False": "off"}
 
 
@@ -48,6 +51,12 @@ class Runs:
         seconds, _ = run([sys.executable, *script], {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "disabled"})
         return {**json.loads((run_dir / "result.json").read_text()), "wall_seconds": seconds, "run_dir": str(run_dir)}
 
+    @property
+    def baselines(self) -> list[str]:
+        """Return the names of the baselines to race."""
+        full = self.scale is SCALES["full"]
+        return [*BASELINES, *(name for name, package in PEERS.items() if full and importlib.util.find_spec(package))]
+
     def baseline(self, name: str, split: Path) -> float:
         """Run a baseline with its best settings on the photos of a split and return its seconds."""
         seconds, output = run(self._command(name) + self.settings(name) + ["--split", str(split)], {})
@@ -62,7 +71,7 @@ class Runs:
         if name not in self._settings:
             # Trying out compilation takes a minute on two cores, and it has never won there (docs/notes.md).
             compiling = name == "tuned" and (self.device.type == "cuda" or self.scale is SCALES["full"])
-            left_out = [] if compiling or name == "seed" else ["--compile", "off"]
+            left_out = [] if compiling or name != "tuned" else ["--compile", "off"]
             _, output = run([*self._command(name), "--probe", *left_out], {})
             found = json.loads(output.splitlines()[-1])
             self._settings[name] = [
@@ -115,7 +124,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     race(
         "cold start to the end",
         cold,
-        {named(name, runs): baseline(name) for name in BASELINES},
+        {named(name, runs): baseline(name) for name in runs.baselines},
         images=first["num_train"] * epochs,
         rounds=rounds,
         warm_up=False,
@@ -126,7 +135,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     assert all(result["num_decoded"] == 0 for result in warm)
     assert all(result["num_decoded"] > 0 for result in ours)
     steady = [1 / result["images_per_second"] for result in ours]
-    theirs = {name: [1 / found["images_per_second"] for found in runs.done[name]] for name in BASELINES}
+    theirs = {name: [1 / found["images_per_second"] for found in runs.done[name]] for name in runs.baselines}
     race.note(
         stages={"cold": stages(ours), "warm": stages(warm)},
         seconds_to_first_step={"cold": to_first_step(ours), "warm": to_first_step(warm)},
@@ -141,13 +150,15 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
                 name: statistics.median(
                     max(row["val_accuracy"] for row in found["epochs"]) for found in runs.done[name]
                 )
-                for name in BASELINES
+                for name in runs.baselines
             },
         },
         engine=ours[0]["engine"],
         precision=ours[0]["precision"],
         decoder=ours[0]["decoder"],
-        baseline_seconds={name: statistics.median(found["seconds"] for found in runs.done[name]) for name in BASELINES},
+        baseline_seconds={
+            name: statistics.median(found["seconds"] for found in runs.done[name]) for name in runs.baselines
+        },
     )
 
 

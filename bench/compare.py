@@ -94,12 +94,12 @@ def speed_ratio(base: Sequence[float], head: Sequence[float], confidence: float 
 class Probe:
     """A process that works with a revision's code when it is told to."""
 
-    def __init__(self, tree: Path, photos: Path, cache: Path, name: str) -> None:
+    def __init__(self, tree: Path, photos: Path, cache: Path, name: str, threads: int) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         # -P and PYTHONPATH: modules come from the revision's folder, and none from bench/ beside the script.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("probe.py")), str(photos)],
+            [sys.executable, "-P", str(Path(__file__).with_name("probe.py")), str(photos), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -160,7 +160,9 @@ def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: arg
     while wide and (turn < MIN_ROUNDS or time.monotonic() < end):
         with contextlib.ExitStack() as stack:
             probes = [
-                stack.enter_context(contextlib.closing(Probe(tree, args.photos, folder / f"cache-{number}", name)))
+                stack.enter_context(
+                    contextlib.closing(Probe(tree, args.photos, folder / f"cache-{number}", name, args.threads))
+                )
                 for number, (tree, name) in enumerate(zip(trees, names, strict=True))
             ]
             facts = [probe.facts() for probe in probes]
@@ -222,14 +224,21 @@ def summary(found: dict[str, Any], names: Sequence[str], args: argparse.Namespac
             }
         )
     sides = [{"name": name, **facts} for name, facts in zip(names, found["facts"], strict=True)]
-    return {"base": sides[0], "head": sides[1], "margin": args.margin, "rounds": found["rounds"], "rows": rows}
+    return {
+        "base": sides[0],
+        "head": sides[1],
+        "margin": args.margin,
+        "threads": args.threads,
+        "rounds": found["rounds"],
+        "rows": rows,
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """Return the lines that are shown."""
     lines = [
         f"{side}: {result[side]['name']}: {result[side]['engine']} engine, {result[side]['precision']}, "
-        f"{result[side]['device']}, torch {result[side]['torch']}"
+        f"{result[side]['device']}, {result['threads']} threads, torch {result[side]['torch']}"
         for side in ("base", "head")
     ]
     lines.append(
@@ -291,13 +300,26 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file, too")
     parser.add_argument("--margin", type=float, default=0.05, help="how much slower is slower (%(default)s)")
     parser.add_argument("--minutes", type=float, default=3, help="at most, where the machine is busy (%(default)s)")
+    parser.add_argument("--threads", type=int, help="left out: every core, or 1 where the machine is busy")
     parser.add_argument("--only", action="append", choices=list(MEASURED), help="measure this alone")
     parser.add_argument("--photos", type=Path, help="a folder of JPEGs to decode; left out: 200 generated ones")
     return parser
 
 
+def idle_threads() -> int:
+    """Return the threads to measure with: one where others keep the machine busy.
+
+    Threads that wait for each other many times a step, on cores that others hold, make its time vary tenfold: at a load
+    of 10 on two cores, two minutes of pairs left an interval of 0.6 to 1.3 (docs/notes.md).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
+    return 1 if busy else cores
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure both revisions and return the summary. Raises CannotCompare."""
+    args.threads = args.threads or idle_threads()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcnn-compare-"))).resolve()
         sides = [stack.enter_context(worktree(args.base, folder / "base"))]
@@ -314,7 +336,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Compare, show and return the exit code."""
     args = options().parse_args()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # clears up on the way out
     try:
         result = run(args)

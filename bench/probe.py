@@ -28,7 +28,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not an answer
     try:
-        with serving(Path(sys.argv[1])) as (work, facts):
+        with serving(Path(sys.argv[1]), int(sys.argv[2])) as (work, facts):
             print(json.dumps(facts), file=answers)
             for line in sys.stdin:
                 what, count = line.split()
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def serving(photos: Path) -> Iterator[tuple[dict[str, Callable[[int], float]], dict[str, Any]]]:
+def serving(photos: Path, threads: int) -> Iterator[tuple[dict[str, Callable[[int], float]], dict[str, Any]]]:
     """Give what does each kind of work and returns its seconds, and the facts about this revision."""
     import torch
 
@@ -49,12 +49,12 @@ def serving(photos: Path) -> Iterator[tuple[dict[str, Callable[[int], float]], d
     here = Path(str(fastcnn.__file__)).resolve().parents[1]
     assert here == Path.cwd().resolve(), f"fastcnn comes from {here}, not from the revision's folder"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with runtime.settings(device, threads=None, deterministic=False):
+    with runtime.settings(device, threads=threads, deterministic=False):
         precision = runtime.pick_precision("auto", device, deterministic=False, strict=False)
         config = Config(data=str(photos), image_size=SIZE, batch_size=BATCH, device=str(device), precision=precision)
         step, engine = training_step(config, device)
         facts = {"engine": engine, "precision": precision, "device": device.type, "torch": torch.__version__}
-        yield {"step": step, "decode": decoding(photos)}, facts
+        yield {"step": step, "decode": decoding(photos, threads)}, facts
 
 
 def training_step(config: Any, device: Any) -> tuple[Callable[[int], float], str]:
@@ -96,7 +96,7 @@ def training_step(config: Any, device: Any) -> tuple[Callable[[int], float], str
     return run, session.config.engine
 
 
-def decoding(folder: Path) -> Callable[[int], float]:
+def decoding(folder: Path, threads: int) -> Callable[[int], float]:
     """Return what decodes a number of the photos, as many times over as it takes."""
     import numpy as np
 
@@ -104,14 +104,14 @@ def decoding(folder: Path) -> Callable[[int], float]:
 
     photos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     out = np.zeros((len(photos), SIZE, SIZE, 3), np.uint8)
-    pipelines.decode(photos, SIZE, out, decoder="turbo")
+    pipelines.decode(photos, SIZE, out, decoder="turbo", workers=threads)
     assert out.any((1, 2, 3)).all(), "some photos were not decoded"
 
     def run(count: int) -> float:
         start = time.perf_counter()
         while count:
             portion = min(count, len(photos))
-            pipelines.decode(photos[:portion], SIZE, out[:portion], decoder="turbo")
+            pipelines.decode(photos[:portion], SIZE, out[:portion], decoder="turbo", workers=threads)
             count -= portion
         return time.perf_counter() - start
 
