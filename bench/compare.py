@@ -238,7 +238,7 @@ def table(result: dict[str, Any]) -> list[str]:
     """Return the lines that are shown."""
     lines = [
         f"{side}: {result[side]['name']}: {result[side]['engine']} engine, {result[side]['precision']}, "
-        f"{result[side]['device']}, {result['threads']} threads, torch {result[side]['torch']}"
+        f"{result[side]['device']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, torch {result[side]['torch']}"
         for side in ("base", "head")
     ]
     lines.append(
