@@ -236,9 +236,10 @@ def summary(found: dict[str, Any], names: Sequence[str], args: argparse.Namespac
 
 def table(result: dict[str, Any]) -> list[str]:
     """Return the lines that are shown."""
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
     lines = [
         f"{side}: {result[side]['name']}: {result[side]['engine']} engine, {result[side]['precision']}, "
-        f"{result[side]['device']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, torch {result[side]['torch']}"
+        f"{result[side]['device']}, {threads}, torch {result[side]['torch']}"
         for side in ("base", "head")
     ]
     lines.append(
@@ -285,9 +286,23 @@ def worktree(revision: str | None, folder: Path) -> Iterator[tuple[Path, str]]:
 def git(*arguments: str) -> str:
     """Return the output of git, "" where it fails."""
     command = ["git", "-C", str(ROOT), *arguments]
-    # In a session of its own: Ctrl-C is for us, who then still need it to clear up.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    # Whole or not at all: a worktree that is half made cannot be removed. Signals are seen to afterwards.
+    with signals_held():
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     return done.stdout if done.returncode == 0 else ""
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP wait until the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def options() -> argparse.ArgumentParser:

@@ -67,8 +67,9 @@ def test_the_peers_train_on_the_split_and_probe(name: str, package: str, photos:
     assert found == {"workers": 0}
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_timm_sees_the_photos_that_the_seed_does(photos: Path) -> None:
-    pytest.importorskip("timm")
+    pytest.importorskip("timm")  # it leaves the files that it opens to the garbage collector
     import torch
 
     from bench.baselines import seed, timm_loader

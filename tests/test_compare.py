@@ -104,8 +104,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def worktrees() -> str:
-    return subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+def worktrees() -> list[str]:
+    """The worktrees of comparisons; others come and go as they like."""
+    command = ["git", "worktree", "list", "--porcelain"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    return [line for line in lines if "fastcnn-compare-" in line]
 
 
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")

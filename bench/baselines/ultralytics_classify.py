@@ -46,7 +46,9 @@ def smallest_model() -> str:
     return next(name for name in MODELS if name.replace("n-cls", "-cls") in known)
 
 
-def train(args: argparse.Namespace, photos: Path, workers: int) -> tuple[list[dict[str, float]], str]:
+def train(
+    args: argparse.Namespace, photos: Path, workers: int, *, show: bool = True
+) -> tuple[list[dict[str, float]], str]:
     """Train and return a row an epoch (loss, accuracy, seconds and images a second), and the network."""
     import torch
     from ultralytics import YOLO, settings
@@ -66,7 +68,8 @@ def train(args: argparse.Namespace, photos: Path, workers: int) -> tuple[list[di
         if len(rows) == trainer.epoch + 1 and "val_loss" not in rows[-1]:  # it comes once more, for the best weights
             found = trainer.metrics
             rows[-1] |= {"val_loss": float(found["val/loss"]), "val_accuracy": float(found["metrics/accuracy_top1"])}
-            print(json.dumps({"workers": workers, **rows[-1]}), file=sys.__stdout__, flush=True)
+            if show:
+                print(json.dumps({"workers": workers, **rows[-1]}), file=sys.__stdout__, flush=True)
 
     model = YOLO(name, task="classify")
     model.add_callback("on_train_epoch_start", lambda trainer: began.append(time.perf_counter()))
@@ -108,8 +111,7 @@ def best_workers(args: argparse.Namespace, photos: Path) -> int:
     """Return the faster of no workers and one a core, by an epoch with each."""
     once, rates = argparse.Namespace(**{**vars(args), "epochs": 1}), {}
     for workers in (0, os.cpu_count() or 1):
-        with contextlib.redirect_stdout(sys.stderr):
-            rates[workers] = train(once, photos, workers)[0][-1]["images_per_second"]
+        rates[workers] = train(once, photos, workers, show=False)[0][-1]["images_per_second"]
     return max(rates, key=lambda workers: rates[workers])
 
 
