@@ -11,8 +11,6 @@ from bench.conftest import Race
 from bench.runs import Runs, stages, to_first_step
 from bench.timing import ratios
 
-BASELINES = ("seed", "tuned")
-
 
 def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     """From JPEGs and empty caches to the trained model, over the baselines; then the same again, warm."""
@@ -31,7 +29,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     race(
         "cold start to the end",
         cold,
-        {named(name, runs): baseline(name) for name in BASELINES},
+        {named(name, runs): baseline(name) for name in runs.baselines},
         images=first["num_train"] * epochs,
         rounds=rounds,
         warm_up=False,
@@ -42,7 +40,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     assert all(result["num_decoded"] == 0 for result in warm)
     assert all(result["num_decoded"] > 0 for result in ours)
     steady = [1 / result["images_per_second"] for result in ours]
-    theirs = {name: [1 / found["images_per_second"] for found in runs.done[name]] for name in BASELINES}
+    theirs = {name: [1 / found["images_per_second"] for found in runs.done[name]] for name in runs.baselines}
     race.note(
         stages={"cold": stages(ours), "warm": stages(warm)},
         seconds_to_first_step={"cold": to_first_step(ours), "warm": to_first_step(warm)},
@@ -57,7 +55,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
                 name: statistics.median(
                     max(row["val_accuracy"] for row in found["epochs"]) for found in runs.done[name]
                 )
-                for name in BASELINES
+                for name in runs.baselines
             },
         },
         engine=ours[0]["engine"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+BASELINES = ("seed", "tuned")
+PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
+"""Baselines that need a package: raced in the full form, where it is installed."""
 SHOWN = {"True": "on", "False": "off"}
 
 
@@ -42,6 +46,12 @@ class Runs:
         seconds, _ = run([sys.executable, *script], {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "disabled"})
         return {**json.loads((run_dir / "result.json").read_text()), "wall_seconds": seconds, "run_dir": str(run_dir)}
 
+    @property
+    def baselines(self) -> list[str]:
+        """Return the names of the baselines to race."""
+        peers = [name for name, package in PEERS.items() if self.scale["peers"] and importlib.util.find_spec(package)]
+        return [*BASELINES, *peers]
+
     def baseline(self, name: str, split: Path) -> float:
         """Run a baseline with its best settings on the photos of a split and return its seconds."""
         seconds, output = run(self._command(name) + self.settings(name) + ["--split", str(split)], {})
@@ -56,7 +66,7 @@ class Runs:
         if name not in self._settings:
             # Trying out compilation takes a minute on two cores, and it has never won there (docs/notes.md).
             compiling = name == "tuned" and (self.device.type == "cuda" or self.scale["try_compile"])
-            left_out = [] if compiling or name == "seed" else ["--compile", "off"]
+            left_out = [] if compiling or name != "tuned" else ["--compile", "off"]
             _, output = run([*self._command(name), "--probe", *left_out], {})
             found = json.loads(output.splitlines()[-1])
             self._settings[name] = [

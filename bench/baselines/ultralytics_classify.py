@@ -1,0 +1,134 @@
+"""Ultralytics' classification trainer with its smallest network, as a careful user of it runs it. Needs ultralytics.
+
+Photos and split are those of `seed.py`. The network is not: the trainer takes models of its own, so it is the smallest
+that the package has (nano), from scratch. Its ways are kept where they cost no time that others save: photos in memory
+after the first look, no augmentation, Adam at a constant rate, one update a batch. Squares are cropped, not squashed.
+Nothing is downloaded or sent; nothing of fastcnn is imported.
+
+    python -m bench.baselines.ultralytics_classify DATA --epochs 5   # tries 0 workers and one a core, takes the faster
+    python -m bench.baselines.ultralytics_classify DATA --probe      # prints the faster and stops
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.baselines.seed import arguments, photos_of
+
+MODELS = ("yolo26n-cls.yaml", "yolo11n-cls.yaml", "yolov8n-cls.yaml")  # the package's own files, newest first
+QUIET = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "YOLO_AUTOINSTALL": "false"}
+
+
+def laid_out(args: argparse.Namespace, folder: Path) -> Path:
+    """Return a folder as the trainer wants it: train/ and val/ with a folder of links a class."""
+    classes, train, val = photos_of(args)
+    for split, photos in (("train", train), ("val", val)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+        for number, (path, label) in enumerate(photos):
+            (folder / split / classes[label] / f"{number:06}{path.suffix}").symlink_to(path.resolve())
+    return folder
+
+
+def smallest_model() -> str:
+    """Return the newest nano classifier that this version of the package describes."""
+    import ultralytics
+
+    known = {path.name for path in Path(ultralytics.__file__).parent.glob("cfg/models/*/*.yaml")}
+    return next(name for name in MODELS if name.replace("n-cls", "-cls") in known)
+
+
+def train(
+    args: argparse.Namespace, photos: Path, workers: int, *, show: bool = True
+) -> tuple[list[dict[str, float]], str]:
+    """Train and return a row an epoch (loss, accuracy, seconds and images a second), and the network."""
+    import torch
+    from ultralytics import YOLO, settings
+
+    settings.update({name: False for name, value in settings.items() if value is True})  # reports, trackers, sync
+    name, on_gpu = smallest_model(), torch.cuda.is_available()
+    rows: list[dict[str, float]] = []
+    began: list[float] = []
+
+    def end_of_training(trainer: Any) -> None:
+        seconds, count = time.perf_counter() - began[-1], len(trainer.train_loader.dataset)
+        losses = trainer.tloss.values() if isinstance(trainer.tloss, dict) else [trainer.tloss.sum()]  # by version
+        row = {"epoch": trainer.epoch + 1, "train_seconds": seconds, "images_per_second": count / seconds}
+        rows.append({**row, "train_loss": float(sum(losses))})
+
+    def end_of_epoch(trainer: Any) -> None:
+        if len(rows) == trainer.epoch + 1 and "val_loss" not in rows[-1]:  # it comes once more, for the best weights
+            found = trainer.metrics
+            rows[-1] |= {"val_loss": float(found["val/loss"]), "val_accuracy": float(found["metrics/accuracy_top1"])}
+            if show:
+                print(json.dumps({"workers": workers, **rows[-1]}), file=sys.__stdout__, flush=True)
+
+    model = YOLO(name, task="classify")
+    model.add_callback("on_train_epoch_start", lambda trainer: began.append(time.perf_counter()))
+    model.add_callback("on_train_epoch_end", end_of_training)
+    model.add_callback("on_fit_epoch_end", end_of_epoch)
+    with contextlib.redirect_stdout(sys.stderr):  # its log is not ours
+        model.train(
+            data=str(photos),
+            epochs=args.epochs,
+            batch=args.batch_size,
+            nbs=args.batch_size,  # else gradients are gathered over 64 photos
+            imgsz=args.image_size,
+            workers=workers,
+            device=0 if on_gpu else "cpu",
+            amp=False,  # its check of mixed precision downloads a network
+            seed=args.seed,
+            deterministic=False,
+            pretrained=False,
+            cache="ram",
+            optimizer="Adam",
+            lr0=args.lr,
+            lrf=1.0,
+            weight_decay=0.0,
+            momentum=0.9,
+            warmup_epochs=0,
+            patience=0,
+            **dict.fromkeys(("scale", "fliplr", "flipud", "erasing", "hsv_h", "hsv_s", "hsv_v"), 0.0),
+            auto_augment=None,
+            plots=False,
+            save=False,
+            verbose=False,
+            project=str(photos.parent),
+            name="run",
+        )
+    return rows, name
+
+
+def best_workers(args: argparse.Namespace, photos: Path) -> int:
+    """Return the faster of no workers and one a core, by an epoch with each."""
+    once, rates = argparse.Namespace(**{**vars(args), "epochs": 1}), {}
+    for workers in (0, os.cpu_count() or 1):
+        rates[workers] = train(once, photos, workers, show=False)[0][-1]["images_per_second"]
+    return max(rates, key=lambda workers: rates[workers])
+
+
+def main() -> None:
+    """Train and print a JSON line an epoch, then one with everything."""
+    args = arguments(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {**QUIET, "YOLO_CONFIG_DIR": folder}  # read when the package is imported; the user's own stays
+        photos = laid_out(args, Path(folder) / "photos")
+        workers = args.workers if args.workers is not None else best_workers(args, photos)
+        if args.probe:
+            print(json.dumps({"workers": workers}))
+            return
+        start = time.perf_counter()
+        rows, name = train(args, photos, workers)
+        print(json.dumps({"workers": workers, "model": name, "seconds": time.perf_counter() - start, "epochs": rows}))
+
+
+if __name__ == "__main__":
+    main()
