@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         shapes = list(itertools.product(precisions, networks, batches, ENGINES))
     else:  # one thing changed at a time: all combinations would take a CPU hours
         reference = (best, networks[0], batches[0], "eager")
-        shapes = [reference, *((best, networks[0], batch, "eager") for batch in batches[1:-1])]
+        shapes = [reference, *((best, networks[0], batch, "eager") for batch in batches[1:2])]
         shapes += [(best, network, batches[0], "eager") for network in networks[1:]]
         if name == "full":
             shapes += [("fp32", networks[0], batches[0], "eager"), (best, networks[0], batches[0], "compiled")]
