@@ -96,8 +96,14 @@ class Session:
             torch.cuda.set_rng_state(state["device_rng"].cpu())
 
 
-def start(config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, labels: npt.NDArray[np.int64]) -> Session:
-    """Return a session at its beginning: seeded weights, an optimizer, a step over `feed`, whose labels are (N,)."""
+def start(
+    config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, labels: npt.NDArray[np.int64] | None = None
+) -> Session:
+    """Return a session at its beginning: seeded weights, an optimizer, a step over `feed`.
+
+    labels: (N,) of the training photos; left out, the feed's, which has them all where it is resident.
+    """
+    labels = feed.labels.cpu().numpy() if labels is None else labels
     device = feed.images.device
     torch.manual_seed(config.seed)  # on the CPU first: the same initial weights on every device
     model = SmallCNN(
