@@ -91,16 +91,19 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
         warn_of_strangers: whether to warn where opening the file runs a program that was not exported on this machine
             and is not known by its hash.
 
-    Raises CheckError where the file is not what its hash or `sha256` says, FastCNNError where it is missing, cannot be
-    read, is no export of fastcnn, or of a newer format. The file is taken apart and hashed before anything in it runs.
+    Raises CheckError where the file is damaged or not what its hash or `sha256` says, FastCNNError where it is missing,
+    no export of fastcnn, or of another format. The file is taken apart and hashed before anything in it runs.
     """
     path = _find(Path(path))
     opener = OPENERS[path.suffix]
     try:
         content = path.read_bytes()
+    except OSError as error:
+        raise FastCNNError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
         parts, metadata = FORMATS[path.suffix].read(content)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise FastCNNError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
+    except (RuntimeError, ValueError) as error:
+        raise CheckError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
     if not isinstance(metadata.get("format"), int) or not isinstance(metadata.get("classes"), list):
         raise FastCNNError(f"{path} was not exported by fastcnn: it has no {container.METADATA}")
     if metadata["format"] > FORMAT:
@@ -118,8 +121,8 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
         return Artefact(path, outer, metadata, opener.open(content, parts))
     except ImportError as error:
         raise FastCNNError(f"{path} needs {error.name}: pip install 'fastcnn[export]'") from None
-    except Exception as error:
-        raise FastCNNError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
+    except Exception as error:  # whatever the libraries make of a file that is not theirs
+        raise CheckError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
 
 
 def _find(path: Path) -> Path:
