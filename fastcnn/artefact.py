@@ -203,7 +203,7 @@ def pack_image(image: Images) -> dict[str, Any]:
 def unpack_image(entry: dict[str, Any]) -> Images:
     """Return the (H, W, 3) image of `pack_image`."""
     pixels = zlib.decompress(base64.b64decode(entry["pixels"]))
-    return np.frombuffer(pixels, np.uint8).reshape(entry["height"], entry["width"], 3)
+    return np.frombuffer(pixels, np.uint8).reshape(entry["height"], entry["width"], 3).copy()
 
 
 def known() -> set[str]:

@@ -190,7 +190,7 @@ def _export_onnx(model: Deployed) -> dict[str, bytes]:
     except ImportError as error:
         raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own parts
         program = torch.onnx.export(
             model,
             (_example(model),),
