@@ -66,6 +66,11 @@ class Artefact:
         return float(self.metadata["tolerance"])
 
     @property
+    def resize_tolerance(self) -> float:
+        """Likewise for photos of another size than the model's: where its resize rounds to another level."""
+        return float(self.metadata["resize_tolerance"])
+
+    @property
     def golden(self) -> list[Golden]:
         """What the file is checked on."""
         return [

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fastcnn import artefact, checkpoint, dataset
-from fastcnn.artefact import Artefact, Images, Probabilities
+from fastcnn.artefact import Artefact, Golden, Images, Probabilities
 from fastcnn.augment import resized
 from fastcnn.errors import FastCNNError, FastCNNWarning, warn
 from fastcnn.evaluate import restore
@@ -90,14 +90,20 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | N
         photos: what to compare on besides, see `held_out`.
         reported: training's own accuracy on them; None leaves that out.
     """
-    golden = _largest(model.probabilities(one.image[None])[0] - one.probabilities for one in model.golden)
-    differences, count, ties, wrong, right, trained_right, close = [np.zeros(1)], 0, 0, 0, 0, 0, 0
+    size = (model.image_size, model.image_size, 3)
+    own = [one for one in model.golden if one.image.shape == size]
+    other = [one for one in model.golden if one.image.shape != size]
+    golden, resized_golden = (_largest(_golden_difference(model, one) for one in some) for some in (own, other))
+    differences = list[npt.NDArray[np.floating[Any]]]([np.zeros(1)])
+    allowed_photos = model.tolerance
+    count = ties = wrong = right = trained_right = close = 0
     for pixels, labels, trained in photos:
         found = model.probabilities(pixels)
         differences.append(found - trained)
+        allowed_photos = model.tolerance if pixels.shape[1] == model.image_size else model.resize_tolerance
         top, trained_top = found.argmax(1), trained.argmax(1)
         second, first = np.sort(trained, 1)[:, -2:].T
-        near = first - trained[np.arange(len(top)), top] <= 2 * model.tolerance
+        near = first - trained[np.arange(len(top)), top] <= 2 * allowed_photos
         ties += int(((top != trained_top) & near).sum())
         wrong += int((~near).sum())
         right += int((top == labels).sum())
@@ -106,9 +112,13 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | N
         count += len(labels)
     difference = _largest(differences)
     problems = []
-    for name, value in (("golden inputs", golden), ("validation photos", difference)):
-        if not value <= model.tolerance:  # so that what is no number fails
-            problems.append(f"{name}: probabilities differ by {value:.2g} (at most {model.tolerance:g})")
+    for name, value, allowed in (
+        ("golden inputs", golden, model.tolerance),
+        ("resized golden inputs", resized_golden, model.resize_tolerance),
+        ("validation photos", difference, allowed_photos),
+    ):
+        if not value <= allowed:  # so that what is no number fails
+            problems.append(f"{name}: probabilities differ by {value:.2g} (at most {allowed:g})")
     if wrong:
         problems.append(f"{wrong} of {count} validation photos have another class than the trained model gives them")
     if reported and count and abs(trained_right - reported.accuracy * count) > close + 0.5:
@@ -117,7 +127,7 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | N
         sha256=model.sha256,
         tolerance=model.tolerance,
         num_golden=len(model.golden),
-        golden_difference=golden,
+        golden_difference=max(golden, resized_golden),
         photos=count,
         difference=difference,
         num_ties=ties,
@@ -127,6 +137,11 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | N
     )
 
 
+def _golden_difference(model: Artefact, golden: Golden) -> npt.NDArray[np.float32]:
+    difference: npt.NDArray[np.float32] = model.probabilities(golden.image[None])[0] - golden.probabilities
+    return difference
+
+
 def _largest(differences: Iterable[npt.NDArray[np.floating[Any]]]) -> float:
     return float(np.max([np.abs(difference).max() for difference in differences]))
 
@@ -134,7 +149,7 @@ def _largest(differences: Iterable[npt.NDArray[np.floating[Any]]]) -> float:
 def verify_file(model: Artefact, run: str | Path | None = None) -> Report:
     """Return what a check of an exported model finds: on its golden inputs, and on the photos that its run held out.
 
-    `run` is the run's folder; None is the file's own, where that is a run's. Without its photos, the golden inputs it is.
+    `run` is the run's folder; None is the file's own, where that is a run's. Without its photos, on the first alone.
     """
     folder = Path(run) if run else model.path.parent
     if not run and not all((folder / name).is_file() for name in ("config.yaml", "best.pt", "split.csv")):

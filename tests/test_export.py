@@ -209,7 +209,7 @@ def test_a_wrong_export_is_not_kept(
     if what == "another resize" and format == "torchscript":
         pytest.skip("TorchScript reads the source, which is right")
     plant(monkeypatch, what)
-    with pytest.raises(CheckError, match="golden inputs: probabilities differ.*not kept"):
+    with pytest.raises(CheckError, match=r"golden inputs: probabilities differ.*not kept"):
         export_run(run_dir, format=format, output=tmp_path / f"model.{format}")
     assert not list(tmp_path.glob("*model*"))
 
