@@ -32,13 +32,13 @@ LEVELS = [
     {"tracker", "optim", "loader", "report"},
     {"step", "dataset"},
     {"engines"},
-    {"evaluate", "predict"},
+    {"evaluate", "predict", "skew", "triton", "card"},
     {"export", "rescore", "session"},
     {"finish"},
     {"train", "data"},
     {"cli"},
 ]
-DECODING = {"cache", "dataset", "loader", "predict"}  # what may import pipelines
+DECODING = {"cache", "dataset", "loader", "predict", "skew"}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:
