@@ -13,7 +13,8 @@ from bench.conftest import Race
 from bench.timing import clocked
 from fastcnn import artefact
 from fastcnn.config import Config
-from fastcnn.export import EXPORTERS, Deployed, export_run
+from fastcnn.deploy import Deployed
+from fastcnn.export import EXPORTERS, export_run
 from fastcnn.model import SmallCNN
 
 

@@ -11,10 +11,11 @@ from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
 import click
 
 from fastcnn import config
-from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, nearest
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 
 TOKENS: dict[str, Any] = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --batch_size is --batch-size
 HELP: dict[str, Any] = {"context_settings": {**TOKENS, "help_option_names": ["-h", "--help"], "max_content_width": 110}}
+EXPORTS = ",".join(get_args(config.Export))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -213,16 +214,76 @@ def evaluate(run: str, data: str | None, device: str, decoder: str | None, as_js
         click.echo(f"\n{name} photos of {where}\n{card.table()}")
 
 
-@commands.command(**HELP)
+class ExportCommand(click.Command):
+    """A command whose --half may stand alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, after giving a bare --half its value: what follows it may be the run."""
+        halves = [
+            f"{arg}=auto" if arg == "--half" and following not in ("bf16", "fp16") else arg
+            for arg, following in zip(args, [*args[1:], ""], strict=True)
+        ]
+        return super().parse_args(ctx, halves)
+
+
+@commands.command(cls=ExportCommand, **HELP)
 @click.argument("run")
-@click.option("--format", "format_", default="torchscript", metavar="torchscript", help="Format of the file.")
+@click.option("--format", "formats", default="torchscript", metavar="LIST", help=f"{EXPORTS}.  [torchscript]")
+@click.option("--half", metavar="[bf16|fp16]", help="16-bit weights and arithmetic; alone: bf16, in ONNX fp16.")
 @click.option("--output", metavar="FILE", help="The file; left out, model.<format> in the run folder.")
-def export(run: str, format_: str, output: str | None) -> None:
-    """Export the best model of RUN (a folder, or a name under runs/) to a file for deployment."""
+def export(run: str, formats: str, half: Any, output: str | None) -> None:
+    """Export the best model of RUN (a folder, or a name under runs/) to files for deployment.
+
+    A file is kept once a process of its own has found that it says what the trained model says.
+    """
     from fastcnn.export import export_run
 
-    path = export_run(run, format=format_, output=output)
-    click.echo(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB): the same probabilities as the trained model")
+    names = [name.strip() for name in formats.split(",")]
+    if output and len(names) > 1:
+        raise UsageError("--output is one file: give one --format")
+    for name in names:
+        export_run(run, format=name, output=output, half=half, note=click.echo)
+
+
+sha256_option = click.option(
+    "--sha256", metavar="HEX", help="What MODEL must be: the hash that its export printed, or the one inside it."
+)
+
+
+@commands.command(**HELP)
+@click.argument("model")
+@click.argument("data", required=False)
+@sha256_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> None:
+    """Check an exported MODEL (a file, or a run folder): that nothing was changed, and that it says what it should.
+
+    It is compared on the golden inputs that it carries and, in its run folder, on the photos that the run held out.
+    With DATA, a folder of photos in classes: how much its answers depend on what decodes them. Exit code 4 where the
+    check fails.
+    """
+    import dataclasses
+    import json
+
+    from fastcnn import artefact
+    from fastcnn.verify import verify_file
+
+    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    report = verify_file(opened)
+    skew = None
+    if data:
+        from fastcnn.skew import measure  # type: ignore[import-not-found]
+
+        skew = measure(opened, data)
+    if as_json:
+        answer = dataclasses.asdict(report) | ({"decoders": skew.to_dict()} if skew else {})
+        click.echo(json.dumps(answer, indent=1))
+    else:
+        click.echo("\n".join([f"{opened.path}  SHA-256 {report.sha256}", *report.lines()]))
+        if skew:
+            click.echo(f"\n{skew.table()}")
+    if report.problems:
+        raise CheckError(f"{opened.path}: {'; '.join(report.problems)}")
 
 
 @commands.command(**HELP)
@@ -230,7 +291,8 @@ def export(run: str, format_: str, output: str | None) -> None:
 @click.argument("inputs", nargs=-1, required=True, metavar="PHOTO|FOLDER...")
 @click.option("--top-k", type=click.IntRange(1), default=1, help="Classes shown of each photo.  [1]")
 @click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl"]), default="table", help="[table]")
-def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str) -> int:
+@sha256_option
+def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str, sha256: str | None) -> int:
     """Print class and probability of photos, by an exported MODEL or the one in a run folder.
 
     A photo that cannot be used gets a line that says why, and the exit code is 1.
@@ -238,7 +300,7 @@ def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str) -> in
     from fastcnn import artefact
     from fastcnn.predict import predict_photos, writer
 
-    opened = artefact.open(model)
+    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
     write, bad = writer(format_, opened.classes, top_k), 0
     for prediction in predict_photos(opened, inputs):
         write(prediction)

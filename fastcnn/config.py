@@ -24,7 +24,7 @@ Engine = Literal["auto", "eager", "compiled", "graphed", "compiled+graphed"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Loader = Literal["auto", "resident", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
-Export = Literal["torchscript"]
+Export = Literal["torchscript", "onnx", "pt2"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
 
 Bytes = NewType("Bytes", int)
@@ -132,7 +132,7 @@ class Config:
     report: bool = True
     """Draw the pictures and the page of the run folder at the end."""
     export: tuple[Export, ...] = ()
-    """Formats that the best model is exported to when training ends, as torchscript; none for none."""
+    """Formats that the best model is exported to when training ends, as torchscript,onnx,pt2; none for none."""
     wandb: Wandb = "auto"
     """Where W&B records the run; auto is WANDB_MODE, else online when logged in, else offline in the run's folder."""
     wandb_project: str | None = None

@@ -1,153 +1,243 @@
-"""A trained run as a file that carries its preprocessing: photos in, probabilities out."""
+"""A trained run as a file that carries its preprocessing and proves itself: photos in, probabilities out."""
 
-# No `from __future__ import annotations`: TorchScript reads the types of attributes.
+from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastcnn import artefact, checkpoint, dataset, runs, runtime
+from fastcnn import artefact, checkpoint, container, runs, runtime
+from fastcnn.artefact import Images
 from fastcnn.augment import resized
-from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest, warn
+from fastcnn.deploy import Deployed, Inference
+from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest
 from fastcnn.evaluate import restore
 from fastcnn.step import Normalise
+from fastcnn.verify import Report
 
-TOLERANCE = 1e-4  # largest difference in a probability between the trained and the exported model
-MAX_CHECKED = 1024  # validation photos that an export is compared on
+Half = Literal["auto", "bf16", "fp16"]
 
-
-class Deployed(nn.Module):
-    """A network with everything around it: resize, normalisation, softmax."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(
-        self, network: nn.Module, image_size: int, mean: Sequence[float], std: Sequence[float], classes: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.image_size = image_size
-        self.classes = list(classes)
-        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8, any height and width -> (N, num_classes) fp32 probabilities."""
-        assert images.dtype == torch.uint8, "expected uint8 images"
-        assert images.dim() == 4, "expected images of shape (N, H, W, 3)"
-        assert images.size(3) == 3, "expected images of shape (N, H, W, 3)"
-        x = images.permute(0, 3, 1, 2).float()
-        if images.size(1) != self.image_size or images.size(2) != self.image_size:
-            size = [self.image_size, self.image_size]
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-            x = x.round().clamp(0.0, 255.0)  # as the uint8 pixels that the network was trained on
-        return torch.softmax(self.network(x * self.scale + self.shift), dim=1)
+# Largest difference in a probability between the trained and the exported model, by the body's arithmetic.
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 
 
-def export_run(run: str | Path, *, format: str = "torchscript", output: str | Path | None = None) -> Path:
-    """Export a run's best weights and return the file, after comparing it with the trained model.
+def export_run(
+    run: str | Path,
+    *,
+    format: str = "torchscript",
+    output: str | Path | None = None,
+    half: Half | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Export a run's best weights and return the file, after checking it in a process of its own.
 
     Args:
         run: a run folder, or a name under `runs/`.
         format: a name in `EXPORTERS`.
         output: the file; None is `model.<format>` in the run folder. An earlier export is replaced.
+        half: 16-bit weights and arithmetic between normalisation and softmax; auto is bf16, in ONNX fp16.
+        note: told what the check found, a line at a time.
 
-    Raises CheckError, and keeps nothing, where the file's probabilities on the validation photos differ from the
-    trained model's by more than `TOLERANCE`.
+    Raises CheckError, and keeps nothing, where the file does not give the trained model's probabilities for the golden
+    inputs and the validation photos; see `verify`.
     """
-    if format not in EXPORTERS:
-        raise UsageError(
-            f"--format: expected one of {', '.join(EXPORTERS)}, got '{format}'{nearest(format, EXPORTERS)}"
-        )
+    _check(format, half)
     folder = runs.find(run)
     state = checkpoint.load(folder / "best.pt")
-    config, network = state["config"], restore(state)
     path = Path(output) if output else folder / f"model.{format}"
     if not path.suffix == f".{format}":
         raise UsageError(f"--output: expected a name that ends in .{format}, got {path}")
-    model = Deployed(network, config["image_size"], config["mean"], config["std"], state["classes"]).eval()
     temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        EXPORTERS[format](model, temporary, _metadata(state))
-        _verify(temporary, network, config, _validation_pixels(folder, config))
+        write(state, temporary, format, half)
+        report = _check_apart(temporary, folder)
+        if report.problems:
+            raise CheckError(f"{report.problems[0]}: the exported file was not kept; please report this")
         temporary.replace(path)
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+    note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
+    for line in report.lines():
+        note(line)
     return path
 
 
-def _export_torchscript(model: Deployed, path: Path, metadata: dict[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
-        # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
-        scripted = torch.jit.script(model)
-        torch.jit.save(scripted, str(path), _extra_files={artefact.METADATA_FILE: json.dumps(metadata)})
+def _check(format: str, half: Half | None) -> None:
+    if format not in EXPORTERS:
+        raise UsageError(
+            f"--format: expected one of {', '.join(EXPORTERS)}, got '{format}'{nearest(format, EXPORTERS)}"
+        )
+    if half is not None and half not in get_args(Half):
+        raise UsageError(f"--half: expected one of {', '.join(get_args(Half))}, got '{half}'")
 
 
-EXPORTERS: dict[str, Callable[[Deployed, Path, dict[str, Any]], None]] = {
-    "torchscript": _export_torchscript,
-}
-
-
-def _metadata(state: dict[str, Any]) -> dict[str, Any]:
-    config = state["config"]
-    return {
+def write(state: dict[str, Any], path: Path, format: str, half: Half | None = None) -> None:
+    """Write the network of a checkpoint as an exported file, unchecked."""
+    config, network = state["config"], restore(state)
+    # onnxruntime has no bf16 convolution on a CPU.
+    precision = "fp32" if half is None else half if half != "auto" else "fp16" if format == "onnx" else "bf16"
+    model = Deployed(
+        Inference(network),
+        config["image_size"],
+        config["mean"],
+        config["std"],
+        state["classes"],
+        runtime.DTYPES[precision],
+        always_resize=format != "torchscript",
+    ).eval()
+    metadata = {
         "format": artefact.FORMAT,
         "classes": state["classes"],
         "image_size": config["image_size"],
         "mean": config["mean"],
         "std": config["std"],
-        "training": state["best"],
+        "input": "uint8 (N, H, W, 3), any N, H and W",
+        "output": f"float32 (N, {len(state['classes'])}) probabilities",
+        "precision": precision,
+        "tolerance": TOLERANCES[precision],
+        "training": {name: _plain(value) for name, value in state["best"].items()},
         "versions": runtime.versions(),
+        "golden": golden(network, config),
     }
+    parts = EXPORTERS[format](model)
+    metadata["sha256"] = container.digest(parts, metadata)
+    container.FORMATS[path.suffix].write(parts, metadata, str(path))
 
 
-def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.uint8]:
-    """Return (n, size, size, 3) cached validation photos of a run; synthetic ones where its photos are gone."""
-    size = config["image_size"]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FastCNNWarning)  # the run has told of its bad photos
-            data = dataset.prepare(
-                config["data"],
-                image_size=config["cache_size"] or size,
-                loader=config["loader"],
-                decoder=config["decoder"],
-                gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
-                cache_dir=config["cache_dir"],
-                split=folder / "split.csv",
-                max_bad=1.0,
-            )
-        return data.pixels(data.photos("val")[:MAX_CHECKED])
-    except FastCNNError as error:
-        warn(f"the run's photos cannot be read ({error}): the export is compared on synthetic ones")
-        return np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
+def _plain(value: Any) -> Any:
+    """Return a figure as JSON has it: no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _verify(path: Path, network: nn.Module, config: dict[str, Any], pixels: npt.NDArray[np.uint8]) -> None:
-    """Raise CheckError where the file at `path` and the trained network disagree on `pixels`."""
-    exported = artefact.open(path)
+def golden(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return made-up images and what the trained network says of them, as plain data."""
     normalise = Normalise(config["mean"], config["std"], config["image_size"])
-    for start in range(0, len(pixels), 64):
-        batch = pixels[start : start + 64]
+    size = config["image_size"]
+    found = []
+    for image in golden_images(size):
         with torch.inference_mode():
-            images = resized(torch.from_numpy(batch), config["image_size"])
-            trained = torch.softmax(network(normalise(images)), 1).numpy()
-        difference = float(np.abs(exported.probabilities(batch) - trained).max())
-        if not difference <= TOLERANCE:
-            raise CheckError(
-                f"the exported model's probabilities differ from the trained one's by {difference:.2g} "
-                f"(at most {TOLERANCE:g} expected): nothing was kept; please report this"
-            )
+            pixels = resized(torch.from_numpy(image)[None], size)
+            probabilities = torch.softmax(network(normalise(pixels)), 1)[0]
+        found.append({**artefact.pack_image(image), "probabilities": probabilities.tolist()})
+    return found
+
+
+def golden_images(size: int) -> list[Images]:
+    """Return (H, W, 3) images: blocks and a slope of the size, noise that is smaller, blocks that are larger.
+
+    Photos would say something of whom they were taken of. Blocks keep the file small: they compress well.
+    """
+    rng = np.random.default_rng(0)
+
+    def blocks(height: int, width: int, side: int) -> Images:
+        colours = rng.integers(0, 256, (-(-height // side), -(-width // side), 3), np.uint8)
+        return np.ascontiguousarray(colours.repeat(side, 0).repeat(side, 1)[:height, :width])
+
+    slope = np.linspace([0, 255, 60], [255, 0, 200], size).round().astype(np.uint8)  # (size, 3)
+    return [
+        blocks(size, size, max(1, size // 16)),
+        np.ascontiguousarray(np.broadcast_to(slope, (size, size, 3))),
+        blocks(37, 53, 1),
+        blocks(size + size // 7, 2 * size - 5, max(1, size // 32)),
+    ]
+
+
+def _export_torchscript(model: Deployed) -> dict[str, bytes]:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
+        # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
+        torch.jit.save(torch.jit.script(model), file)
+    parts = container.read_archive(file.getvalue()).parts
+    # Where in our source each line stands, with the paths of this machine: only tracebacks lack it.
+    return {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
+
+
+def _export_pt2(model: Deployed) -> dict[str, bytes]:
+    file = io.BytesIO()
+    program = torch.export.export(model, (_example(model),), dynamic_shapes=(_any_size(),))
+    for node in program.graph.nodes:  # the source and its paths
+        node.meta = {name: value for name, value in node.meta.items() if name == "val"}
+    torch.export.save(program, file)
+    parts = container.read_archive(file.getvalue()).parts
+    # The example is pickled, and the guards are Python: neither is needed.
+    parts["data/sample_inputs/model.pt"] = b""
+    content = json.loads(parts["models/model.json"])
+    content["guards_code"] = []
+    parts["models/model.json"] = json.dumps(content).encode()
+    return parts
+
+
+def _export_onnx(model: Deployed) -> dict[str, bytes]:
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  (what the file is checked with)
+        import onnxscript  # noqa: F401  (torch's exporter asks for it later, in many lines)
+    except ImportError as error:
+        raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.onnx.export(
+            model,
+            (_example(model),),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=(_any_size(),),
+            opset_version=18,  # the first whose Resize has antialias
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    graph = proto.graph
+    for item in [graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output]:
+        item.ClearField("metadata_props")  # the source and its paths
+        item.ClearField("doc_string")
+    onnx.checker.check_model(proto)
+    return container.read_onnx(proto.SerializeToString(deterministic=True)).parts
+
+
+EXPORTERS: dict[str, Callable[[Deployed], dict[str, bytes]]] = {
+    "torchscript": _export_torchscript,
+    "onnx": _export_onnx,
+    "pt2": _export_pt2,
+}
+
+
+def _example(model: Deployed) -> Tensor:
+    """Return images to trace with; no two sides are equal, or the tracer would take them for one."""
+    size = model.image_size
+    return torch.zeros(2, size + 3, size + 5, 3, dtype=torch.uint8)
+
+
+def _any_size() -> dict[int, Any]:
+    return {0: torch.export.Dim("n"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+
+
+def _check_apart(path: Path, run: Path) -> Report:
+    """Return what a check of the file finds in a fresh process, which knows only the file and the run folder."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # -P: modules where the user stands are not ours.
+    command = [sys.executable, "-P", "-m", "fastcnn.verify", str(path), str(run)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment, encoding="utf-8")
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        raise CheckError(f"the process that checks the export ended with code {done.returncode}") from None
+    if "error" in answer:
+        raise CheckError(f"the exported file does not pass its check: {answer['error']}")
+    return Report(**answer)

@@ -167,8 +167,7 @@ def _export(session: Session, console: Console) -> tuple[list[Path], str | None]
 
         for name in session.config.export:
             try:
-                exported.append(export_run(session.run_dir, format=name))
+                exported.append(export_run(session.run_dir, format=name, note=console.line))
             except FastCNNError as error:
                 return exported, str(error)
-            console.line(f"exported {exported[-1]}: the same probabilities as the trained model")
     return exported, None

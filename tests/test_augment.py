@@ -131,7 +131,7 @@ def test_of_two_mixes_each_photo_takes_one() -> None:
 
 
 def test_resized_is_what_an_exported_model_does() -> None:
-    from fastcnn.export import Deployed
+    from fastcnn.deploy import Deployed
 
     class Means(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:

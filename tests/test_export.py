@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastcnn import artefact, checkpoint, export_run, predict_photos
+from fastcnn import artefact, checkpoint, container, export_run, predict_photos
+from fastcnn.deploy import Inference
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.evaluate import restore
-from fastcnn.export import EXPORTERS
+from fastcnn.export import EXPORTERS, Half, golden_images, write
+from fastcnn.model import ACTIVATIONS, SmallCNN
 from fastcnn.step import Normalise
+from fastcnn.verify import verify_file
 
 SIZE = 32
 
@@ -51,32 +60,260 @@ def test_metadata(exported: Path, run_dir: Path) -> None:
     assert model.metadata["mean"] == [0.485, 0.456, 0.406]
 
 
-def test_plain_torch_can_use_it(run_dir: Path, tmp_path: Path) -> None:
+PLAIN = """
+import base64, json, sys, zlib
+import torch
+sys.modules["fastcnn"] = None  # importing it would fail
+extra = {"fastcnn.json": ""}
+model = torch.jit.load(sys.argv[1], _extra_files=extra)
+metadata = json.loads(extra["fastcnn.json"])
+assert model.classes == metadata["classes"]
+for golden in metadata["golden"]:
+    pixels = bytearray(zlib.decompress(base64.b64decode(golden["pixels"])))
+    image = torch.frombuffer(pixels, dtype=torch.uint8).view(1, golden["height"], golden["width"], 3)
+    difference = (model(image)[0] - torch.tensor(golden["probabilities"])).abs().max().item()
+    assert difference <= metadata["tolerance"], difference
+print(len(metadata["golden"]), metadata["training"]["val/accuracy"])
+"""
+
+
+def test_plain_torch_finds_the_golden_inputs_equal(run_dir: Path, tmp_path: Path) -> None:
     path = export_run(run_dir, output=tmp_path / "model.torchscript")
-    code = (
-        "import sys, torch; sys.modules['fastcnn'] = None\n"
-        f"m = torch.jit.load({str(path)!r})\n"
-        "p = m(torch.zeros(2, 50, 60, 3, dtype=torch.uint8))\n"
-        "assert p.shape == (2, 4) and (p.sum(1) - 1).abs().max() < 1e-5 and len(m.classes) == 4"
+    command = [sys.executable, "-I", "-W", "ignore", "-c", PLAIN, str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    count, accuracy = done.stdout.split()
+    assert (int(count), float(accuracy)) == (4, checkpoint.load(run_dir / "best.pt")["best"]["val/accuracy"])
+
+
+@pytest.mark.parametrize("half", ["auto", "bf16", "fp16"])
+@pytest.mark.parametrize("format", EXPORTERS)
+def test_half_is_half_the_weights(run_dir: Path, tmp_path: Path, format: str, half: Half) -> None:
+    if format == "onnx" and half == "bf16":
+        pytest.skip("onnxruntime computes no bf16 convolution on a CPU")
+    state = checkpoint.load(run_dir / "best.pt")
+    path = export_run(run_dir, format=format, output=tmp_path / f"half.{format}", half=half)
+    assert artefact.open(path).metadata["precision"] == {"auto": "fp16" if format == "onnx" else "bf16"}.get(half, half)
+    write(state, tmp_path / f"whole.{format}", format)
+    weights = sum(tensor.numel() for name, tensor in state["model"].items() if name.endswith("weight"))
+    saved = (tmp_path / f"whole.{format}").stat().st_size - path.stat().st_size
+    assert weights * 1.5 < saved < weights * 3
+
+
+def test_the_inference_form_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    for activation in ACTIVATIONS:
+        for batch_norm in (True, False):
+            network = SmallCNN(5, (8, 6, 8, 6, 8), activation=activation, batch_norm=batch_norm, image_size=64).double()
+            for name, buffer in network.named_buffers():
+                buffer.copy_(torch.rand_like(buffer) + ("var" in name))
+            for parameter in network.parameters():
+                parameter.data.copy_(torch.randn_like(parameter) * 0.3)
+            network.eval()
+            images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+            torch.testing.assert_close(Inference(network)(images), network(images), rtol=0, atol=1e-6)
+
+
+def tamper(path: Path, change: Callable[[dict[str, bytes], dict[str, Any]], None], *, rehash: bool = False) -> None:
+    """Change parts or metadata of a file; with `rehash`, as somebody would who knows of the hash."""
+    form = container.FORMATS[path.suffix]
+    parts, metadata = form.read(path.read_bytes())
+    change(parts, metadata)
+    if rehash:
+        metadata["sha256"] = container.digest(parts, metadata)
+    form.write(parts, metadata, str(path))
+
+
+def tensors(path: Path) -> list[bytes]:
+    """Return the bytes of each of a file's tensors."""
+    if path.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        return [bytes(tensor.raw_data) for tensor in onnx.load(path).graph.initializer if len(tensor.raw_data) > 60]
+    parts = container.read_archive(path.read_bytes()).parts
+    return [part for name, part in parts.items() if re.fullmatch(r"data/\d+|data/weights/weight_\d+", name)]
+
+
+def failure(*arguments: str | Path) -> str:
+    """Return what `fastcnn verify` says when it ends with code 4."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fastcnn.cli", "verify", *arguments], capture_output=True, text=True, check=False
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fastcnn: error: ")
+    return done.stderr
 
 
-def test_a_wrong_export_is_not_kept(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcnn.export.TOLERANCE", -1.0)
-    with pytest.raises(CheckError):
-        export_run(run_dir, output=tmp_path / "model.torchscript")
+def test_one_flipped_bit_in_any_tensor_is_found(exported: Path) -> None:
+    whole, found = exported.read_bytes(), tensors(exported)
+    assert len(found) >= 10
+    for tensor in found:
+        content = bytearray(whole)
+        content[whole.index(tensor) + len(tensor) // 2] ^= 1
+        exported.write_bytes(content)
+        with pytest.raises(CheckError):
+            artefact.open(exported)
+    failure(exported)
+
+
+@pytest.mark.parametrize("name", ["classes", "image_size", "mean", "tolerance", "golden", "training", "sha256"])
+def test_changed_metadata_is_found(exported: Path, name: str) -> None:
+    def change(parts: dict[str, bytes], metadata: dict[str, Any]) -> None:
+        value = metadata[name]
+        metadata[name] = value[::-1] if isinstance(value, list | str) else value * 2 if name != "training" else {}
+
+    tamper(exported, change)
+    with pytest.raises(CheckError, match="changed after its export"):
+        artefact.open(exported)
+
+
+def test_swapped_classes_are_found(exported: Path) -> None:
+    tamper(exported, lambda parts, metadata: metadata["classes"].reverse())
+    assert "changed after its export" in failure(exported)
+
+
+def test_weights_that_were_changed_and_hashed_again_do_not_give_the_golden_probabilities(exported: Path) -> None:
+    largest = max(tensors(exported), key=len)
+
+    def change(parts: dict[str, bytes], metadata: dict[str, Any]) -> None:
+        for name, part in parts.items():
+            parts[name] = part.replace(largest, largest[::-1])
+
+    tamper(exported, change, rehash=True)
+    assert "golden inputs: probabilities differ" in failure(exported)
+
+
+def test_another_file_than_expected_is_found(exported: Path) -> None:
+    inside, outside = artefact.open(exported).metadata["sha256"], hashlib.sha256(exported.read_bytes()).hexdigest()
+    for right in (inside, outside, outside.upper()):
+        assert artefact.open(exported, sha256=right).sha256 == outside
+    assert outside in failure(exported, "--sha256", "0" * 64)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Make exports wrong."""
+    if what == "another resize":
+        resize = torch.nn.functional.interpolate
+        monkeypatch.setattr(
+            "fastcnn.deploy.F.interpolate", lambda x, size, **options: resize(x, size, mode="nearest")
+        )
+    else:
+        monkeypatch.setattr("fastcnn.deploy.scale_and_shift", lambda norm, channels: (torch.ones(channels).double(),) * 2)
+
+
+@pytest.mark.parametrize("what", ["another resize", "no batch norm"])
+@pytest.mark.parametrize("format", EXPORTERS)
+def test_a_wrong_export_is_not_kept(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, what: str
+) -> None:
+    if what == "another resize" and format == "torchscript":
+        pytest.skip("TorchScript reads the source, which is right")
+    plant(monkeypatch, what)
+    with pytest.raises(CheckError, match="golden inputs: probabilities differ.*not kept"):
+        export_run(run_dir, format=format, output=tmp_path / f"model.{format}")
     assert not list(tmp_path.glob("*model*"))
 
 
-def test_an_export_without_the_photos(run_dir: Path, tmp_path: Path) -> None:
+def test_a_model_that_was_trained_on_is_not_what_was_exported(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    report = verify_file(artefact.open(export_run(run)))
+    assert (report.photos, report.problems) == (24, ())
+    assert report.accuracy == report.trained_accuracy == checkpoint.load(run / "best.pt")["best"]["val/accuracy"]
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["model"]["output.bias"] += torch.arange(4)
+    torch.save(state, run / "best.pt")
+    assert "validation photos: probabilities differ" in failure(run)
+
+
+def test_an_export_without_the_photos(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     state = torch.load(run / "best.pt", weights_only=True)
     state["config"]["data"] = str(tmp_path / "gone")
     torch.save(state, run / "best.pt")
-    with pytest.warns(FastCNNWarning, match="synthetic"):
-        assert export_run(run).is_file()
+    assert export_run(run).is_file()
+    assert "only the synthetic golden inputs are compared" in capfd.readouterr().err
+
+
+def test_the_user_is_warned_of_programs_of_strangers(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artefact.open(exported, warn_of_strangers=True)  # exported here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    artefact.open(exported)
+    artefact.open(exported, warn_of_strangers=True, sha256=artefact.open(exported).sha256)
+    if exported.suffix == ".torchscript":
+        with pytest.warns(FastCNNWarning, match="not exported here"):
+            artefact.open(exported, warn_of_strangers=True)
+    else:
+        artefact.open(exported, warn_of_strangers=True)
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("trapped"),))
+
+
+def test_nothing_is_unpickled_or_evaluated_in_a_pt2(run_dir: Path, tmp_path: Path) -> None:
+    def program(parts: dict[str, bytes], change: Callable[[Any], None]) -> None:
+        content = json.loads(parts["models/model.json"])
+        change(content)
+        parts["models/model.json"] = json.dumps(content).encode()
+
+    def config(parts: dict[str, bytes]) -> None:
+        name = "data/weights/model_weights_config.json"
+        content = json.loads(parts[name])
+        next(iter(content["config"].values()))["use_pickle"] = True
+        parts[name] = json.dumps(content).encode()
+
+    trap = pickle.dumps(Trap())
+    guards = {"guards_code": ["__import__('pathlib').Path('trapped').touch()"]}
+    changes: list[Callable[[dict[str, bytes]], object]] = [
+        lambda parts: parts.update({"data/sample_inputs/model.pt": trap}),
+        lambda parts: parts.update({"data/weights/model.pt": trap}),
+        lambda parts: parts.update({"data/constants/opaque_obj_0": trap}),
+        config,
+        lambda parts: program(parts, lambda content: content.update(guards)),
+        lambda parts: program(
+            parts, lambda content: content["graph_module"]["graph"]["nodes"][0].update(target="torch.load")
+        ),
+        lambda parts: parts.update(
+            {"models/model.json": re.sub(rb'"expr_str": "[^"]*"', b'"expr_str": "exit()"', parts["models/model.json"])}
+        ),
+    ]
+    for change in changes:
+        path = tmp_path / "model.pt2"
+        write(checkpoint.load(run_dir / "best.pt"), path, "pt2")
+        artefact.open(path)
+        tamper(path, lambda parts, metadata, change=change: change(parts), rehash=True)  # type: ignore[misc]
+        with pytest.raises(CheckError, match="cannot be opened"):
+            artefact.open(path)
+        assert not Path("trapped").exists()
+
+
+def test_nothing_of_this_machine_is_inside(exported: Path) -> None:
+    parts, metadata = container.FORMATS[exported.suffix].read(exported.read_bytes())
+    root = str(Path(__file__).resolve().parents[1]).encode()
+    for content in [*parts.values(), json.dumps(metadata).encode()]:
+        assert root not in content
+        assert b"/deploy.py" not in content
+        assert str(Path.home()).encode() not in content
+
+
+def test_the_metadata_is_small(exported: Path) -> None:
+    assert len(json.dumps(artefact.open(exported).metadata)) < 40_000
+    for size in (32, 128, 1000):
+        images = golden_images(size)
+        assert images[0].shape == (size, size, 3)
+        assert any(image.shape[0] != image.shape[1] for image in images)
+        assert sum(len(artefact.pack_image(image)["pixels"]) for image in images) < 60_000
+
+
+def test_without_onnx_the_way_to_it_is_said(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(FastCNNError, match=r"pip install 'fastcnn\[export\]'"):
+        export_run(run_dir, format="onnx", output=tmp_path / "model.onnx")
 
 
 def test_wrong_names(run_dir: Path, tmp_path: Path) -> None:
