@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,16 @@ from fastcnn.errors import FastCNNError
 from fastcnn.index import printable
 
 
-def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path]) -> Path:
+def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path], run: Path | None = None) -> Path:
     """Return `folder`/model_card.md, written anew: it tells of the exported `files`, which share this metadata.
 
-    Its name begins as the first file's: model_card.md is that of model.torchscript. Raises FastCNNError where it
-    cannot be written.
+    Its name begins as the first file's: model_card.md is that of model.torchscript. With a `run` folder it says how
+    many photos of each class there were. Raises FastCNNError where it cannot be written.
     """
     path = folder / f"{files[0].stem}_card.md"
     partial = folder / f".partial-{path.name}"
     try:
-        partial.write_text(page(metadata, files), encoding="utf-8", newline="\n")
+        partial.write_text(page(metadata, files, run and count_photos(run)), encoding="utf-8", newline="\n")
         partial.replace(path)
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
@@ -29,8 +32,10 @@ def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path]) -> P
     return path
 
 
-def page(metadata: Mapping[str, Any], files: Sequence[Path]) -> str:
-    """Return the card as Markdown."""
+def page(
+    metadata: Mapping[str, Any], files: Sequence[Path], photos: Mapping[str, Mapping[str, int]] | None = None
+) -> str:
+    """Return the card as Markdown; `photos` is what `count_photos` returns."""
     versions = metadata.get("versions", {})
     return (
         "\n\n".join(
@@ -61,24 +66,39 @@ def _files(files: Sequence[Path]) -> str:
     return "\n".join(["| file | runs with |", "| --- | --- |", *rows])
 
 
+def count_photos(run: Path) -> dict[str, Counter[str]]:
+    """Return the photos of each class in each split of a run; none where its split.csv is gone."""
+    counts: dict[str, Counter[str]] = {split: Counter() for split in ("train", "val", "test")}
+    with (
+        contextlib.suppress(OSError),
+        (run / "split.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        for row in csv.DictReader(file):
+            counts[row["split"]][row["label"]] += 1
+    return counts
+
+
+def _data(classes: Sequence[str], photos: Mapping[str, Mapping[str, int]] | None) -> str:
+    text = (
+        "A folder of photos, a folder a class. Validation photos were held out from training and chose the epoch; test "
+        "photos, where there are any, were looked at once. All come from the same places."
+    )
+    if not photos or not any(photos.values()):
+        return text
+    rows = [(_plain(name), *(counts.get(name, 0) for counts in photos.values())) for name in classes]
+    rows.append(("all", *(sum(counts.values()) for counts in photos.values())))
+    lines = [" | ".join([name, *(f"{count:,}" for count in counts)]) for name, *counts in rows]
+    table = ["class | training photos | validation | test", "--- | --- | --- | ---", *lines]
+    return "\n".join([text, "", *(f"| {line} |" for line in table)])
+
+
 def _figures(training: Mapping[str, Any]) -> str:
     rows = [
-        f"| {label} | {value:.4g} |"
-        if isinstance(value, float) and value != int(value)
-        else f"| {label} | {value:,.0f} |"
+        f"| {label} | {value:,} |" if isinstance(value, int) else f"| {label} | {value:.4g} |"
         for name, label in FIGURES.items()
-        if isinstance(value := training.get(name), int | float) and value == value
+        if isinstance(value := training.get(name), int | float)
     ]
-    return "\n".join(
-        [
-            "Trained on a folder of photos, a part of which was held out by class: the figures are of those photos, "
-            "taken in the same places as the ones that it learnt from.",
-            "",
-            "| what | figure |",
-            "| --- | --- |",
-            *rows,
-        ]
-    )
+    return "\n".join(["| what | figure |", "| --- | --- |", *rows])
 
 
 def _preprocessing(metadata: Mapping[str, Any]) -> str:
@@ -99,15 +119,10 @@ def _plain(text: str) -> str:
 
 
 FIGURES = {
-    "num_train": "photos trained on",
-    "num_val": "validation photos",
-    "num_test": "test photos",
     "epoch": "best epoch, by validation accuracy",
-    "train/accuracy": "accuracy while training",
-    "val/accuracy": "accuracy on validation photos, which chose the epoch",
+    "train/accuracy": "accuracy on training photos, while training",
+    "val/accuracy": "accuracy on validation photos",
     "val/loss": "cross-entropy on validation photos",
-    "test_accuracy": "accuracy on test photos, looked at once",
-    "test_loss": "cross-entropy on test photos",
 }
 """Name in the metadata's training figures -> what the card calls it."""
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcnn import artefact, checkpoint, container, runs, runtime
+from fastcnn import artefact, card, checkpoint, container, runs, runtime
 from fastcnn.artefact import Images
 from fastcnn.augment import resized
 from fastcnn.deploy import Deployed, Inference
@@ -72,7 +72,26 @@ def export_run(
     note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
     for line in report.lines():
         note(line)
+    _write_card(path, folder)
     return path
+
+
+def _write_card(path: Path, run: Path) -> None:
+    """Write the model card of an exported file and of those beside it that hold the same model."""
+    metadata = _read_metadata(path)
+    files = [
+        file
+        for suffix in container.FORMATS
+        if (file := path.with_suffix(suffix)).is_file() and _read_metadata(file).get("training") == metadata["training"]
+    ]
+    card.write(path.parent, metadata, files, run)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        return container.FORMATS[path.suffix].read(path.read_bytes()).metadata
+    except (OSError, ValueError, RuntimeError):  # somebody else's file
+        return {}
 
 
 def _check(format: str, half: Half | None) -> None:

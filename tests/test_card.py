@@ -47,8 +47,9 @@ def test_it_stands_beside_the_files_and_names_them(folder: Path) -> None:
     assert f"{model.image_size} x {model.image_size}" in text
     for name in ("## Data", "## Preprocessing", "## Limits"):
         assert name in text
+    assert "| all | 96 | 24 | 0 |" in text
     accuracy = model.metadata["training"]["val/accuracy"]
-    assert f"| accuracy on validation photos, which chose the epoch | {accuracy:.4g} |" in text
+    assert f"| accuracy on validation photos | {accuracy:.4g} |" in text
 
 
 def test_python_snippets(folder: Path, tmp_path: Path) -> None:

@@ -192,11 +192,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Make exports wrong."""
     if what == "another resize":
         resize = torch.nn.functional.interpolate
-        monkeypatch.setattr(
-            "fastcnn.deploy.F.interpolate", lambda x, size, **options: resize(x, size, mode="nearest")
-        )
+        monkeypatch.setattr("fastcnn.deploy.F.interpolate", lambda x, size, **options: resize(x, size, mode="nearest"))
     else:
-        monkeypatch.setattr("fastcnn.deploy.scale_and_shift", lambda norm, channels: (torch.ones(channels).double(),) * 2)
+        monkeypatch.setattr(
+            "fastcnn.deploy.scale_and_shift", lambda norm, channels: (torch.ones(channels).double(),) * 2
+        )
 
 
 @pytest.mark.parametrize("what", ["another resize", "no batch norm"])
