@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 METADATA = "fastcnn.json"
 
-# torch's own, of the parts: an archive's serial number and what its writer notes of itself.
-_INCIDENTAL = (".data/serialization_id", "byteorder", ".format_version", ".storage_alignment", "version")
+# What torch's writer of archives adds by itself.
+_INCIDENTAL = (".data/serialization_id", ".data/version", "version", "byteorder")
 
 
 class Contents(NamedTuple):
@@ -48,15 +48,18 @@ def read_archive(content: bytes) -> Contents:
     return Contents({name: part for name, part in parts.items() if name not in _INCIDENTAL}, _parse(metadata))
 
 
-def write_archive(parts: dict[str, bytes], metadata: dict[str, Any], path: str) -> None:
-    """Write an archive of torch with the parts and the metadata."""
+def pack_archive(contents: Contents) -> bytes:
+    """Return an archive of torch with what `read_archive` found."""
     import torch
 
-    writer = torch._C.PyTorchFileWriter(path)
-    writer.set_min_version(10)  # as torch.jit.save and torch.export.save write at least
-    for name, part in {**parts, f"extra/{METADATA}": json.dumps(metadata).encode()}.items():
+    file = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(file)
+    writer.set_min_version(10)  # of the file format; torch has written it since 1.13
+    metadata = json.dumps(contents.metadata).encode()
+    for name, part in {**contents.parts, f"extra/{METADATA}": metadata}.items():
         writer.write_record(name, part, len(part))
     writer.write_end_of_file()
+    return file.getvalue()
 
 
 _METADATA_PROPS = 14  # of ONNX's ModelProto: entries of a key (1) and a value (2)
@@ -76,11 +79,10 @@ def read_onnx(content: bytes) -> Contents:
     return Contents({"model": b"".join(model)}, _parse(found[0]) if found else {})
 
 
-def write_onnx(parts: dict[str, bytes], metadata: dict[str, Any], path: str) -> None:
-    """Write an ONNX file with the model and the metadata."""
-    entry = _field(1, METADATA.encode()) + _field(2, json.dumps(metadata).encode())
-    with open(path, "wb") as file:  # noqa: PTH123  (as torch's writer takes it)
-        file.write(parts["model"] + _field(_METADATA_PROPS, entry))
+def pack_onnx(contents: Contents) -> bytes:
+    """Return an ONNX file with what `read_onnx` found."""
+    entry = _field(1, METADATA.encode()) + _field(2, json.dumps(contents.metadata).encode())
+    return contents.parts["model"] + _field(_METADATA_PROPS, entry)
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, bytes, bytes]]:
@@ -138,13 +140,13 @@ class Format(NamedTuple):
     """How a kind of file is taken apart and put together."""
 
     read: Callable[[bytes], Contents]
-    write: Callable[[dict[str, bytes], dict[str, Any], str], None]
+    pack: Callable[[Contents], bytes]
 
 
 FORMATS = {
-    ".torchscript": Format(read_archive, write_archive),
-    ".onnx": Format(read_onnx, write_onnx),
-    ".pt2": Format(read_archive, write_archive),
+    ".torchscript": Format(read_archive, pack_archive),
+    ".onnx": Format(read_onnx, pack_onnx),
+    ".pt2": Format(read_archive, pack_archive),
 }
 
 
@@ -166,12 +168,12 @@ def check_program(parts: dict[str, bytes]) -> None:
 
 
 _PLAIN_PARTS = (
-    r"archive_(format|version)|\.data/version|models/model\.json|data/sample_inputs/model\.pt"
+    r"archive_(format|version)|models/model\.json|data/sample_inputs/model\.pt"
     r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
 )
 _PLAIN_STRINGS = {
     "target": r"torch\.ops\.aten\.\w+\.\w+|_operator\.(getitem|mul|add|sub|floordiv)",
-    "expr_str": r"[su]\d+|\d+",
+    "expr_str": r"(Symbol\('s\d+'(, (positive|integer|nonnegative)=True)*\)|Integer\(-?\d+\)|Mul|Add|FloorDiv|[ ,()])+",
 }
 
 

@@ -133,7 +133,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
     }
     parts = EXPORTERS[format](model)
     metadata["sha256"] = container.digest(parts, metadata)
-    container.FORMATS[path.suffix].write(parts, metadata, str(path))
+    path.write_bytes(container.FORMATS[path.suffix].pack(container.Contents(parts, metadata)))
 
 
 def _plain(value: Any) -> Any:
@@ -187,6 +187,7 @@ def _export_torchscript(model: Deployed) -> dict[str, bytes]:
 
 def _export_pt2(model: Deployed) -> dict[str, bytes]:
     file = io.BytesIO()
+    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the only one it can save
     program = torch.export.export(model, (_example(model),), dynamic_shapes=(_any_size(),))
     for node in program.graph.nodes:  # the source and its paths
         node.meta = {name: value for name, value in node.meta.items() if name == "val"}

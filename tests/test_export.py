@@ -120,7 +120,7 @@ def tamper(path: Path, change: Callable[[dict[str, bytes], dict[str, Any]], None
     change(parts, metadata)
     if rehash:
         metadata["sha256"] = container.digest(parts, metadata)
-    form.write(parts, metadata, str(path))
+    path.write_bytes(form.pack(container.Contents(parts, metadata)))
 
 
 def tensors(path: Path) -> list[bytes]:
