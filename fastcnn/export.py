@@ -210,6 +210,7 @@ def _export_onnx(model: Deployed) -> dict[str, bytes]:
         raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter uses what torch deprecates
         program = torch.onnx.export(
             model,
             (_example(model),),
