@@ -47,7 +47,9 @@ def page(
                 "## Classes",
                 ", ".join(_plain(name) for name in metadata["classes"])
                 + ".\n\nThis is the order of the probabilities.",
-                "## Data and figures",
+                "## Data",
+                _data(metadata["classes"], photos),
+                "## Figures",
                 _figures(metadata.get("training", {})),
                 "## Preprocessing",
                 _preprocessing(metadata),
