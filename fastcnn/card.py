@@ -23,7 +23,7 @@ def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path], run:
     path = folder / f"{files[0].stem}_card.md"
     partial = folder / f".partial-{path.name}"
     try:
-        partial.write_text(page(metadata, files, run and count_photos(run)), encoding="utf-8", newline="\n")
+        partial.write_text(page(metadata, files, count_photos(run) if run else None), encoding="utf-8", newline="\n")
         partial.replace(path)
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
@@ -87,9 +87,11 @@ def _data(classes: Sequence[str], photos: Mapping[str, Mapping[str, int]] | None
     )
     if not photos or not any(photos.values()):
         return text
-    rows = [(_plain(name), *(counts.get(name, 0) for counts in photos.values())) for name in classes]
-    rows.append(("all", *(sum(counts.values()) for counts in photos.values())))
-    lines = [" | ".join([name, *(f"{count:,}" for count in counts)]) for name, *counts in rows]
+    rows = {_plain(name): [counts.get(name, 0) for counts in photos.values()] for name in classes}
+    totals = [sum(counts.values()) for counts in photos.values()]
+    lines = [
+        " | ".join([name, *(f"{count:,}" for count in counts)]) for name, counts in [*rows.items(), ("all", totals)]
+    ]
     table = ["class | training photos | validation | test", "--- | --- | --- | ---", *lines]
     return "\n".join([text, "", *(f"| {line} |" for line in table)])
 
