@@ -231,7 +231,8 @@ class ExportCommand(click.Command):
 @click.option("--format", "formats", default="torchscript", metavar="LIST", help=f"{EXPORTS}.  [torchscript]")
 @click.option("--half", metavar="[bf16|fp16]", help="16-bit weights and arithmetic; alone: bf16, in ONNX fp16.")
 @click.option("--output", metavar="FILE", help="The file; left out, model.<format> in the run folder.")
-def export(run: str, formats: str, half: Any, output: str | None) -> None:
+@click.option("--triton", metavar="DIR", help="Add it to a Triton model repository too, as DIR/<name of the run>.")
+def export(run: str, formats: str, half: Any, output: str | None, triton: str | None) -> None:
     """Export the best model of RUN (a folder, or a name under runs/) to files for deployment.
 
     A file is kept once a process of its own has found that it says what the trained model says.
@@ -241,8 +242,18 @@ def export(run: str, formats: str, half: Any, output: str | None) -> None:
     names = [name.strip() for name in formats.split(",")]
     if output and len(names) > 1:
         raise UsageError("--output is one file: give one --format")
+    if triton and len(names) > 1:
+        raise UsageError("--triton serves one file: give one --format")
+    if triton and names[0] == "pt2":
+        raise UsageError("--triton: expected --format torchscript or onnx, got pt2")
     for name in names:
-        export_run(run, format=name, output=output, half=half, note=click.echo)
+        path = export_run(run, format=name, output=output, half=half, note=click.echo)
+    if triton:
+        from fastcnn import runs
+        from fastcnn.triton import repository_name, write_repository
+
+        folder = write_repository(path, triton, repository_name(runs.find(run)))
+        click.echo(f"model repository {triton}: {folder.name}")
 
 
 sha256_option = click.option(
@@ -272,9 +283,18 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
     report = verify_file(opened)
     skew = None
     if data:
-        from fastcnn.skew import measure  # type: ignore[import-not-found]
+        import torch
 
-        skew = measure(opened, data)
+        from fastcnn.console import Console
+        from fastcnn.skew import measure
+
+        with Console().progress("comparing", "photos") as progress:
+            skew = measure(
+                opened,
+                data,
+                gpu=0 if torch.cuda.is_available() else None,
+                progress=lambda done, total: progress(done, total, ""),
+            )
     if as_json:
         answer = dataclasses.asdict(report) | ({"decoders": skew.to_dict()} if skew else {})
         click.echo(json.dumps(answer, indent=1))

@@ -15,7 +15,8 @@ import numpy as np
 from pipelines.verdict import MAX_PIXELS, Box, Source, Verdict
 
 __all__ = [
-    "BACKENDS", "MAX_PIXELS", "Boxes", "DecoderUnavailable", "Verdict", "choose", "close", "decode", "identity",
+    "BACKENDS", "MAX_PIXELS", "Boxes", "DecoderUnavailable", "Verdict", "choose", "close", "decode", "decode_whole",
+    "identity",
 ]  # fmt: skip
 
 BACKENDS = {
@@ -103,6 +104,16 @@ def decode(
     backend = _backend(decoder)
     verdicts: list[Verdict] = backend.decode(sources, size, out, parts, workers or _cores(), gpu, max_pixels)
     return verdicts
+
+
+def decode_whole(source: Source, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Verdict]:
+    """Return (height, width, 3) uint8, the photo as Pillow decodes it, upright and in RGB, and its verdict.
+
+    A bad photo has no pixels.
+    """
+    whole = _backend("pillow").whole
+    result: tuple[np.ndarray, Verdict] = whole(source, max_pixels)
+    return result
 
 
 def close() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from pipelines.threads import each
-from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, explain, image_format
+from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, explain, image_format, read
 
 
 def decode(
@@ -47,6 +47,15 @@ def one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: in
         return explain(error)
     row[...] = resize(image, size, clip(box, image.width, image.height))
     return USABLE
+
+
+def whole(source: Source, max_pixels: int) -> tuple[np.ndarray, Verdict]:
+    """See `pipelines.decode_whole`."""
+    quiet()
+    try:
+        return np.array(load(read(source), max_pixels)), USABLE
+    except Exception as error:
+        return np.zeros((0, 0, 3), np.uint8), explain(error)
 
 
 def resize(image: Image.Image, size: int, box: tuple[float, float, float, float] | None) -> np.ndarray:

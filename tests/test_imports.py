@@ -32,14 +32,14 @@ LEVELS = [
     {"tracker", "optim", "loader", "report", "deploy"},
     {"step", "dataset"},
     {"engines"},
-    {"evaluate", "predict"},
+    {"evaluate", "predict", "skew", "triton", "card"},
     {"verify", "rescore", "session"},
     {"export"},
     {"finish"},
     {"train", "data"},
     {"cli"},
 ]
-DECODING = {"cache", "dataset", "loader", "predict"}  # what may import pipelines
+DECODING = {"cache", "dataset", "loader", "predict", "skew"}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:
