@@ -162,7 +162,7 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
 
     Raises UsageError for any other change, FastCNNError where there is no such run or no `last.pt` in it.
     """
-    refused = [option_name(name) for name in changes if name not in RESUMABLE]
+    refused = ["DATA" if name == "data" else option_name(name) for name in changes if name not in RESUMABLE]
     if refused:
         raise UsageError(
             f"--resume goes on as before: {', '.join(refused)} cannot change, "
