@@ -109,6 +109,7 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any] | None, float]:
     with tempfile.TemporaryDirectory(prefix="fastcnn-bench-") as folder:
         written = Path(folder) / "found.json"
         command = [sys.executable, "-m", "pytest", "-qq", "-s", "--no-header", "--tb=short", "-rN", "--benchmark-quiet"]
+        command += ["-W", "default"]  # an error in the tests; here a peer's would only hide its figures
         command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", f"--benchmark-json={written}"]
         # Photos and caches are gigabytes in the full form: each benchmark's go when it ends.
         command += [f"--basetemp={folder}/tmp", "-o", "tmp_path_retention_policy=none", f"--scale={_scale(args)}"]

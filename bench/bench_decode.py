@@ -74,7 +74,12 @@ def bench_decoder(
     size = race.scale["image_size"]
     out = np.zeros((len(paths), size, size, 3), np.uint8)
     decode = functools.partial(pipelines.decode, decoder=name, workers=threads, gpu=0 if on_gpu else None)
-    race(f"{decoder}, {threads} threads", lambda: decode(paths, size, out), baseline, images=len(paths))
+    race(
+        f"{decoder}, {threads} thread{'s' * (threads > 1)}",
+        lambda: decode(paths, size, out),
+        baseline,
+        images=len(paths),
+    )
     difference = float(np.abs(out[: len(reference)].astype(np.int16) - reference).mean())
     race.note(mean_difference_levels=difference)
     assert difference <= 2.5
@@ -94,4 +99,4 @@ def bench_peer(race: Race, peer: str, photos: Path, paths: list[Path], baseline:
     if peer.endswith("GPU") and race.device.type != "cuda":
         pytest.skip("needs an NVIDIA GPU")
     run = PEERS[peer](photos, paths, race.scale["image_size"])
-    race(peer, run, baseline, images=len(run()))
+    race(peer, run, baseline, images=len(run()), peer=True)

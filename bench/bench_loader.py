@@ -92,5 +92,5 @@ def bench_data_loader(race: Race, make_data: Callable[[str], Dataset]) -> None:
     data = make_data("resident")
     paths = [data.index.root / data.index.paths[photo] for photo in data.photos("train")]
     run = decoding.pillow_loader(paths, race.scale["image_size"], runtime.num_cores())
-    race(f"DataLoader + Pillow, {runtime.num_cores()} workers, no step", run, {}, images=len(paths))
+    race(f"DataLoader + Pillow, {runtime.num_cores()} workers, no step", run, {}, images=len(paths), peer=True)
     assert len(run()) == len(paths)

@@ -43,6 +43,7 @@ def growth(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         points.append(point)
     return {
         "points": points,
-        "seconds_hold": all(abs(point["over_fewest"] - 1) <= SECONDS_WITHIN for point in points),
-        "memory_holds": all(abs(point["memory_over_sizes"] - 1) <= MEMORY_WITHIN for point in points[1:]),
+        # Less is not growth: what all runs need alike is spread over more photos.
+        "seconds_hold": all(point["over_fewest"] - 1 <= SECONDS_WITHIN for point in points),
+        "memory_holds": all(point["memory_over_sizes"] - 1 <= MEMORY_WITHIN for point in points[1:]),
     }

@@ -71,7 +71,7 @@ def throughput(plt: Any, record: Record) -> Figure:
         draw_panel(axis)
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     figure.suptitle(f"Throughput: {machine(record)}", fontsize=12)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     return figure
 
 
@@ -85,15 +85,17 @@ def _bars(rows: list[Row]) -> list[tuple[str, float, str]]:
     bars: list[tuple[str, float, str]] = []
     for _, together in itertools.groupby(rows, key=_race):
         mine = list(together)
-        bars += [(row["name"], row["extra_info"]["images_per_second"], OURS) for row in mine]
+        for row in mine:
+            info = row["extra_info"]
+            bars.append((row["name"], info["images_per_second"], THEIRS if info.get("peer") else OURS))
         theirs = mine[-1]["extra_info"]["baseline_images_per_second"]
         bars += [(_wrapped(name), value, THEIRS) for name, value in theirs.items()]
     return bars
 
 
-def _race(row: Row) -> tuple[list[str], Any]:
+def _race(row: Row) -> tuple[list[str], Any, str]:
     """Return what contenders that raced the same baselines at the same work have in common."""
-    return list(row["extra_info"]["over"]), row["extra_info"].get("batch")
+    return list(row["extra_info"]["over"]), row["extra_info"].get("batch"), _network(row)
 
 
 def _draw_bars(axes: Axes, bars: list[tuple[str, float, str]]) -> None:

@@ -9,15 +9,19 @@ YAML file. Held out is whatever is not trained on: the validation photos and, wh
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import tables
+from bench.machine import slug
+from bench.record import FORMAT, Record, Row
 from fastcnn import checkpoint, dataset, runtime
 from fastcnn.config import Config, read_recipe, read_yaml, resolve
 from fastcnn.evaluate import BATCH_SIZE, Evaluator, restore
@@ -34,7 +38,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["seed", "strong"])
     parser.add_argument("--seeds", default="0-7", help="first-last")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of all runs")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a results file into this folder")
     args = parser.parse_args()
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
@@ -46,17 +50,28 @@ def main() -> None:
             config = resolve(values, common, {"data": str(args.data), "seed": seed})
             runs[recipe].append(measured(config))
             print(f"seed {seed}  {recipe:20}  {runs[recipe][-1]}", flush=True)
-    found = summary(runs)
-    for line in lines(found):
-        print(line)
+    rows = compared(runs, args.data.name)
+    for row in rows:
+        print(": ".join(tables.recipe(row)[1:]))
     if args.out:
-        about = {
-            "command": f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)} "
-            f"--seeds {args.seeds} --set {' '.join(args.set)}",
-            "hardware": runtime.describe(torch.device("cpu")),
-            "versions": runtime.versions(),
-        }
-        args.out.write_text(json.dumps({**about, **found, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        device, shown = torch.device(runtime.pick_device("auto")), [item for item in args.set if "/" not in item]
+        Record(
+            format=FORMAT,
+            machine=slug(runtime.describe(device)),
+            hardware=runtime.describe(device),
+            versions=runtime.versions(),
+            rates={},
+            settings={"seeds": args.seeds, "options": shown},
+            command=f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)} "
+            f"--seeds {args.seeds} --set {' '.join(shown)}",
+            date=datetime.now(UTC).isoformat()[:19],
+            commit=None,
+            seconds=sum(row["seconds"] for found in runs.values() for row in found),
+            rows=rows,
+            growth=None,
+            skipped=[],
+            failed=[],
+        ).write(args.out)
 
 
 def measured(config: Config) -> dict[str, float]:
@@ -83,36 +98,49 @@ def measured(config: Config) -> dict[str, float]:
         "accuracy": score.accuracy,
         "loss": score.loss,
         "num_held_out": score.count,
+        "seconds": run.summary["seconds"]["total"],
         "images_per_second": run.summary["images_per_second"],
     }
 
 
-def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Return mean and standard deviation of each recipe, and its differences from the first with a 95% interval."""
-    accuracies = {recipe: [row["accuracy"] for row in rows] for recipe, rows in runs.items()}
-    base, *others = accuracies
-    found: dict[str, Any] = {
-        "recipes": {
-            recipe: {
-                "mean_accuracy": statistics.mean(values),
-                "standard_deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "images_per_second": statistics.median(row["images_per_second"] for row in runs[recipe]),
+def compared(runs: dict[str, list[dict[str, float]]], data: str) -> list[Row]:
+    """Return a results file's row a recipe: its accuracies and, over the first, the differences' 95% interval.
+
+    runs: recipe -> what `measured` returned for each seed.
+    """
+    rows, first = [], next(iter(runs))
+    for recipe, found in runs.items():
+        accuracies, seconds = [one["accuracy"] for one in found], [one["seconds"] for one in found]
+        rates = [one["images_per_second"] for one in found]
+        info: dict[str, Any] = {
+            "data": data,
+            "num_held_out": int(found[0]["num_held_out"]),
+            "accuracies": accuracies,
+            "mean_accuracy": statistics.mean(accuracies),
+            "standard_deviation": statistics.stdev(accuracies) if accuracies[1:] else 0.0,
+            "images_per_second": statistics.median(rates),
+        }
+        if recipe != first:
+            pairs = [a - one["accuracy"] for a, one in zip(accuracies, runs[first], strict=True)]
+            speed = [a / one["images_per_second"] for a, one in zip(rates, runs[first], strict=True)]
+            info |= {"over": first, "difference": interval(pairs), "speed": statistics.median(speed)}
+        row = {"group": "recipes", "name": Path(recipe).stem, "n": len(found), "extra_info": info}
+        rows.append(
+            {
+                **row,
+                "median_seconds": statistics.median(seconds),
+                "min_seconds": min(seconds),
+                "max_seconds": max(seconds),
             }
-            for recipe, values in accuracies.items()
-        },
-        "n": len(accuracies[base]),
-        "num_held_out": runs[base][0]["num_held_out"],
-        "over": base,
-        "differences": {},
-    }
-    for recipe in others:
-        pairs = [b - a for a, b in zip(accuracies[base], accuracies[recipe], strict=True)]
-        half = (
-            T_975[min(len(pairs), len(T_975)) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs)) if pairs[1:] else 0
         )
-        mean = statistics.mean(pairs)
-        found["differences"][recipe] = {"mean": mean, "low": mean - half, "high": mean + half}
-    return found
+    return rows
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean of values and its 95% interval, by Student's t."""
+    mean, n = statistics.mean(values), len(values)
+    half = T_975[min(n, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 # Student's t for a two-sided 95% interval of n pairs, from n = 1 on.
@@ -134,21 +162,6 @@ T_975 = [
     2.145,
     2.131,
 ]
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """Return the summary in words."""
-    out = [
-        f"{recipe}: {row['mean_accuracy']:.4f} (standard deviation {row['standard_deviation']:.4f}), "
-        f"{row['images_per_second']:,.0f} images/s"
-        for recipe, row in found["recipes"].items()
-    ]
-    for recipe, row in found["differences"].items():
-        out.append(
-            f"{recipe} - {found['over']}: {100 * row['mean']:+.2f} points "
-            f"(95% interval {100 * row['low']:+.2f} to {100 * row['high']:+.2f}, n = {found['n']})"
-        )
-    return out
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _cold(record: Record) -> Lines:
     return lines
 
 
-STAGES = ("start", "import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint")
+STAGES = ("start", "import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report")
 
 
 def _stages(record: Record) -> Lines:
@@ -186,6 +186,22 @@ def _profile(record: Record) -> Lines:
     ]
 
 
+def recipe(row: Row) -> list[str]:
+    """Return a recipe's line: on which photos, its name, accuracy, what it has over the first, speed, n."""
+    info = row["extra_info"]
+    accuracy = f"{info['mean_accuracy']:.4f} ({info['standard_deviation']:.4f})"
+    difference, speed = "-", "-"
+    if "difference" in info:
+        points = {name: 100 * value for name, value in info["difference"].items()}
+        difference = f"{points['mean']:+.1f} ({points['low']:+.1f} to {points['high']:+.1f})"
+        speed = f"{info['speed']:.2f}"
+    return [f"{info['data']}, {info['num_held_out']} held out", row["name"], accuracy, difference, speed, str(row["n"])]
+
+
+def _recipes(record: Record) -> Lines:
+    return [recipe(row) for row in record.of("recipes")]
+
+
 TABLES = {
     "steady": Table(
         "Training, from the second epoch on",
@@ -209,6 +225,18 @@ TABLES = {
     "decode": rates("decode", "Decoding JPEGs"),
     "loader": rates("loader", "Loading"),
     "augment": rates("augment", "Augmentation"),
+    "recipes": Table(
+        "Recipes at equal epochs, after the last",
+        [
+            "photos",
+            "recipe",
+            "accuracy (standard deviation)",
+            "points over the first (95% interval)",
+            "images/s over the first",
+            "seeds",
+        ],
+        _recipes,
+    ),
     "growth": Table(
         "As photos grow (batch 32, one epoch, nothing decoded)",
         [

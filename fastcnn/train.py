@@ -162,16 +162,17 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
 
     Raises UsageError for any other change, FastCNNError where there is no such run or no `last.pt` in it.
     """
-    refused = [option_name(name) for name in changes if name not in RESUMABLE]
+    refused = ["DATA" if name == "data" else option_name(name) for name in changes if name not in RESUMABLE]
     if refused:
         raise UsageError(
             f"--resume goes on as before: {', '.join(refused)} cannot change, "
             f"only {', '.join(option_name(name) for name in RESUMABLE)}"
         )
-    state = checkpoint.load(runs.find(run) / "last.pt")
+    folder = runs.find(run)
+    state = checkpoint.load(folder / "last.pt")
     saved = {name: value for name, value in state["config"].items() if name in field_types()}
     config = resolve(saved, changes)
-    if config.epochs <= state["epoch"]:
+    if config.epochs <= state["epoch"] and (folder / "result.json").is_file():
         raise UsageError(f"--resume: {run} has its {state['epoch']} epochs: give more with --epochs")
     return config
 
@@ -248,7 +249,7 @@ def _train(
             for queued, live in _run_epoch(step, engine, done):
                 rate = (live.count - done * config.batch_size) / (time.perf_counter() - start)
                 progress(queued, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
-                if stop:
+                if stop and queued < step.num_steps:  # an epoch whose steps are done is finished first
                     session.save("last.pt")
                     raise Interrupted(stop[0], session.run_dir)
             train = step.sums.read()  # the epoch's one synchronisation
@@ -278,6 +279,8 @@ def _train(
             session.save("last.pt")
         for tracker in trackers:
             tracker.epoch(row)
+        if stop:
+            raise Interrupted(stop[0], session.run_dir)
 
 
 def _steps_done(step: TrainingStep) -> int:

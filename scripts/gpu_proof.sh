@@ -23,7 +23,7 @@ for package in pytest pytest_benchmark nvidia.dali simplejpeg yaml click rich wa
 done
 if "$python" -c 'import pytest' 2>/dev/null; then
   # The project's own settings make every warning an error; another torch than the pinned one may have its own.
-  "$python" -m pytest -q -m cuda -W default -p no:cacheprovider tests/test_engines.py tests/test_train.py \
+  "$python" -m pytest -q -m cuda -W default -p no:cacheprovider tests/test_{engines,train,loader}.py \
     | tee "$out/cuda_tests.txt" || { [ "${PIPESTATUS[0]}" -eq 5 ] || exit 1; }
 fi
 "$python" -m bench --out "$out" ${arguments[@]+"${arguments[@]}"}

@@ -19,7 +19,11 @@ from bench.record import Record, read  # noqa: E402
 
 PUBLISHED = ROOT / "bench" / "results" / "published"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ON_CPU = {"infer", "decode"}  # measured without a GPU too where there is one: no line says that a GPU is missing
+ON_CPU = {
+    "infer",
+    "decode",
+    "recipes",
+}  # measured without a GPU too where there is one: no line says that a GPU is missing
 
 
 def main(arguments: list[str]) -> int:

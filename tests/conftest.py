@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 # The machine may be busy: no deadlines. The same examples each time, so that CI is red only for a reason.
 hypothesis.settings.register_profile("fastcnn", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastcnn")
+
+# A shell's background jobs ignore SIGINT, and what they start inherits that; the commands under test must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -263,3 +263,21 @@ def test_tables_say_what_is_not_measured() -> None:
     assert "old" not in text
     with pytest.raises(ValueError, match="no table nothing"):
         readme_tables.filled("<!-- table: nothing -->\n<!-- end -->", [one])
+
+
+def test_recipes_are_compared_in_pairs() -> None:
+    """Differences of 3, 4 and 5 points: 4 on average, and Student's t for two degrees of freedom."""
+    from bench.recipes import compared
+
+    def run(accuracy: float, rate: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "images_per_second": rate, "num_held_out": 100, "seconds": 1.0}
+
+    runs = {"seed": [run(a, 500) for a in (0.7, 0.6, 0.5)], "strong": [run(a, 400) for a in (0.73, 0.64, 0.55)]}
+    seed, strong = compared(runs, "photos")
+    assert "difference" not in seed["extra_info"]
+    info = strong["extra_info"]
+    assert info["difference"]["mean"] == pytest.approx(0.04)
+    assert info["difference"]["high"] - 0.04 == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert info["speed"] == pytest.approx(0.8)
+    assert info["standard_deviation"] == pytest.approx(0.09)
+    assert strong["n"] == 3

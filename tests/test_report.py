@@ -167,7 +167,8 @@ def test_names_are_text_whatever_they_are(run_dir: Path, tmp_path: Path) -> None
 def test_the_command_trains_it_again() -> None:
     config = Config(data="my photos", epochs=3, filters=(8,), batch_norm=False, augment=("flip", "shift"), lr=0.01)
     assert report.command(config.to_dict()) == (
-        "fastcnn train 'my photos' --epochs 3 --lr 0.01 --augment flip,shift --filters 8,8,8,8,8 --no-batch-norm"
+        "fastcnn train 'my photos' --epochs 3 --lr 0.01 --augment flip=0.5,shift=0.0625 "
+        "--filters 8,8,8,8,8 --no-batch-norm"
     )
 
 

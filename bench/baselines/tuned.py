@@ -134,8 +134,11 @@ class Trainer:
 def best_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings asked for, and the fastest of what was left open: one after the other, the rest fixed."""
     cores = os.cpu_count() or 1
-    choices: dict[str, list[Any]] = {"workers": [cores, 0] if args.workers is None else [args.workers]}
-    choices |= {name: [False, True] if (given := getattr(args, name)) is None else [given == "on"] for name in SWITCHES}
+    choices: dict[str, list[Any]] = {
+        name: [False, True] if (given := getattr(args, name)) is None else [given == "on"] for name in SWITCHES
+    }
+    # Last: how many serve best depends on how fast the step has become.
+    choices["workers"] = [cores, 0] if args.workers is None else [args.workers]
     if not has_bf16():
         choices["amp"] = [False]  # bf16 would be emulated, a tenth as fast
     settings = {name: values[0] for name, values in choices.items()}
