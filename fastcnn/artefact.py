@@ -123,7 +123,7 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
     if warn_of_strangers and opener.runs and not sha256 and outer not in known():
         warn(f"{path} was not exported here, and {opener.runs}: give its --sha256, or trust who made it")
     try:
-        return Artefact(path, outer, metadata, opener.open(content, parts))
+        return Artefact(path, outer, metadata, opener.open(content, parts, metadata))
     except ImportError as error:
         raise FastCNNError(f"{path} needs {error.name}: pip install 'fastcnn[export]'") from None
     except Exception as error:  # whatever the libraries make of a file that is not theirs
@@ -144,35 +144,36 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _open_torchscript(content: bytes, parts: dict[str, bytes]) -> Runner:
+def _open_torchscript(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]) -> Runner:
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
         module = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
-    return _torch_runner(module)
+    return _torch_runner(module)  # it splits what is large itself
 
 
-def _open_pt2(content: bytes, parts: dict[str, bytes]) -> Runner:
+def _open_pt2(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]) -> Runner:
     import torch
 
     container.check_program(parts)  # what follows unpickles and evaluates whatever it finds
     program = torch.export.load(io.BytesIO(content))
-    return _torch_runner(program.module(check_guards=False))
+    return _torch_runner(program.module(check_guards=False), metadata["chunk"])
 
 
-def _torch_runner(module: Callable[..., Any]) -> Runner:
+def _torch_runner(module: Callable[..., Any], chunk: int | None = None) -> Runner:
     import torch
 
     def run(images: Images) -> Probabilities:
         with torch.inference_mode():
-            probabilities: Probabilities = module(torch.from_numpy(images)).numpy()
+            parts = [module(some) for some in torch.from_numpy(images).split(chunk or len(images))]
+            probabilities: Probabilities = torch.cat(parts).numpy()
         return probabilities
 
     return run
 
 
-def _open_onnx(content: bytes, parts: dict[str, bytes]) -> Runner:
+def _open_onnx(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]) -> Runner:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -187,7 +188,7 @@ def _open_onnx(content: bytes, parts: dict[str, bytes]) -> Runner:
 class Opener(NamedTuple):
     """How a format is opened."""
 
-    open: Callable[[bytes, dict[str, bytes]], Runner]
+    open: Callable[[bytes, dict[str, bytes], dict[str, Any]], Runner]
     runs: str
     """What opening it makes possible to who made it; "" where that is nothing but arithmetic."""
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcnn import artefact, checkpoint, container, runs, runtime
+from fastcnn import artefact, card, checkpoint, container, runs, runtime
 from fastcnn.artefact import Images
 from fastcnn.augment import resized
 from fastcnn.deploy import Deployed, Inference
@@ -77,7 +77,26 @@ def export_run(
     note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
     for line in report.lines():
         note(line)
+    _write_card(path, folder)
     return path
+
+
+def _write_card(path: Path, run: Path) -> None:
+    """Write the model card of an exported file and of those beside it that hold the same model."""
+    metadata = _read_metadata(path)
+    files = [
+        file
+        for suffix in container.FORMATS
+        if (file := path.with_suffix(suffix)).is_file() and _read_metadata(file).get("golden") == metadata["golden"]
+    ]
+    card.write(path.parent, metadata, files, run)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        return container.FORMATS[path.suffix].read(path.read_bytes()).metadata
+    except (OSError, ValueError, RuntimeError):  # somebody else's file
+        return {}
 
 
 def _check(format: str, half: Half | None) -> None:
@@ -111,6 +130,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "std": config["std"],
         "input": "uint8 (N, H, W, 3), any N, H and W",
         "output": f"float32 (N, {len(state['classes'])}) probabilities",
+        "chunk": model.chunk,
         "precision": precision,
         "tolerance": TOLERANCES[precision],
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),

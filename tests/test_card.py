@@ -69,6 +69,7 @@ def test_python_snippets(folder: Path, tmp_path: Path) -> None:
         assert float(probability) == pytest.approx(expected.max(), abs=1e-5)
 
 
+@pytest.mark.long
 def test_the_cpp_snippet(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastcnn import Config, fit, wandb_tracker
+from fastcnn import Config, export, fit, wandb_tracker
 from fastcnn import tracker as tracking
 from fastcnn.console import Console
 from fastcnn.errors import FastCNNError, FastCNNWarning
@@ -340,7 +340,7 @@ def test_wandb_mode_counts_where_no_option_says_otherwise(
 
 
 def test_an_export_that_fails_leaves_a_finished_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcnn.export.TOLERANCE", -1.0)
+    monkeypatch.setitem(export.TOLERANCES, "fp32", -1.0)
     config = Config(
         data=str(photos),
         epochs=1,
