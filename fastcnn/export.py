@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import math
@@ -189,7 +190,15 @@ def _export_torchscript(model: Deployed) -> dict[str, bytes]:
         torch.jit.save(torch.jit.script(model), file)
     parts = container.read_archive(file.getvalue()).parts
     # Where in our source each line stands, with the paths of this machine: only tracebacks lack it.
-    return {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
+    parts = {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
+    return {name: _ordered(part) if name.endswith(".py") else part for name, part in parts.items()}
+
+
+def _ordered(code: bytes) -> bytes:
+    """Return a class of TorchScript with its constants by name: torch writes them in another order in every process."""
+    lines = code.splitlines(keepends=True)
+    groups = itertools.groupby(lines, lambda line: b" : Final[" in line)
+    return b"".join(line for constants, group in groups for line in (sorted(group) if constants else group))
 
 
 def _export_pt2(model: Deployed) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -307,6 +308,18 @@ def test_nothing_is_unpickled_or_evaluated_in_a_pt2(run_dir: Path, tmp_path: Pat
         with pytest.raises(CheckError, match="cannot be opened"):
             artefact.open(path)
         assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("kept", LONG, indirect=True)
+def test_the_same_run_gives_the_same_file(kept: Path, run_dir: Path, tmp_path: Path) -> None:
+    write_it = (
+        "import sys; from pathlib import Path; from fastcnn import checkpoint; from fastcnn.export import write\n"
+        "write(checkpoint.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[2]).suffix[1:])"
+    )
+    again = tmp_path / f"again{kept.suffix}"
+    command = [sys.executable, "-W", "ignore", "-c", write_it, run_dir / "best.pt", again]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"})  # the order of sets of strings
+    assert artefact.open(again).metadata["sha256"] == artefact.open(kept).metadata["sha256"]
 
 
 def test_nothing_of_this_machine_is_inside(exported: Path) -> None:
