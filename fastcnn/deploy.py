@@ -80,8 +80,8 @@ class Deployed(nn.Module):
 def chunk(network: nn.Module, image_size: int) -> int:
     """Return how many photos may go through a network's blocks at a time for its largest map to stay in MAP_BYTES."""
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    sizes = (layer.out_channels * (image_size >> number) ** 2 * 4 for number, layer in enumerate(convolutions))
-    return max(1, MAP_BYTES // max(sizes))
+    maps = [layer.out_channels * (image_size >> number) ** 2 for number, layer in enumerate(convolutions)]
+    return max(1, MAP_BYTES // (4 * max(maps, default=3 * image_size**2)))
 
 
 class Stage(nn.Module):
