@@ -63,7 +63,7 @@ def bench_format(race: Race, run_dir: Path, eager: Deployed, format: str, batch:
         time.sleep(0.02)  # onnxruntime's threads look for more work for a while, on the cores that this needs
         return timed()
 
-    rounds = 200 if batch == 1 else 30
+    rounds = race.scale["infer_rounds"][batch]
     for _ in range(10):  # TorchScript specialises itself in its first calls
         model.probabilities(images)
     seconds = race(

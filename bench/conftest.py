@@ -39,6 +39,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "peers": True,
         "growth_photos": [1000, 5000, 20_000, 50_000],
         "growth_batches": [32, 128, 512, 2048],
+        "infer_rounds": {1: 200, 64: 30},
     },
     "quick": {
         "rounds": 5,
@@ -53,6 +54,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "peers": False,
         "growth_photos": [1000, 3000],
         "growth_batches": [32, 256],
+        "infer_rounds": {1: 200, 64: 30},
     },
     # For the tests: that the parts work, not what they show.
     "smoke": {
@@ -68,6 +70,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "peers": False,
         "growth_photos": [60, 120],
         "growth_batches": [8, 16],
+        "infer_rounds": {1: 2, 64: 2},
     },
 }
 
