@@ -87,12 +87,8 @@ def prepared(data: Path, *, val_fraction: float, note: Callable[[str], None], **
             writer = csv.writer(file)
             writer.writerow(["path", "label", "split"])
             for name, photos in (("train", train), ("val", held_out)):
-                writer.writerows(
-                    [path.relative_to(data).as_posix(), classes[label], name] for path, label in photos
-                )
-        yield Experiment(
-            data=data, classes=classes, train=train, held_out=held_out, pixels=pixels, split=split, **how
-        )
+                writer.writerows([path.relative_to(data).as_posix(), classes[label], name] for path, label in photos)
+        yield Experiment(data=data, classes=classes, train=train, held_out=held_out, pixels=pixels, split=split, **how)
 
 
 def listing(data: Path, val_fraction: float) -> tuple[list[str], list[Photo], list[Photo]]:
@@ -137,9 +133,9 @@ def plain(experiment: Experiment, seed: int, network: Network = baseline.small_c
     options = ["--epochs", experiment.epochs, "--batch-size", experiment.batch_size, "--image-size", size]
     options += ["--lr", experiment.lr, "--seed", seed, "--schedule", experiment.schedule]
     args = baseline.own_arguments().parse_args([str(experiment.data), *map(str, options)])
-    sets = (Decoded(experiment.pixels, photos, size) for photos in (experiment.train, experiment.held_out))
+    train, held_out = (Decoded(experiment.pixels, photos, size) for photos in (experiment.train, experiment.held_out))
     with threads(experiment.threads):
-        rows = list(baseline.train_on(args, 0, len(experiment.classes), *sets, network))
+        rows = list(baseline.train_on(args, 0, len(experiment.classes), train, held_out, network))
     return {
         "accuracy": rows[-1]["val_accuracy"],
         "train_losses": [row["train_loss"] for row in rows],
@@ -154,7 +150,9 @@ def fast(experiment: Experiment, seed: int, **options: Any) -> Found:
     Whether that is the right one is judged by seed.py's labels, and so is the last epoch's loss.
     """
     start = time.perf_counter()
-    how = {name: getattr(experiment, name) for name in ("epochs", "batch_size", "lr", "schedule", "image_size", "threads")}
+    how = {
+        name: getattr(experiment, name) for name in ("epochs", "batch_size", "lr", "schedule", "image_size", "threads")
+    }
     given = {"data": str(experiment.data), "split": str(experiment.split), "seed": seed, "max_bad": 1.0}
     config = resolve(read_recipe("seed"), how, given, {"wandb": "disabled", "report": False}, options)
     with tempfile.TemporaryDirectory(prefix="fastcnn-parity-") as folder:
@@ -175,7 +173,7 @@ def fast(experiment: Experiment, seed: int, **options: Any) -> Found:
 
 def judged(state: dict[str, Any]) -> dict[Path, Tensor]:
     """Return photo -> (num_classes,) probabilities of every held-out photo, by a run's last weights."""
-    config = resolve({name: value for name, value in state["config"].items()})
+    config = resolve(state["config"])
     data = dataset.prepare(
         config.data,
         image_size=config.image_size,

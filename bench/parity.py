@@ -20,13 +20,10 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench import arms, curves, tables
 from bench.arms import FAST, INGREDIENTS, PLAIN, Arm, Experiment, Found
@@ -165,26 +162,35 @@ def settings_of(args: argparse.Namespace, experiment: Experiment) -> dict[str, A
 
 
 def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> tuple[Runs, dict[str, str]]:
-    """Return the runs that a results file holds already, and what could not be measured. Raises FastCNNError where
-    they are of another experiment."""
-    if not path.exists():
-        return {}, {}
-    try:
-        record = read(path)
-    except ValueError as error:
-        raise FastCNNError(str(error)) from None
+    """Return the runs that a results file holds already, and what could not be measured.
+
+    Runs of both sides are taken from the other table's file too, where it is of the same experiment. Raises
+    FastCNNError where the file itself is of another.
+    """
     settings = settings_of(args, experiment)
-    other = [name for name, value in settings.items() if record.settings.get(name) != value]
-    if other:
-        raise FastCNNError(
-            f"{path} holds runs with another {', '.join(other)}: choose another --out, or delete it to begin anew"
-        )
-    runs = {
-        row["name"]: {int(seed): found for seed, found in row["extra_info"]["runs"].items()} for row in record.rows
-    }
-    done = sum(map(len, runs.values()))
-    print(f"going on from {path}: {done} runs are done", flush=True)
-    return runs, {one["name"]: one["reason"] for one in record.skipped}
+    other = path.with_name(re.sub(r"(-ingredients)?\.json$", "" if args.ingredients else "-ingredients", path.name))
+    runs: Runs = {}
+    skipped: dict[str, str] = {}
+    for file in (other.with_suffix(".json"), path):
+        if not file.exists():
+            continue
+        try:
+            record = read(file)
+        except ValueError as error:
+            raise FastCNNError(str(error)) from None
+        changed = [name for name, value in settings.items() if record.settings.get(name) != value]
+        if changed and file == path:
+            raise FastCNNError(
+                f"{path} holds runs with another {', '.join(changed)}: choose another --out, or delete it to begin anew"
+            )
+        for row in record.rows if not changed else []:
+            if file == path or row["name"] in (PLAIN, FAST):
+                found = {int(seed): one for seed, one in row["extra_info"]["runs"].items()}
+                runs.setdefault(row["name"], {}).update(found)
+        skipped = {one["name"]: one["reason"] for one in record.skipped} if file == path else {}
+    if runs:
+        print(f"going on: {sum(map(len, runs.values()))} runs are done already", flush=True)
+    return runs, skipped
 
 
 def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skipped: dict[str, str]) -> Record:

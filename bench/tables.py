@@ -241,13 +241,9 @@ def _parity(record: Record) -> Lines:
 
 
 def _ingredients(record: Record) -> Lines:
-    lines = [
-        [row["name"], spread(row), *_differences(row), str(row["n"])] for row in record.of("ingredients")
-    ]
+    lines = [[row["name"], spread(row), *_differences(row), str(row["n"])] for row in record.of("ingredients")]
     return lines + [
-        [one["name"], f"not measured: {one['reason']}", *[""] * len(MEASURES), "0"]
-        for one in record.skipped
-        if lines
+        [one["name"], f"not measured: {one['reason']}", *[""] * len(MEASURES), "0"] for one in record.skipped if lines
     ]
 
 
