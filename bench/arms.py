@@ -8,6 +8,7 @@ import functools
 import hashlib
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,11 @@ class Experiment:
         """What tells these photos and their split from others."""
         names = [str(path.relative_to(self.data)) for path, _ in (*self.train, *self.held_out)]
         return hashlib.sha256("\n".join([*names, str(len(self.train))]).encode(errors="surrogateescape")).hexdigest()
+
+    @property
+    def largest_class(self) -> float:
+        """The share of held-out photos that are of the most frequent class."""
+        return max(Counter(label for _, label in self.held_out).values()) / len(self.held_out)
 
 
 @contextlib.contextmanager

@@ -5,10 +5,10 @@ split, normalisation and seeds, over several seeds.
     fastcnn parity DATA --seeds 4 --ingredients                     # one change at a time, each with its difference
 
 Three measures are compared, in pairs over the seeds: the accuracy on the held-out photos after the last epoch, and the
-mean of the epochs' losses, held-out and training. "equivalent": each one's 90% interval lies within its margin (two
-one-sided tests at 5%). "different" (exit code 4): one's interval lies wholly beyond it. Anything else is "undecided",
-and the line says how many seeds, or photos, would do. Each run's figures are written when it ends, and the same
-command goes on from there.
+epochs' losses, held-out and training. "equivalent": each one's 90% interval lies within its margin (two one-sided tests
+at 5%). "different" (exit code 4): one's interval lies wholly beyond it. Anything else is "undecided", and the line says
+how many seeds, or photos, would do. Each run's figures are written when it ends, and the same command goes on from
+there.
 """
 
 from __future__ import annotations
@@ -157,6 +157,7 @@ def settings_of(args: argparse.Namespace, experiment: Experiment) -> dict[str, A
         "num_train": len(experiment.train),
         "num_held_out": len(experiment.held_out),
         "photos": experiment.photos_key,
+        "largest_class": experiment.largest_class,
         **{name: getattr(experiment, name) for name in names},
     }
 
@@ -195,7 +196,8 @@ def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> tup
 
 def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skipped: dict[str, str]) -> Record:
     """Return the results file of the runs so far."""
-    rows = [row_of(args, name, runs) for name in runs if runs[name] and name not in skipped]
+    largest = experiment.largest_class
+    rows = [row_of(args, name, runs, largest) for name in runs if runs[name] and name not in skipped]
     verdicts = {row["name"]: row["extra_info"].get("verdict", "undecided") for row in rows}
     device = runtime.pick_device("auto")
     return Record(
@@ -222,8 +224,11 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
     )
 
 
-def row_of(args: argparse.Namespace, name: str, runs: Runs) -> Row:
-    """Return an arm's row: its runs, and over the first arm each measure's comparison."""
+def row_of(args: argparse.Namespace, name: str, runs: Runs, largest_class: float) -> Row:
+    """Return an arm's row: its runs, and over seed.py each measure's comparison and the verdict of all three.
+
+    largest_class: the accuracy (0 to 1) of guessing that one always.
+    """
     mine = {seed: found for seed, found in sorted(runs[name].items()) if seed < args.seeds}
     seconds = [found["seconds"] for found in mine.values()]
     accuracies = [found["accuracy"] for found in mine.values()]
@@ -243,6 +248,9 @@ def row_of(args: argparse.Namespace, name: str, runs: Runs) -> Row:
             )
         }
         info["verdict"] = overall([one["verdict"] for one in info["measures"].values()])
+        theirs = statistics.fmean(found["accuracy"] for _, found in pairs)
+        if info["verdict"] == "equivalent" and theirs < largest_class + args.margin / 100:
+            info["verdict"] = "undecided"  # what has learned nothing cannot be worse at it
     return {
         "group": "ingredients" if args.ingredients else "parity",
         "name": name,
@@ -255,12 +263,16 @@ def row_of(args: argparse.Namespace, name: str, runs: Runs) -> Row:
 
 
 def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[float]:
-    """Return each pair's difference in a measure: as it is in accuracy, of losses as a share of the second's mean."""
+    """Return each pair's difference in a measure: of accuracies as it is, of losses the mean of the epochs' log ratios.
+
+    So 0.01 is a loss that is 1% higher, and a late epoch's small loss counts as much as the first one's.
+    """
     if measure == "accuracy":
         return [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs]
-    means = [[statistics.fmean(found[measure]) for found in pair] for pair in pairs]
-    whole = statistics.fmean(theirs for _, theirs in means)
-    return [(ours - theirs) / whole for ours, theirs in means]
+    return [
+        statistics.fmean(math.log(a / b) for a, b in zip(ours[measure], theirs[measure], strict=True))
+        for ours, theirs in pairs
+    ]
 
 
 def sentence(record: Record) -> str:
@@ -285,6 +297,8 @@ def would_do(record: Record) -> str:
     """Return how many seeds, or photos, would decide. Photos: if all of the spread is that of too few held out."""
     row = record.rows[-1]
     open_ = {name: one for name, one in row["extra_info"]["measures"].items() if one["verdict"] == "undecided"}
+    if not open_:
+        return "seed.py itself has hardly learned anything: more epochs or photos would do"
     what = " and ".join(tables.MEASURES[name] for name in open_)
     if any(one["needed"] is None for one in open_.values()):
         return f"{what}: too close to the margin for any number of seeds; a wider or a narrower margin would decide"
