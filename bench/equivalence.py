@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,10 +27,8 @@ class Comparison:
     """Where the 90% interval of the mean begins."""
     high: float
     margin: float
-    p_equivalent: float
-    """The larger p of the two one-sided tests that the mean lies within the margin."""
-    p_different: float
-    """The p of the test that it lies beyond it, on the side where it is."""
+    p: float
+    """The larger p of the two one-sided tests; above 0.95 the test that the mean lies beyond the margin rejects."""
     verdict: Verdict
     needed: int | None
     """Pairs that would decide an undecided case; None where it is decided, or more than `MOST` would not do."""
@@ -49,29 +46,18 @@ def compare(differences: Sequence[float], margin: float) -> Comparison:
     from scipy.stats import ttest_1samp  # takes a second to import
 
     n, mean = len(differences), statistics.fmean(differences)
+    deviation = statistics.stdev(differences) if n > 1 else 0.0
     if n < 2:
-        return _comparison(n, mean, 0.0, -math.inf, math.inf, margin, 1.0, 1.0)
-    deviation = statistics.stdev(differences)
-    if deviation <= 1e-12 * max(abs(mean), margin):  # the very same runs: there is nothing to divide by
-        inside = float(not abs(mean) < margin)
-        return _comparison(n, mean, deviation, mean, mean, margin, inside, 1 - inside)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # differences so alike that precision is lost
-        interval = ttest_1samp(differences, 0).confidence_interval(1 - 2 * ALPHA)
+        low, high, p = -math.inf, math.inf, 0.5
+    elif deviation <= 1e-12 * max(abs(mean), margin):  # the very same runs: there is nothing to divide by
+        low = high = mean
+        p = 0.0 if abs(mean) < margin else 1.0 if abs(mean) > margin else 0.5
+    else:
+        low, high = map(float, ttest_1samp(differences, 0).confidence_interval(1 - 2 * ALPHA))
         above = ttest_1samp(differences, -margin, alternative="greater").pvalue
         below = ttest_1samp(differences, margin, alternative="less").pvalue
-        beyond = min(
-            ttest_1samp(differences, margin, alternative="greater").pvalue,
-            ttest_1samp(differences, -margin, alternative="less").pvalue,
-        )
-    low, high = float(interval.low), float(interval.high)
-    return _comparison(n, mean, deviation, low, high, margin, float(max(above, below)), float(beyond))
-
-
-def _comparison(
-    n: int, mean: float, deviation: float, low: float, high: float, margin: float, inside: float, beyond: float
-) -> Comparison:
-    verdict: Verdict = "equivalent" if inside < ALPHA else "different" if beyond < ALPHA else "undecided"
+        p = float(max(above, below))
+    verdict: Verdict = "equivalent" if p < ALPHA else "different" if p > 1 - ALPHA else "undecided"
     return Comparison(
         n=n,
         mean=mean,
@@ -79,8 +65,7 @@ def _comparison(
         low=low,
         high=high,
         margin=margin,
-        p_equivalent=inside,
-        p_different=beyond,
+        p=p,
         verdict=verdict,
         needed=needed(mean, deviation, margin) if verdict == "undecided" and n > 1 else None,
     )

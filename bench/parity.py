@@ -35,6 +35,7 @@ from fastcnn.errors import CheckError, FastCNNError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENT = CheckError.exit_code
+STRICT = " (an error because of --strict)"
 
 Runs = dict[str, dict[int, Found]]
 """Arm -> seed -> what it gave."""
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
     ) as experiment:
         path = results_file(args, experiment)
-        runs, skipped = resumed(path, args, experiment)
+        runs = resumed(path, args, experiment)
+        skipped: dict[str, str] = {}
         for seed in range(args.seeds):
             for name, arm in contenders.items():
                 if seed in runs.setdefault(name, {}) or name in skipped:
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
                 except FastCNNError as error:
                     if name in (PLAIN, FAST):
                         raise
-                    skipped[name] = without_paths(str(error))
+                    skipped[name] = without_paths(str(error)).removesuffix(STRICT)
                     print(f"{name}: not measured: {skipped[name]}", flush=True)
                     continue
                 _note(name, seed, runs[name][seed])
@@ -157,13 +159,12 @@ def settings_of(args: argparse.Namespace, experiment: Experiment) -> dict[str, A
         "num_train": len(experiment.train),
         "num_held_out": len(experiment.held_out),
         "photos": experiment.photos_key,
-        "largest_class": experiment.largest_class,
         **{name: getattr(experiment, name) for name in names},
     }
 
 
-def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> tuple[Runs, dict[str, str]]:
-    """Return the runs that a results file holds already, and what could not be measured.
+def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> Runs:
+    """Return the runs that a results file holds already.
 
     Runs of both sides are taken from the other table's file too, where it is of the same experiment. Raises
     FastCNNError where the file itself is of another.
@@ -171,7 +172,6 @@ def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> tup
     settings = settings_of(args, experiment)
     other = path.with_name(re.sub(r"(-ingredients)?\.json$", "" if args.ingredients else "-ingredients", path.name))
     runs: Runs = {}
-    skipped: dict[str, str] = {}
     for file in (other.with_suffix(".json"), path):
         if not file.exists():
             continue
@@ -188,16 +188,16 @@ def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> tup
             if file == path or row["name"] in (PLAIN, FAST):
                 found = {int(seed): one for seed, one in row["extra_info"]["runs"].items()}
                 runs.setdefault(row["name"], {}).update(found)
-        skipped = {one["name"]: one["reason"] for one in record.skipped} if file == path else {}
     if runs:
         print(f"going on: {sum(map(len, runs.values()))} runs are done already", flush=True)
-    return runs, skipped
+    return runs
 
 
 def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skipped: dict[str, str]) -> Record:
     """Return the results file of the runs so far."""
     largest = experiment.largest_class
-    rows = [row_of(args, name, runs, largest) for name in runs if runs[name] and name not in skipped]
+    order = [PLAIN, *INGREDIENTS]
+    rows = [row_of(args, name, runs, largest) for name in sorted(runs, key=order.index) if runs[name]]
     verdicts = {row["name"]: row["extra_info"].get("verdict", "undecided") for row in rows}
     device = runtime.pick_device("auto")
     return Record(

@@ -1,4 +1,4 @@
-"""Training by the fast path gives what seed.py gives, and parity says so; where the fast path is broken, it says that."""
+"""Training by the fast path gives what seed.py gives, and parity says so; it says too where the fast path is broken."""
 
 from __future__ import annotations
 
@@ -254,8 +254,8 @@ def test_verdicts_of_a_hand_worked_case() -> None:
     assert found[2.0].low == pytest.approx(4 - 1.6858, abs=1e-3)
     assert found[2.0].high == pytest.approx(4 + 1.6858, abs=1e-3)
     assert [one.verdict for one in found.values()] == ["different", "undecided", "undecided", "equivalent"]
-    assert found[6.0].p_equivalent < 0.05 < found[5.0].p_equivalent
-    assert found[2.0].p_different < 0.05 < found[3.0].p_different
+    assert found[6.0].p < 0.05 < found[5.0].p
+    assert found[3.0].p < 0.95 < found[2.0].p
     assert compare([-3.0, -4.0, -5.0], 2.0).verdict == "different"
     # (2.132 + 0.941) / sqrt(5) is more than 1, the gap to the margin; (1.943 + 0.906) / sqrt(7) is not any more.
     assert found[5.0].needed == found[3.0].needed == pytest.approx(8, abs=1)
@@ -273,11 +273,11 @@ def test_noise_alone_is_hardly_ever_called_different() -> None:
     from bench.equivalence import compare
 
     rng = np.random.default_rng(0)
-    verdicts = [compare(list(rng.normal(0, 2, 4)), 1.0).verdict for _ in range(300)]
-    assert verdicts.count("different") <= 6
-    at_the_margin = [compare(list(rng.normal(1, 0.5, 4)), 1.0).verdict for _ in range(300)]
-    assert at_the_margin.count("different") <= 0.05 * 300 * 1.6
-    assert at_the_margin.count("equivalent") <= 0.05 * 300 * 1.6
+    verdicts = [compare(list(rng.normal(0, 2, 4)), 1.0).verdict for _ in range(100)]
+    assert verdicts.count("different") <= 3
+    at_the_margin = [compare(list(rng.normal(1, 0.5, 4)), 1.0).verdict for _ in range(100)]
+    assert at_the_margin.count("different") <= 10  # 5 are expected
+    assert at_the_margin.count("equivalent") <= 10
 
 
 def test_what_has_learned_nothing_is_no_proof() -> None:
@@ -319,7 +319,7 @@ def test_ingredients_have_an_interval_or_a_reason(
 
     from bench import arms, parity
 
-    names = names or list(arms.INGREDIENTS)
+    names = [*names, "fast path"] if names else list(arms.INGREDIENTS)
     monkeypatch.setattr(parity, "INGREDIENTS", {name: arms.INGREDIENTS[name] for name in names})
     shutil.copy(healthy[1], tmp_path)
     assert parity.main([str(gratings), *OPTIONS, "--seeds", "2", "--out", str(tmp_path), "--ingredients"]) == 0
