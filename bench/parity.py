@@ -27,7 +27,7 @@ from typing import Any
 
 from bench import arms, curves, tables
 from bench.arms import FAST, INGREDIENTS, PLAIN, Arm, Experiment, Found
-from bench.equivalence import compare, overall
+from bench.equivalence import MOST, compare, overall
 from bench.machine import slug
 from bench.record import FORMAT, Record, Row, read, without_paths
 from fastcnn import runtime
@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except FastCNNError as error:
-        print(f"parity: error: {error}", file=sys.stderr)
+        print(f"fastcnn parity: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("parity: interrupted; the same command goes on from the last run that ended", file=sys.stderr)
+        print("fastcnn parity: interrupted; the same command goes on from the last run that ended", file=sys.stderr)
         return 130
 
 
@@ -301,10 +301,12 @@ def would_do(record: Record) -> str:
         return "seed.py itself has hardly learned anything: more epochs or photos would do"
     what = " and ".join(tables.MEASURES[name] for name in open_)
     if any(one["needed"] is None for one in open_.values()):
-        return f"{what}: too close to the margin for any number of seeds; a wider or a narrower margin would decide"
+        return f"{what}: more than {MOST:,} seeds would be needed; take a wider margin or more held-out photos"
     seeds = max(one["needed"] for one in open_.values())
-    photos = math.ceil(record.settings["num_held_out"] * max(1.0, seeds / row["n"]))
-    return f"{what}: about {max(seeds, row['n'] + 1)} seeds would do, or {photos:,} held-out photos at best"
+    if seeds <= row["n"]:
+        return f"{what}: so near the margin that only many more seeds, {4 * row['n']} say, or another margin would do"
+    photos = math.ceil(record.settings["num_held_out"] * seeds / row["n"])
+    return f"{what}: about {seeds:,} seeds would do, or {photos:,} held-out photos at best"
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -257,9 +257,11 @@ def test_verdicts_of_a_hand_worked_case() -> None:
     assert found[6.0].p < 0.05 < found[5.0].p
     assert found[3.0].p < 0.95 < found[2.0].p
     assert compare([-3.0, -4.0, -5.0], 2.0).verdict == "different"
-    # (2.132 + 0.941) / sqrt(5) is more than 1, the gap to the margin; (1.943 + 0.906) / sqrt(7) is not any more.
-    assert found[5.0].needed == found[3.0].needed == pytest.approx(8, abs=1)
-    assert needed(4.0, 1.0, 4.0) is None
+    # (2.920 + 1.886) / sqrt(3) is more than 2, the margin, and (2.353 + 1.638) / sqrt(4) is not.
+    assert needed(1.0, 2.0) == 4
+    assert found[3.0].needed == 3
+    assert found[2.0].needed is None
+    assert needed(1.0, 1e-3) is None
     assert compare([1.0], 2.0).verdict == "undecided"
     assert [compare([0.5, 0.5], margin).verdict for margin in (1.0, 0.1)] == ["equivalent", "different"]
     assert overall(["equivalent", "undecided"]) == "undecided"
@@ -340,7 +342,7 @@ def test_a_wrong_option_gets_a_line(gratings: Path, tmp_path: Path, capsys: pyte
 
     assert parity.main([str(gratings), "--seeds", "1"]) == 2
     assert capsys.readouterr().err == (
-        "parity: error: --seeds: expected 2 or more: one seed says nothing of the spread, got 1\n"
+        "fastcnn parity: error: --seeds: expected 2 or more: one seed says nothing of the spread, got 1\n"
     )
     assert parity.main([str(tmp_path / "nothing")]) == 3
     assert "no folder" in capsys.readouterr().err
