@@ -363,3 +363,17 @@ def test_parity_is_a_command_of_a_checkout(tmp_path: Path) -> None:
     helped = parity(ROOT, "--help")
     assert helped.returncode == 0
     assert "--margin POINTS" in helped.stdout
+
+
+def test_the_readme_has_the_published_parity() -> None:
+    """That the tables are those of the results files, tests/test_bench.py sees."""
+    from bench.record import read
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    published = sorted((ROOT / "bench" / "results" / "published").glob("parity-*.json"))
+    assert published
+    for path in published:
+        record = read(path)
+        assert record.command in " ".join(text.split())
+        for name, reason in ((one["name"], one["reason"]) for one in record.skipped):
+            assert f"| {name} | not measured: {reason} |" in text
