@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import re
 import statistics
@@ -32,9 +33,11 @@ from bench.machine import slug
 from bench.record import FORMAT, Record, Row, read, without_paths
 from fastcnn import runtime
 from fastcnn.errors import CheckError, FastCNNError, UsageError
+from fastcnn.train import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENT = CheckError.exit_code
+TINY = 1e-12  # a loss of 0 has no logarithm
 STRICT = " (an error because of --strict)"
 
 Runs = dict[str, dict[int, Found]]
@@ -44,14 +47,20 @@ Runs = dict[str, dict[int, Found]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both sides with every seed, write and print; return the exit code."""
     args = _parser().parse_args(argv)
+    if importlib.util.find_spec("scipy") is None:
+        return _fail("scipy: not installed. pip install scipy, or scripts/bench.sh, which installs it", 1)
     try:
         return run(args)
+    except (KeyboardInterrupt, Interrupted) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else 130
+        return _fail("interrupted; the same command goes on from the last run that ended", code)
     except FastCNNError as error:
-        print(f"fastcnn parity: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("fastcnn parity: interrupted; the same command goes on from the last run that ended", file=sys.stderr)
-        return 130
+        return _fail(str(error), error.exit_code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fastcnn parity: error: {message}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     runs[name][seed] = arm(experiment, seed)
                 except FastCNNError as error:
-                    if name in (PLAIN, FAST):
+                    if name in (PLAIN, FAST) or isinstance(error, Interrupted):
                         raise
                     skipped[name] = without_paths(str(error)).removesuffix(STRICT)
                     print(f"{name}: not measured: {skipped[name]}", flush=True)
@@ -270,7 +279,9 @@ def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[floa
     if measure == "accuracy":
         return [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs]
     return [
-        statistics.fmean(math.log(a / b) for a, b in zip(ours[measure], theirs[measure], strict=True))
+        statistics.fmean(
+            math.log(max(a, TINY) / max(b, TINY)) for a, b in zip(ours[measure], theirs[measure], strict=True)
+        )
         for ours, theirs in pairs
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,6 +164,7 @@ def test_the_same_command_goes_on_where_it_stopped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from bench import arms, parity
+    from fastcnn.train import Interrupted
 
     trained: list[int] = []
 
@@ -171,6 +173,9 @@ def test_the_same_command_goes_on_where_it_stopped(
         if seed == 2 and trained == [0, 1, 2]:
             raise KeyboardInterrupt
         return {"accuracy": 0.9, "train_losses": [0.1] * 4, "held_out_losses": [0.2] * 4, "seconds": 1.0}
+
+    def stopped(*_: Any) -> arms.Found:
+        raise Interrupted(signal.SIGTERM, tmp_path)
 
     monkeypatch.setattr(arms, "fast", fast)
     monkeypatch.setattr(arms, "plain", lambda *_: pytest.fail("seed.py's runs were all there"))
@@ -181,6 +186,9 @@ def test_the_same_command_goes_on_where_it_stopped(
     assert trained == [0, 1, 2, 2, 3]
     parity.main(command)
     assert trained == [0, 1, 2, 2, 3]
+    monkeypatch.setattr(parity, "INGREDIENTS", {"decoder turbo": stopped})
+    assert parity.main([*command, "--ingredients"]) == 143
+    assert "the same command goes on" in capsys.readouterr().err
     assert parity.main([*command, "--epochs", "5"]) == 1
     assert "holds runs with another epochs" in capsys.readouterr().err
 
