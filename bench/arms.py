@@ -25,7 +25,7 @@ from fastcnn import checkpoint, dataset
 from fastcnn.config import read_recipe, resolve
 from fastcnn.errors import DataError
 from fastcnn.evaluate import BATCH_SIZE, Evaluator, restore
-from fastcnn.loader import Options, resident
+from fastcnn.loader import LOADERS, Options
 from fastcnn.optim import FlatParameters
 from fastcnn.runtime import DTYPES
 from fastcnn.step import Normalise
@@ -34,7 +34,7 @@ from fastcnn.train import fit
 Photo = tuple[Path, int]
 Found = dict[str, Any]
 """A run: accuracy (0 to 1) on the held-out photos after the last epoch, train_losses and held_out_losses (one an
-epoch), seconds."""
+epoch), seconds; of the fast path also wrong_labels (photos with another label than seed.py's) and settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,22 +163,25 @@ def fast(experiment: Experiment, seed: int, **options: Any) -> Found:
     config = resolve(read_recipe("seed"), how, given, {"wandb": "disabled", "report": False}, options)
     with tempfile.TemporaryDirectory(prefix="fastcnn-parity-") as folder:
         run = fit(config, run_dir=Path(folder) / "run")
-        probabilities = judged(checkpoint.load(run.run_dir / "last.pt"))
-    truth = dict(experiment.held_out)
-    labels = torch.tensor([truth[path] for path in probabilities])
-    guesses = torch.stack(list(probabilities.values()))
+        state = checkpoint.load(run.run_dir / "last.pt")
+    labels, guesses, wrong = judged(state, dict((*experiment.train, *experiment.held_out)))
     losses = [row["val/loss"] for row in run.metrics[:-1]]
     return {
         "accuracy": float((guesses.argmax(1) == labels).float().mean()),
         "train_losses": [row["train/loss"] for row in run.metrics],
         "held_out_losses": [*losses, float(F.nll_loss(guesses.clamp(min=1e-12).log(), labels))],
+        "wrong_labels": wrong,
         "seconds": time.perf_counter() - start,
         "settings": {name: run.summary[name] for name in ("engine", "precision", "decoder", "loader")},
     }
 
 
-def judged(state: dict[str, Any]) -> dict[Path, Tensor]:
-    """Return photo -> (num_classes,) probabilities of every held-out photo, by a run's last weights."""
+def judged(state: dict[str, Any], truth: dict[Path, int]) -> tuple[Tensor, Tensor, int]:
+    """Return (N,) labels and (N, num_classes) probabilities of the held-out photos, by a run's last weights, and the
+    number of photos, training ones too, that the run's loader gives another label than the true one.
+
+    Of a class of few photos the accuracy may say little; labels need no statistics.
+    """
     config = resolve(state["config"])
     data = dataset.prepare(
         config.data,
@@ -188,12 +191,17 @@ def judged(state: dict[str, Any]) -> dict[Path, Tensor]:
         split=config.split,
         max_bad=1.0,
     )
-    photos, device, dtype = data.photos("val"), torch.device(config.device), DTYPES[config.precision]
-    feed = resident(data.index, data.cache, photos, Options(device=device, batch_size=BATCH_SIZE))
+    device, dtype = torch.device(config.device), DTYPES[config.precision]
+    wrong = 0
+    for split in ("train", "val"):
+        photos = data.photos(split)
+        labels = torch.tensor([truth[data.index.root / data.index.paths[photo]] for photo in photos])
+        feed = LOADERS["resident"](data.index, data.cache, photos, Options(device=device, batch_size=BATCH_SIZE))
+        wrong += int((feed.labels.cpu() != labels).sum())
     parameters = FlatParameters(restore(state).to(device), dtype)
     normalise = Normalise(config.mean, config.std, config.image_size, dtype, device)
-    found = Evaluator(parameters.compute, feed, normalise, num_classes=len(data.index.classes))().probabilities.cpu()
-    return {data.index.root / data.index.paths[photo]: row for photo, row in zip(photos, found, strict=True)}
+    found = Evaluator(parameters.compute, feed, normalise, num_classes=len(data.index.classes))()
+    return labels, found.probabilities.cpu(), wrong
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ split, normalisation and seeds, over several seeds.
 
 Three measures are compared, in pairs over the seeds: the accuracy on the held-out photos after the last epoch, and the
 epochs' losses, held-out and training. "equivalent": each one's 90% interval lies within its margin (two one-sided tests
-at 5%). "different" (exit code 4): one's interval lies wholly beyond it. Anything else is "undecided", and the line says
-how many seeds, or photos, would do. Each run's figures are written when it ends, and the same command goes on from
-there.
+at 5%). "different" (exit code 4): one's interval lies wholly beyond it, or photos have other labels. Anything else is
+"undecided", and the line says how many seeds, or photos, would do. Each run's figures are written when it ends, and the
+same command goes on from there.
 """
 
 from __future__ import annotations
@@ -260,6 +260,9 @@ def row_of(args: argparse.Namespace, name: str, runs: Runs, largest_class: float
         theirs = statistics.fmean(found["accuracy"] for _, found in pairs)
         if info["verdict"] == "equivalent" and theirs < largest_class + args.margin / 100:
             info["verdict"] = "undecided"  # what has learned nothing cannot be worse at it
+        info["wrong_labels"] = max(found.get("wrong_labels", 0) for found in mine.values())
+        if info["wrong_labels"]:
+            info["verdict"] = "different"
     return {
         "group": "ingredients" if args.ingredients else "parity",
         "name": name,
@@ -300,7 +303,8 @@ def sentence(record: Record) -> str:
     )
     if verdict == "different":
         names = [tables.MEASURES[name] for name, one in measures.items() if one["verdict"] == "different"]
-        line += f"; beyond the margin: {', '.join(names)}"
+        line += f"; beyond the margin: {', '.join(names)}" if names else ""
+        line += f"; {info['wrong_labels']:,} photos have another label" if info["wrong_labels"] else ""
     return line + (f"; {would_do(record)}" if verdict == "undecided" else "")
 
 

@@ -148,6 +148,9 @@ def test_a_broken_fast_path_is_different(
     assert parity.main([str(gratings), *OPTIONS, "--out", str(tmp_path)]) == 4
     record = json.loads((tmp_path / healthy[1].name).read_text())
     assert record["settings"]["verdict"] == "different"
+    info = record["rows"][1]["extra_info"]
+    assert "different" in [one["verdict"] for one in info["measures"].values()]
+    assert info["wrong_labels"] == (160 if fault == "shifted_labels" else 0)
 
 
 def with_baseline_only(path: Path, folder: Path) -> None:
