@@ -24,18 +24,18 @@ class Comparison:
     mean: float
     standard_deviation: float
     low: float
-    """Where the 90% interval of the mean begins."""
+    """Where the mean's interval begins: the 90% one, for tests at 5%."""
     high: float
     margin: float
     p: float
-    """The larger p of the two one-sided tests; above 0.95 the test that the mean lies beyond the margin rejects."""
+    """The larger p of the two one-sided tests; 1 less it is that of the test that the mean lies beyond the margin."""
     verdict: Verdict
     needed: int | None
     """Pairs that would do in an undecided case, by `needed`; None where it is decided, or for more than `MOST`."""
 
 
-def compare(differences: Sequence[float], margin: float) -> Comparison:
-    """Return the comparison of paired differences with a margin: Student's t, one-sided at 5% each.
+def compare(differences: Sequence[float], margin: float, alpha: float = ALPHA) -> Comparison:
+    """Return the comparison of paired differences with a margin: Student's t, each one-sided test at `alpha`.
 
     D. J. Schuirmann, J. Pharmacokinet. Biopharm. 15 (1987) 657: "equivalent" where both one-sided tests, that the mean
     is above -margin and that it is below +margin, reject their opposite, which is where the 90% interval lies
@@ -53,11 +53,11 @@ def compare(differences: Sequence[float], margin: float) -> Comparison:
         low = high = mean
         p = 0.0 if abs(mean) < margin else 1.0 if abs(mean) > margin else 0.5
     else:
-        low, high = map(float, ttest_1samp(differences, 0).confidence_interval(1 - 2 * ALPHA))
+        low, high = map(float, ttest_1samp(differences, 0).confidence_interval(1 - 2 * alpha))
         above = ttest_1samp(differences, -margin, alternative="greater").pvalue
         below = ttest_1samp(differences, margin, alternative="less").pvalue
         p = float(max(above, below))
-    verdict: Verdict = "equivalent" if p < ALPHA else "different" if p > 1 - ALPHA else "undecided"
+    verdict: Verdict = "equivalent" if p < alpha else "different" if p > 1 - alpha else "undecided"
     return Comparison(
         n=n,
         mean=mean,

@@ -6,9 +6,9 @@ split, normalisation and seeds, over several seeds.
 
 Three measures are compared, in pairs over the seeds: the accuracy on the held-out photos after the last epoch, and the
 epochs' losses, held-out and training. "equivalent": each one's 90% interval lies within its margin (two one-sided tests
-at 5%). "different" (exit code 4): one's interval lies wholly beyond it, or photos have other labels. Anything else is
-"undecided", and the line says how many seeds, or photos, would do. Each run's figures are written when it ends, and the
-same command goes on from there.
+at 5%). "different" (exit code 4): one's interval lies wholly beyond it, or that of one epoch's loss, or photos have other
+labels. Anything else is "undecided", and the line says how many seeds, or photos, would do. Each run's figures are
+written when it ends, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from bench import arms, curves, tables
 from bench.arms import FAST, INGREDIENTS, PLAIN, Arm, Experiment, Found
-from bench.equivalence import MOST, compare, overall
+from bench.equivalence import ALPHA, MOST, compare, overall
 from bench.machine import slug
 from bench.record import FORMAT, Record, Row, read, without_paths
 from fastcnn import runtime
@@ -37,6 +37,7 @@ from fastcnn.train import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENT = CheckError.exit_code
+LOSSES = ("held_out_losses", "train_losses")
 TINY = 1e-12  # a loss of 0 has no logarithm
 STRICT = " (an error because of --strict)"
 
@@ -256,7 +257,10 @@ def row_of(args: argparse.Namespace, name: str, runs: Runs, largest_class: float
                 ("train_losses", args.loss_margin),
             )
         }
+        info["epochs"] = {measure: by_epoch(measure, pairs, args.loss_margin / 100) for measure in LOSSES}
         info["verdict"] = overall([one["verdict"] for one in info["measures"].values()])
+        if any(one["verdict"] == "different" for found in info["epochs"].values() for one in found):
+            info["verdict"] = "different"
         theirs = statistics.fmean(found["accuracy"] for _, found in pairs)
         if info["verdict"] == "equivalent" and theirs < largest_class + args.margin / 100:
             info["verdict"] = "undecided"  # what has learned nothing cannot be worse at it
@@ -289,6 +293,24 @@ def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[floa
     ]
 
 
+def by_epoch(measure: str, pairs: Sequence[tuple[Found, Found]], margin: float) -> list[dict[str, Any]]:
+    """Return each epoch's comparison of losses, in log ratios. The tests share their 5%, as Bonferroni has it: one in
+    twenty sound experiments at the margin may have an epoch beyond it, not one epoch in twenty."""
+    num_epochs = len(pairs[0][0][measure])
+    return [
+        dataclasses.asdict(
+            compare(
+                [_log_ratio(ours[measure][i], theirs[measure][i]) for ours, theirs in pairs], margin, ALPHA / num_epochs
+            )
+        )
+        for i in range(num_epochs)
+    ]
+
+
+def _log_ratio(a: float, b: float) -> float:
+    return math.log(max(a, TINY) / max(b, TINY))
+
+
 def sentence(record: Record) -> str:
     """Return the verdict in a line."""
     theirs, ours = record.rows
@@ -303,6 +325,12 @@ def sentence(record: Record) -> str:
     )
     if verdict == "different":
         names = [tables.MEASURES[name] for name, one in measures.items() if one["verdict"] == "different"]
+        names += [
+            f"{tables.MEASURES[name]} of epoch {i} ({100 * one['mean']:+.0f}%)"
+            for name, found in info["epochs"].items()
+            for i, one in enumerate(found, 1)
+            if one["verdict"] == "different" and tables.MEASURES[name] not in names
+        ]
         line += f"; beyond the margin: {', '.join(names)}" if names else ""
         line += f"; {info['wrong_labels']:,} photos have another label" if info["wrong_labels"] else ""
     return line + (f"; {would_do(record)}" if verdict == "undecided" else "")

@@ -305,6 +305,25 @@ def test_what_has_learned_nothing_is_no_proof() -> None:
         assert parity.row_of(args, "fast path", runs, 0.25)["extra_info"]["verdict"] == verdict
 
 
+def test_one_epoch_beyond_the_margin_is_enough() -> None:
+    """The second of eight epochs has a loss that is 22% to 28% higher, and the mean over the epochs one of 3%."""
+    from bench import parity
+
+    def found(second: float) -> dict[str, Any]:
+        losses = {"train_losses": [1.0] * 8, "held_out_losses": [1.0, second] + [1.0] * 6}
+        return {"accuracy": 0.7, "seconds": 1.0, **losses}
+
+    args = parity._parser().parse_args(["data", "--seeds", "4"])
+    for growth, verdict in ((1.25, "different"), (1.05, "equivalent")):
+        ours = {seed: found(growth + step) for seed, step in enumerate((-0.03, -0.01, 0.01, 0.03))}
+        runs = {"seed.py": dict.fromkeys(range(4), found(1.0)), "fast path": ours}
+        info = parity.row_of(args, "fast path", runs, 0.25)["extra_info"]
+        assert info["verdict"] == verdict
+        assert [one["verdict"] for one in info["measures"].values()] == ["equivalent"] * 3
+        beyond = [one["verdict"] == "different" for one in info["epochs"]["held_out_losses"]]
+        assert beyond == [False, verdict == "different"] + [False] * 6
+
+
 @pytest.mark.parametrize("name", ["channels_last", "pool_first"])
 def test_an_ingredient_is_the_same_network(name: str) -> None:
     import torch
