@@ -4,11 +4,11 @@ split, normalisation and seeds, over several seeds.
     fastcnn parity DATA --seeds 16 --epochs 8 --margin 2.5          # the verdict
     fastcnn parity DATA --seeds 4 --ingredients                     # one change at a time, each with its difference
 
-Three measures are compared, in pairs over the seeds: the accuracy on the held-out photos after the last epoch, and the
-epochs' losses, held-out and training. "equivalent": each one's 90% interval lies within its margin (two one-sided tests
-at 5%). "different" (exit code 4): one's interval lies wholly beyond it, or that of a single epoch's loss, or photos have
-other labels. Anything else is "undecided", and the line says how many seeds, or photos, would do. Each run's figures
-are written when it ends, and the same command goes on from there.
+Three measures are compared, in pairs over the seeds: the accuracy on the held-out photos after the last epoch, and
+the epochs' losses, held-out and training. "equivalent": each one's 90% interval lies within its margin (two one-sided
+tests at 5%). "different" (exit code 4): one's interval lies wholly beyond it, or that of a single epoch's loss, or
+photos have other labels. Anything else is "undecided", and the line says how many seeds, or photos, would do. Each
+run's figures are written when it ends, and the same command goes on from there.
 """
 
 from __future__ import annotations
