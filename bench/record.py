@@ -54,10 +54,16 @@ class Record:
 
     def write(self, folder: Path) -> Path:
         """Write the results file into a folder and return its path."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{re.sub('[^0-9T-]', '', self.date).replace('T', '-')}.json"
-        path.write_text(json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.save(path)
         return path
+
+    def save(self, path: Path) -> None:
+        """Write the results file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def read(path: Path) -> Record:

@@ -202,6 +202,51 @@ def _recipes(record: Record) -> Lines:
     return [recipe(row) for row in record.of("recipes")]
 
 
+MEASURES = {"accuracy": "accuracy", "held_out_losses": "held-out loss", "train_losses": "training loss"}
+
+
+def points(comparison: dict[str, float]) -> str:
+    """Return a difference with its 90% interval, in hundredths."""
+    return "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(
+        **{name: 100 * comparison[name] for name in ("mean", "low", "high")}
+    )
+
+
+def spread(row: Row) -> str:
+    """Return the mean accuracy with the standard deviation over seeds."""
+    return f"{row['extra_info']['mean_accuracy']:.4f} ({row['extra_info']['standard_deviation']:.4f})"
+
+
+def _differences(row: Row) -> list[str]:
+    measures = row["extra_info"].get("measures")
+    return [points(measures[name]) for name in MEASURES] if measures else ["-"] * len(MEASURES)
+
+
+def _parity(record: Record) -> Lines:
+    rows, settings = record.of("parity"), record.settings
+    if len(rows) < 2:
+        return []
+    what = f"{settings['data']}, {settings['image_size']} px, {settings['epochs']} epochs, {settings['schedule']}"
+    verdict = rows[1]["extra_info"].get("verdict", "undecided")
+    return [
+        [
+            f"{what}, {settings['num_held_out']:,} held out",
+            *(spread(row) for row in rows),
+            *_differences(rows[1]),
+            f"{settings['margin']:g}",
+            verdict,
+            str(rows[1]["n"]),
+        ]
+    ]
+
+
+def _ingredients(record: Record) -> Lines:
+    lines = [[row["name"], spread(row), *_differences(row), str(row["n"])] for row in record.of("ingredients")]
+    return lines + [
+        [one["name"], f"not measured: {one['reason']}", *[""] * len(MEASURES), "0"] for one in record.skipped if lines
+    ]
+
+
 TABLES = {
     "steady": Table(
         "Training, from the second epoch on",
@@ -236,6 +281,33 @@ TABLES = {
             "seeds",
         ],
         _recipes,
+    ),
+    "parity": Table(
+        "Accuracy against seed.py's",
+        [
+            "photos",
+            "seed.py: accuracy (standard deviation)",
+            "fastcnn",
+            "difference, points (90% interval)",
+            "held-out loss, %",
+            "training loss, %",
+            "margin, points",
+            "verdict",
+            "seeds",
+        ],
+        _parity,
+    ),
+    "ingredients": Table(
+        "One change at a time",
+        [
+            "what",
+            "accuracy (standard deviation)",
+            "over seed.py, points (90% interval)",
+            "held-out loss, %",
+            "training loss, %",
+            "seeds",
+        ],
+        _ingredients,
     ),
     "growth": Table(
         "As photos grow (batch 32, one epoch, nothing decoded)",

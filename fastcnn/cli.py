@@ -328,23 +328,41 @@ def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str, sha25
     return 1 if bad else 0
 
 
-@commands.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+PASSED_ON: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+@commands.command(context_settings=PASSED_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> int:
     """Measure throughput side by side with the usual ways. [--quick] [--only GROUP...]: see fastcnn bench --help.
 
     Needs a checkout: the benchmarks and the loops that they race are not installed.
     """
+    return _from_checkout("bench", "bench", "run scripts/bench.sh in a clone", arguments)
+
+
+@commands.command(context_settings=PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def parity(arguments: tuple[str, ...]) -> int:
+    """Prove that training is as accurate as the plain script's. DATA [--seeds N]: see fastcnn parity --help.
+
+    Needs a checkout: the script that it is compared with is not installed.
+    """
+    return _from_checkout("parity", "bench.parity", "run fastcnn parity in a clone", arguments)
+
+
+def _from_checkout(name: str, module: str, advice: str, arguments: Sequence[str]) -> int:
+    """Run a module that is not installed with the package and return its exit code."""
     import os
     import subprocess
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[1]
     if not (root / "bench" / "__main__.py").is_file():
-        raise FastCNNError("bench needs a checkout, and this is an installed package: run scripts/bench.sh in a clone")
+        raise FastCNNError(f"{name} needs a checkout, and this is an installed package: {advice}")
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     # -P: a folder named bench where the user stands is not ours; --photos and --out are relative to there.
-    command = [sys.executable, "-P", "-m", "bench", *arguments]
+    command = [sys.executable, "-P", "-m", module, *arguments]
     return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
 
 

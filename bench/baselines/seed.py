@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ class Photos(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         """Return photo and label."""
-        path, label = self.photos[item]
-        with Image.open(path) as photo:
+        pixels = torch.from_numpy(self.pixels(item)).permute(2, 0, 1).float() / 255
+        return (pixels - MEAN) / STD, self.photos[item][1]
+
+    def pixels(self, item: int) -> np.ndarray:
+        """Return a photo as (size, size, 3) uint8."""
+        with Image.open(self.photos[item][0]) as photo:
             image = ImageOps.exif_transpose(photo).convert("RGB")
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - MEAN) / STD, label
+        return np.array(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
 
 
 def small_cnn(num_classes: int, size: int) -> nn.Sequential:
@@ -70,7 +73,9 @@ def list_photos(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     ]
 
 
-def split_photos(data: Path, seed: int) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+def split_photos(
+    data: Path, seed: int, val_fraction: float = 0.2
+) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
     """Return class names, training photos and validation photos: the folders' own, else 80/20 a class."""
     train_dir = data / "train" if (data / "train").is_dir() else data
     classes = sorted(p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -83,7 +88,7 @@ def split_photos(data: Path, seed: int) -> tuple[list[str], list[tuple[Path, int
     for label in range(len(classes)):
         mine = [photo for photo in photos if photo[1] == label]
         order = rng.permutation(len(mine))
-        cut = round(len(mine) * 0.2)
+        cut = round(len(mine) * val_fraction)
         val += [mine[i] for i in order[:cut]]
         train += [mine[i] for i in order[cut:]]
     return classes, train, val
@@ -117,15 +122,35 @@ def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: t
 
 def train(args: argparse.Namespace, workers: int) -> list[dict[str, float]]:
     """Train and return a row an epoch: loss, accuracy, seconds and images a second."""
+    classes, train_photos, val_photos = photos_of(args)
+    sets = Photos(train_photos, args.image_size), Photos(val_photos, args.image_size)
+    rows = []
+    for row in train_on(args, workers, len(classes), *sets):
+        rows.append(row)
+        print(json.dumps({"workers": workers, **row}), flush=True)
+    return rows
+
+
+def train_on(
+    args: argparse.Namespace,
+    workers: int,
+    num_classes: int,
+    train_set: Photos,
+    val_set: Photos,
+    network: Callable[[int, int], nn.Module] = small_cnn,
+) -> Iterator[dict[str, float]]:
+    """Train and yield each epoch's row."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classes, train_photos, val_photos = photos_of(args)
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
-    train_loader = DataLoader(Photos(train_photos, args.image_size), shuffle=True, drop_last=True, **options)
-    val_loader = DataLoader(Photos(val_photos, args.image_size), **options)
-    model = small_cnn(len(classes), args.image_size).to(device)
+    train_loader = DataLoader(train_set, shuffle=True, drop_last=True, **options)
+    val_loader = DataLoader(val_set, **options)
+    model = network(num_classes, args.image_size).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    rows = []
+    schedule = None
+    if args.schedule == "onecycle":
+        steps = args.epochs * len(train_loader)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
     for epoch in range(1, args.epochs + 1):
         model.train()
         start, total, count = time.perf_counter(), 0.0, 0
@@ -135,22 +160,20 @@ def train(args: argparse.Namespace, workers: int) -> list[dict[str, float]]:
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
+            if schedule:
+                schedule.step()
             total += loss.item() * len(labels)
             count += len(labels)
         seconds = time.perf_counter() - start
         val_loss, val_accuracy = evaluate(model, val_loader, device)
-        rows.append(
-            {
-                "epoch": epoch,
-                "train_seconds": seconds,
-                "images_per_second": count / seconds,
-                "train_loss": total / count,
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-            }
-        )
-        print(json.dumps({"workers": workers, **rows[-1]}), flush=True)
-    return rows
+        yield {
+            "epoch": epoch,
+            "train_seconds": seconds,
+            "images_per_second": count / seconds,
+            "train_loss": total / count,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+        }
 
 
 def photos_of(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
@@ -190,9 +213,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def own_arguments() -> argparse.ArgumentParser:
+    """Return this baseline's options."""
+    parser = arguments(__doc__)
+    parser.add_argument("--schedule", choices=("constant", "onecycle"), default="constant")
+    return parser
+
+
 def main() -> None:
     """Train and print a JSON line an epoch, then one with everything."""
-    args = arguments(__doc__).parse_args()
+    args = own_arguments().parse_args()
     workers = args.workers if args.workers is not None else best_workers(args)
     if args.probe:
         print(json.dumps({"workers": workers}))
