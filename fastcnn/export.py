@@ -129,6 +129,7 @@ def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.u
                 cache_dir=config["cache_dir"],
                 split=folder / "split.csv",
                 max_bad=1.0,
+                max_pixels=config.get("max_pixels"),  # not in older checkpoints
             )
         return data.pixels(data.photos("val")[:MAX_CHECKED])
     except FastCNNError as error:

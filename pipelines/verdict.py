@@ -16,9 +16,18 @@ Box = np.ndarray | Callable[[int, int], np.ndarray]
 """(4,) left, top, right, bottom in pixels of the upright photo, or what gives them from its width and height."""
 
 Reason = Literal[
-    "", "unreadable", "empty", "not an image", "unsupported format", "too large", "truncated", "corrupt", "crash", "killed"
-]  # fmt: skip
-"""Why a photo cannot be used. crash: the decoder's process dies of it; killed: the system ended that process (memory)."""
+    "",
+    "unreadable",
+    "empty",
+    "not an image",
+    "unsupported format",
+    "too large",
+    "truncated",
+    "corrupt",
+    "decoder crash",
+    "decoder killed",
+]
+"""Why a photo cannot be used. In a worker process also that the decoder dies of it, or that the system ended it."""
 
 MAX_PIXELS = 178_956_970
 """Where Pillow refuses, too; no camera makes more in one shot (the largest sensor: 151 million)."""

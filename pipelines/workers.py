@@ -1,8 +1,8 @@
-"""Decoding in processes that may die of a photo: a segmentation fault, or the system out of memory, costs that photo only.
+"""Decoding in processes that may die of a photo: a segmentation fault, or no memory left, costs that photo only.
 
 A server process imports the decoder and does nothing else; it forks a worker whenever one is needed, so that after a
-death the next is there in milliseconds. Workers write pixels into the caller's array, which lies in memory that they
-share. Where a worker dies, its batch is halved until the guilty photo is alone; it gets a verdict, the rest their pixels.
+death the next is there in milliseconds. Workers write pixels into the caller's array, in memory that both share. Where
+a worker dies, its batch is halved until the guilty photo is alone: that gets a verdict, the others their pixels.
 
 The server is no fork of the caller, who may have threads and a GPU in use, nor one of multiprocessing's, which would
 run the caller's script again. When the caller dies, however it dies, all of them see their sockets closed and end.
@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 import weakref
@@ -73,8 +74,10 @@ class Workers:
     ) -> None:
         threads = threads or pipelines.num_cores()
         num = 1 if gpu is not None else math.ceil(threads / THREADS)
+        self.note = ""
+        """Why photos are decoded in this process; "" where they are not."""
         self._decoder = decoder
-        self._server = _Server(pipelines.BACKENDS[decoder], gpu=gpu)
+        self._server: _Server | None = None
         self._options = (math.ceil(threads / num), gpu, max_pixels)
         self._workers: list[_Worker | None] = [None] * num
         self._num_decoded = self._num_failed = 0
@@ -89,22 +92,21 @@ class Workers:
         """Write the pixels of each usable source into its row of `out`; return a verdict a source, in their order.
 
         As `pipelines.decode`, but for `out`, which is an array of `shared`. A photo of which the decoder dies is
-        "crash", or "killed" where the system ended the worker.
+        "decoder crash", or "decoder killed" where the system ended the worker. Where no worker can be started, it is
+        `pipelines.decode` in this process, and `note` says why.
 
-        Raises Unavailable where no worker can be started, DecoderUnavailable where the decoder dies of everything.
+        Raises DecoderUnavailable where the decoder dies of everything.
         """
         assert out.shape == (len(sources), size, size, 3)
-        assert isinstance(out.base, _Memory)
-        share = max(1, math.ceil(len(sources) / len(self._workers)))
-        parts = [
-            _Batch(list(sources[i : i + share]), size, i, len(sources)) for i in range(0, len(sources), share)
-        ]
-        if len(parts) <= 1:
-            verdicts = [self._decode(0, part, out) for part in parts]
-        else:
-            with ThreadPoolExecutor(len(parts), thread_name_prefix="worker") as pool:
-                verdicts = list(pool.map(lambda i: self._decode(i, parts[i], out), range(len(parts))))
-        return [verdict for part in verdicts for verdict in part]
+        if not self.note:
+            try:
+                return self._decode_all(sources, size, out)
+            except Unavailable as error:
+                self.note = str(error)
+        threads, gpu, max_pixels = self._options
+        return pipelines.decode(
+            sources, size, out, decoder=self._decoder, workers=threads, gpu=gpu, max_pixels=max_pixels
+        )
 
     def close(self) -> None:
         """End the processes. Whatever they hold on a GPU is free afterwards."""
@@ -112,7 +114,20 @@ class Workers:
             if worker is not None:
                 worker.kill()
         self._workers = [None] * len(self._workers)
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
+
+    def _decode_all(self, sources: Sequence[Source], size: int, out: np.ndarray) -> list[Verdict]:
+        if self._server is None:
+            self._server = _Server(pipelines.BACKENDS[self._decoder], gpu=self._options[1])
+        share = max(1, math.ceil(len(sources) / len(self._workers)))
+        parts = [_Batch(list(sources[i : i + share]), size, i, len(sources)) for i in range(0, len(sources), share)]
+        if len(parts) <= 1:
+            verdicts = [self._decode(0, part, out) for part in parts]
+        else:
+            with ThreadPoolExecutor(len(parts), thread_name_prefix="worker") as pool:
+                verdicts = list(pool.map(lambda i: self._decode(i, parts[i], out), range(len(parts))))
+        return [verdict for part in verdicts for verdict in part]
 
     def _decode(self, lane: int, batch: _Batch, out: np.ndarray) -> list[Verdict]:
         """Return the verdicts on a batch; after a death, of its halves."""
@@ -136,15 +151,20 @@ class Workers:
             out[batch.first] = 0
             self._num_failed += 1
             if self._num_failed >= GIVE_UP and not self._num_decoded:
-                why = f"it failed on each of the first {GIVE_UP} photos ({verdict.detail}); choose another with --decoder"
+                why = (
+                    f"it failed on each of the first {GIVE_UP} photos ({verdict.detail}); choose another with --decoder"
+                )
                 raise pipelines.DecoderUnavailable(self._decoder, why) from None
             return verdict
 
     def _ask(self, lane: int, batch: _Batch, out: np.ndarray) -> list[Verdict]:
+        assert self._server is not None
+        memory = out.base
+        assert isinstance(memory, _Memory)
         worker = self._workers[lane]
         if worker is None:
             worker = self._workers[lane] = self._server.fork()
-        answer = worker.ask((batch, self._options), out.base.fd)
+        answer = worker.ask((batch, self._options), memory.fd)
         if isinstance(answer, list):
             return answer
         if answer is None:
@@ -209,6 +229,7 @@ class _Server:
         # A GPU survives no fork, so there the worker imports the decoder.
         self._module, self._preload = module, gpu is None
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()  # several threads ask for workers
         self._start()
 
     def _start(self) -> None:
@@ -236,15 +257,16 @@ class _Server:
 
     def fork(self) -> _Worker:
         """Return a new worker. A server that died is started anew, once."""
-        try:
-            return self._fork()
-        except (EOFError, OSError):
-            self.close()
-            self._start()
-        try:
-            return self._fork()
-        except (EOFError, OSError) as error:
-            raise Unavailable("the process that starts workers ends at once") from error
+        with self._lock:
+            try:
+                return self._fork()
+            except (EOFError, OSError):
+                self.close()
+                self._start()
+            try:
+                return self._fork()
+            except (EOFError, OSError) as error:
+                raise Unavailable("the process that starts workers ends at once") from error
 
     def _fork(self) -> _Worker:
         if not self._ready:
@@ -253,22 +275,27 @@ class _Server:
                 raise Unavailable(f"a worker process cannot import {self._module} ({error})")
             self._ready = True
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._connection.send("fork")
-            socket.send_fds(self._link, [b"x"], [theirs.fileno()])
-            return _Worker(self._connection.recv(), ours)
+        try:
+            with theirs:
+                self._connection.send("fork")
+                socket.send_fds(self._link, [b"x"], [theirs.fileno()])
+                return _Worker(self._connection.recv(), ours)
+        except BaseException:
+            ours.close()
+            raise
 
     def autopsy(self, worker: _Worker) -> Verdict:
         """Return the verdict on a photo alone with which a worker died."""
-        try:
-            self._connection.send(worker.pid)
-            code = self._connection.recv()
-        except (EOFError, OSError):  # the server died, too
-            code = -signal.SIGKILL
+        with self._lock:
+            try:
+                self._connection.send(worker.pid)
+                code = self._connection.recv()
+            except (EOFError, OSError):  # the server died, too
+                code = -signal.SIGKILL
         if code == -signal.SIGKILL:
-            return Verdict("killed", "the system ended the decoder: out of memory?")
+            return Verdict("decoder killed", "the system ended the decoder: out of memory?")
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return Verdict("crash", f"the decoder dies of it ({name})")
+        return Verdict("decoder crash", f"the decoder dies of it ({name})")
 
     def close(self) -> None:
         """End the process."""
@@ -306,7 +333,15 @@ def serve(handle: int) -> None:
                 os.close(handles[0])
                 connection.send(pid)
             else:
-                connection.send(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]))
+                connection.send(_end_of(request))
+
+
+def _end_of(pid: int) -> int:
+    """Return the exit code of a worker that died, the negative signal where it was one."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:  # a worker of the server before this one, which was killed
+        return -signal.SIGKILL
 
 
 def _work(module: str, handle: int) -> None:
@@ -339,5 +374,5 @@ def _answer(module: str, batch: _Batch, options: tuple[int, int | None, int], ha
         )
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return Verdict("crash", f"{type(error).__name__}: {error} ({last.name})")
+        return Verdict("decoder crash", f"{type(error).__name__}: {error} ({last.name})")
     return verdicts

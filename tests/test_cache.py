@@ -19,6 +19,7 @@ import pipelines
 from fastcnn import cache
 from fastcnn.errors import FastCNNError
 from fastcnn.index import Index, scan
+from pipelines.workers import Workers
 
 SIZE = 32
 
@@ -71,7 +72,7 @@ def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
 def test_a_second_build_decodes_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = scan(data)
     first = build(index, tmp_path)
-    monkeypatch.setattr(pipelines, "decode", None)
+    monkeypatch.setattr(Workers, "decode", None)
     second = build(scan(data), tmp_path)
     assert second.num_decoded == 0
     assert (second.rows == first.rows).all()
