@@ -94,13 +94,17 @@ def damage(data: bytes) -> str:
         decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=1, fastdct=True)
     except ValueError as error:
         message = str(error)
-    else:
-        return ""
-    try:
-        decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=1, fastdct=True, strict=False)
-    except ValueError:  # it cannot decode this at all, which need not be the file's fault
-        return ""
-    return message
+        return message if message.startswith(_DAMAGE) else ""  # else it cannot decode this, which is no fault
+    return ""
+
+
+# libjpeg's warnings (jerror.h) that say that data is missing or wrong.
+_DAMAGE = (
+    "Corrupt JPEG data",
+    "Premature end of JPEG file",
+    "Invalid SOS parameters",
+    "Inconsistent progression sequence",
+)
 
 
 def _orientation(tiff: bytes) -> int | None:
