@@ -117,6 +117,36 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
     return index
 
 
+def scan_loosely(root: str | Path) -> tuple[Index, str]:
+    """Return the Index of whatever photos a folder has, and why `scan` refuses it, "" where it does not.
+
+    Without class folders all files below it are of one class without a name. Raises DataError for no folder.
+    """
+    try:
+        return scan(root), ""
+    except DataError as error:
+        problem = str(error)
+    root = Path(root)
+    _check_folder(root)
+    named = {p.name: p for p in _folders(root) if not p.name.startswith(".")}
+    parts = {HELD_OUT.get(name, name): folder for name, folder in named.items() if name in {"train", *HELD_OUT}}
+    split_folders = parts if parts and len(parts) == len(named) else {"train": root}
+    classes = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
+    return _read(root, split_folders, tuple(classes or [""])), problem
+
+
+def outside(root: Path) -> list[str]:
+    """Return the visible files of a folder that are in no class folder, and so in no Index; paths below it, sorted."""
+    places = [root, *(p for p in _folders(root) if p.name in {"train", *HELD_OUT} and _class_names(p))]
+    names = [
+        os.path.relpath(entry.path, root).replace(os.sep, "/")
+        for place in places
+        for entry in os.scandir(place)
+        if not entry.name.startswith(".") and not _is_folder(entry)
+    ]
+    return sorted(names)
+
+
 def check_classes(index: Index) -> None:
     """Raise DataError where the training folder has no photo of a class; warn where a held-out folder has none."""
     for split in ("train", "val", "test"):
@@ -215,7 +245,7 @@ def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...
     counts: Counter[str] = Counter()
     photos = []  # (path, label, bytes, mtime, split)
     for split, split_folder in split_folders.items():
-        for label, name in _labelled(split_folder, split, classes):
+        for label, name in [(0, "")] if classes == ("",) else _labelled(split_folder, split, classes):
             photos += [
                 (path, label, size, mtime, split) for path, size, mtime in _files(root, split_folder / name, counts)
             ]

@@ -87,7 +87,14 @@ def resize(image: Image.Image, size: int, box: tuple[float, float, float, float]
 
 def load(data: bytes, max_pixels: int) -> Image.Image:
     """Return the photo upright and in RGB, the first frame where there are several. Raises whatever is wrong."""
-    name = image_format(data)
+    image = open_image(data, image_format(data), max_pixels)
+    image.load()
+    # Orientation is asked for after loading: TIFF has turned the pixels by then, PNG may say it at the end.
+    return _upright(_rgb(image), orientation(image))
+
+
+def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Return the photo, of a format that `image_format` named, with its header read and no pixel allocated."""
     if name == "WEBP":  # Pillow allocates its pixels on opening it
         check_pixels(*webp_size(data), max_pixels)
     try:
@@ -98,9 +105,7 @@ def load(data: bytes, max_pixels: int) -> Image.Image:
             raise Unusable("unsupported format", f"this Pillow reads no {name}") from error
         raise Unusable("corrupt", f"the header of this {name} cannot be read") from error
     check_pixels(*image.size, max_pixels)
-    image.load()
-    # Orientation is asked for after loading: TIFF has turned the pixels by then, PNG may say it at the end.
-    return _upright(_rgb(image), _orientation(image))
+    return image
 
 
 def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float, float]:
@@ -116,7 +121,8 @@ def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float,
     return inside
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8 as a rule; 1 where there is none."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF is no reason to refuse the photo

@@ -127,7 +127,7 @@ def explain(error: Exception) -> Verdict:
     detail = str(error) or type(error).__name__
     words = f"{type(error).__name__} {detail}".lower()
     if "bomb" in words or isinstance(error, MemoryError):
-        return Verdict("too large", detail)
+        return Verdict("too large", detail.partition(" exceeds")[0])
     if "truncated" in words or isinstance(error, EOFError):
         return Verdict("truncated", detail)
     if isinstance(error, (NotImplementedError, ImportError)) or any(

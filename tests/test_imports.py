@@ -27,18 +27,21 @@ LEVELS = [
         "signals",
         "runs",
         "archive",
+        "twins",
+        "page",
+        "doctor",
     },
     {"wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "fetch"},
     {"tracker", "optim", "loader", "report"},
-    {"step", "dataset"},
-    {"engines"},
+    {"step", "dataset", "check"},
+    {"engines", "check_page"},
     {"evaluate", "predict"},
     {"export", "rescore", "session"},
     {"finish"},
     {"train", "data"},
     {"cli"},
 ]
-DECODING = {"cache", "dataset", "loader", "predict"}  # what may import pipelines
+DECODING = {"cache", "check", "check_page", "dataset", "loader", "predict"}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:
