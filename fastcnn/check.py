@@ -121,9 +121,7 @@ class Findings:
         index, bad, damaged = self.index, self.bad, self.damaged
         found = [f"a run refuses this folder: {self.refusal}"] if self.refusal else []
         if bad:
-            reasons = ", ".join(
-                f"{count:,} {reason}" for reason, count in Counter(each.reason for each in bad.values()).most_common()
-            )
+            reasons = counted(Counter(each.reason for each in bad.values()))
             found.append(f"{len(bad):,} of {len(index):,} photos cannot be used: {reasons}")
         if damaged:
             found.append(f"{_photos(len(damaged))} damaged and used as far as they can be read")
@@ -137,7 +135,7 @@ class Findings:
             found.append(f"{_copies(copies)} of another to the byte")
         if self.near:
             copies = sum(len(group.photos) - 1 for group in self.near)
-            found.append(f"{_copies(copies)} of another by their looks")
+            found.append(f"{_copies(copies)} of another by looks")
         if groups and len(self.splits()) < 3 and any("train" in group.splits for group in groups):
             found.append("copies among the training photos may fall on both sides of the split into train and val")
         if self.outside:
@@ -268,13 +266,9 @@ def table(findings: Findings) -> str:
     index, problems = findings.index, findings.problems()
     total = f"{len(index):,} photos, {index.sizes.sum() / 2**20:,.1f} MiB"
     blocks = [f"{total} in {printable(str(index.root))}", _columns(*class_rows(findings))]
-    blocks += [
-        f"{name}: " + ", ".join(f"{n:,} {what}" for what, n in each.most_common())
-        for name, each in findings.kinds().items()
-        if each
-    ]
+    blocks.append("\n".join(f"{name}: {counted(each)}" for name, each in findings.kinds().items() if each))
     blocks.append("\n".join(["to look at:", *(f"  {line}" for line in problems)]) if problems else "nothing is wrong")
-    bad = [f"{printable(path)}: {each.reason}{_detail(each.detail)}" for path, each in findings.bad.items()]
+    bad = [f"{printable(path)}: {each.reason}{detail(each.detail)}" for path, each in findings.bad.items()]
     damaged = [f"{printable(path)}: {damage}" for path, damage in findings.damaged.items()]
     named = [f"{printable(path)}: {name}" for path, name in findings.misnamed.items()]
     exact, near = ([" = ".join(_names(index, group)) for group in each] for each in (findings.exact, findings.near))
@@ -311,6 +305,11 @@ def class_rows(findings: Findings) -> tuple[list[str], list[list[str]]]:
     sums = [f"{sum(each[name] for each in classes):,}" for name in [*splits, "bad"]]
     rows.append(["all", *sums, f"{findings.index.sizes.sum() / 2**20:,.1f}", "", ""])
     return heads, rows
+
+
+def counted(counts: Counter[str]) -> str:
+    """Return how many of what, the most first."""
+    return ", ".join(f"{count:,} {what}" for what, count in counts.most_common())
 
 
 def colours(known: Facts) -> str:
@@ -376,7 +375,8 @@ def _names(index: Index, group: Group) -> list[str]:
     return [printable(index.paths[i]) for i in group.photos]
 
 
-def _detail(text: str) -> str:
+def detail(text: str) -> str:
+    """Return a verdict's detail as it stands behind the reason."""
     return f" ({printable(text)})" if text else ""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastcnn import page as pages
-from fastcnn.check import Findings, Group, class_rows
+from fastcnn.check import Findings, Group, class_rows, counted, detail
 from fastcnn.errors import FastCNNError
 from pipelines.facts import thumbnail
 
@@ -57,18 +57,19 @@ def page(findings: Findings) -> str:
         return f'<div class="photos">{"".join(_figure(findings, i, pictures[i], notes(i)) for i in photos)}</div>'
 
     heads, rows = class_rows(findings)
-    kinds = [(f"{count:,} {what}", name) for name, each in findings.kinds().items() for what, count in each.items()]
+    kinds = [(name, counted(each)) for name, each in findings.kinds().items() if each]
+    reasons = [(path, f"{verdict.reason}{detail(verdict.detail)}") for path, verdict in bad.items()]
     sections = [
         pages.headline(_headline(findings)),
         pages.section("To look at", _problems(findings.problems())),
         pages.section("Classes", pages.table(heads, rows, last="sum"), "Photos that can be used, by split."),
         _groups("The same file", findings, findings.exact, figures),
         _groups("Look the same", findings, findings.near, figures, "Told by a perceptual hash: see for yourself."),
-        _list("Cannot be used", ("photo", "reason", "detail"), [(p, v.reason, v.detail) for p, v in bad.items()]),
+        _list("Cannot be used", ("photo", "reason"), reasons),
         _list("Damaged, and used as far as they can be read", ("photo", "damage"), findings.damaged.items()),
         _list("Named as another format", ("photo", "format"), findings.misnamed.items()),
         _list("In no class folder", ("file", ""), [(path, "") for path in findings.outside]),
-        pages.section("Kinds", pages.table(("photos", "of"), kinds)) if kinds else "",
+        pages.section("Kinds", pages.table(("", ""), kinds)) if kinds else "",
         pages.section("Photos", "".join(_samples(findings, figures)), f"Up to {NUM_SAMPLES} of each class."),
     ]
     return pages.page(f"{index.root.resolve().name}: data check", filter(None, sections), _STYLE)

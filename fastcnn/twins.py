@@ -26,8 +26,8 @@ def describe(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint64], npt
     frequencies = (waves @ grey @ waves.T).reshape(len(images), 64)[:, 1:]
     bits = frequencies > np.median(frequencies, 1, keepdims=True)
     hashes = np.packbits(np.pad(bits, ((0, 0), (1, 0))), axis=1).view(">u8")[:, 0].astype(np.uint64)
-    small = grey.reshape(-1, SIZE // 2, 2, SIZE // 2, 2).mean((2, 4))
-    return hashes, small.reshape(len(images), -1).round().astype(np.uint8)
+    small = grey.reshape(len(images), SIZE // 2, 2, SIZE // 2, 2).mean((2, 4))
+    return hashes, small.reshape(len(images), (SIZE // 2) ** 2).round().astype(np.uint8)
 
 
 def pairs(hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
