@@ -398,7 +398,56 @@ def cache_clear(key: str | None, cache_dir: str | None) -> None:
 
 @commands.group(cls=Commands, **HELP)
 def data() -> None:
-    """Get folders of photos."""
+    """Look at folders of photos, or get one."""
+
+
+@data.command("check", **HELP)
+@click.argument("folder", metavar="DATA")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, not a table.")
+@click.option("--html", metavar="FILE", help="Write a page with pictures of the photos, too.")
+@click.option("--decoder", default="auto", metavar="auto|dali|turbo|pillow", help="What decodes the photos.  [auto]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Decoding threads; left out, one a core.")
+@click.option("--max-bad", metavar="X", help="As for train.")
+@click.option("--max-pixels", metavar="N", help="As for train.")
+def data_check(
+    folder: str,
+    as_json: bool,
+    html: str | None,
+    decoder: str,
+    workers: int | None,
+    max_bad: str | None,
+    max_pixels: str | None,
+) -> int:
+    """Say what is in DATA: classes and sizes, formats, photos that cannot be used, copies, labels in doubt.
+
+    Every photo is decoded; nothing in DATA is changed. The exit code is 3 where a run would refuse DATA.
+    """
+    import json
+    from pathlib import Path
+
+    from fastcnn import check, check_page
+    from fastcnn.console import Console
+
+    given = {"decoder": decoder, "max_bad": max_bad, "max_pixels": max_pixels}
+    options = config.resolve({name: value for name, value in given.items() if value is not None})
+    with Console().progress("checking", "photos") as progress:
+        findings = check.check(
+            folder,
+            decoder=options.decoder,
+            workers=workers,
+            max_bad=options.max_bad,
+            max_pixels=options.max_pixels,
+            progress=lambda done, total: progress(done, total, ""),
+        )
+    if html:
+        check_page.write(Path(html), findings)
+    if as_json:
+        click.echo(json.dumps(findings.to_dict(), indent=1))
+    else:
+        click.echo(check.table(findings))
+        if html:
+            click.echo(f"\npage: {html}")
+    return 3 if findings.refusal else 0
 
 
 @data.command("download", **HELP)
