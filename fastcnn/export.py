@@ -144,33 +144,9 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
     path.write_bytes(container.FORMATS[path.suffix].pack(container.Contents(parts, metadata)))
 
 
-<<<<<<< HEAD
 def _plain(value: Any) -> Any:
     """Return a figure as JSON has it: no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-=======
-def _validation_pixels(folder: Path, config: dict[str, Any]) -> npt.NDArray[np.uint8]:
-    """Return (n, size, size, 3) cached validation photos of a run; synthetic ones where its photos are gone."""
-    size = config["image_size"]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FastCNNWarning)  # the run has told of its bad photos
-            data = dataset.prepare(
-                config["data"],
-                image_size=config["cache_size"] or size,
-                loader=config["loader"],
-                decoder=config["decoder"],
-                gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
-                cache_dir=config["cache_dir"],
-                split=folder / "split.csv",
-                max_bad=1.0,
-                max_pixels=config.get("max_pixels"),  # not in older checkpoints
-            )
-        return data.pixels(data.photos("val")[:MAX_CHECKED])
-    except FastCNNError as error:
-        warn(f"the run's photos cannot be read ({error}): the export is compared on synthetic ones")
-        return np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
->>>>>>> verdicts
 
 
 def golden(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,9 +13,6 @@ from PIL import Image, UnidentifiedImageError, features
 
 from pipelines.jpeg import damage, header, strict
 from pipelines.threads import each
-<<<<<<< HEAD
-from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, explain, image_format, read
-=======
 from pipelines.verdict import (
     MAX_PIXELS,
     USABLE,
@@ -26,9 +23,9 @@ from pipelines.verdict import (
     check_pixels,
     explain,
     image_format,
+    read,
     webp_size,
 )
->>>>>>> verdicts
 
 
 def decode(
@@ -86,7 +83,7 @@ def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: i
 
 def whole(source: Source, max_pixels: int) -> tuple[np.ndarray, Verdict]:
     """See `pipelines.decode_whole`."""
-    quiet()
+    prepare(max_pixels)
     try:
         return np.array(load(read(source), max_pixels)), USABLE
     except Exception as error:

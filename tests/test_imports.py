@@ -40,7 +40,16 @@ LEVELS = [
     {"train", "data"},
     {"cli"},
 ]
-DECODING = {"cache", "check", "check_page", "dataset", "loader", "predict", "serve", "skew"}  # what may import pipelines
+DECODING = {
+    "cache",
+    "check",
+    "check_page",
+    "dataset",
+    "loader",
+    "predict",
+    "serve",
+    "skew",
+}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:
