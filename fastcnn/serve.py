@@ -38,7 +38,7 @@ MEDIA_TYPES = ("image/", "application/octet-stream")
 class Limits:
     """What the service takes."""
 
-    upload: int = 20 * 2**20
+    upload: int = 20_000_000
     """Bytes of a photo."""
     pixels: int = MAX_PIXELS
     """Of a photo, as its header has it."""
@@ -184,6 +184,9 @@ class Figures:
         self.seconds = prometheus_client.Counter(
             "fastcnn_work_seconds", "Time spent, by stage", ["stage"], registry=self.registry
         )
+        self.in_progress = prometheus_client.Gauge(
+            "fastcnn_requests_in_progress", "Photos sent and not answered", registry=self.registry
+        )
         self.waiting = prometheus_client.Gauge("fastcnn_queue_photos", "Photos waiting", registry=self.registry)
 
 
@@ -230,6 +233,7 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
         """Return the classes of a photo, the request's body, with their probabilities."""
         start = time.perf_counter()
         status = 500
+        figures.in_progress.inc()
         try:
             photo = await _upload(request, limits)
             verdict, probabilities = await _classified(state["batcher"], photo)
@@ -241,6 +245,7 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
             status = refusal.status_code
             raise
         finally:
+            figures.in_progress.dec()
             figures.requests.labels(str(status)).inc()
             figures.latency.observe(time.perf_counter() - start)
         found = ranked(probabilities, model.classes, top_k)
