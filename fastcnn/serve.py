@@ -101,6 +101,7 @@ class Batcher:
         self._classify = Classifier(model, workers=workers, max_pixels=limits.pixels)
         self._limits, self._figures = limits, figures
         self._queue: queue.Queue[Waiting | None] = queue.Queue(limits.queue)
+        self._warm = threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
@@ -111,9 +112,9 @@ class Batcher:
         return waiting.answer
 
     @property
-    def alive(self) -> bool:
-        """Whether photos that are submitted get an answer."""
-        return self._thread.is_alive()
+    def ready(self) -> bool:
+        """Whether photos that are submitted get an answer, and soon."""
+        return self._warm.is_set() and self._thread.is_alive()
 
     def __len__(self) -> int:
         return self._queue.qsize()
@@ -125,6 +126,8 @@ class Batcher:
 
     def _run(self) -> None:
         with self._classify:
+            self._classify.warm_up()
+            self._warm.set()
             ended = False
             while not ended:
                 batch, ended = self._gather()
@@ -259,9 +262,9 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
 
     @app.get("/readyz", responses={503: {"model": Failure, "description": "It takes no photos"}})
     async def ready() -> dict[str, str]:
-        """Say whether photos get answers."""
-        if not state["batcher"].alive:
-            raise Refusal(503, "not_ready", "the service takes no photos: see its log, or start it again")
+        """Say whether photos get answers, and soon."""
+        if not state["batcher"].ready:
+            raise Refusal(503, "not_ready", "the service starts, or its decoder cannot be used: see its log")
         return {"status": "ready", "model": model.sha256}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -76,7 +76,10 @@ def start(model: Artefact, *options: str) -> Served:
     assert process.stdout
     found = re.search(r"is served on (http://\S+)", process.stdout.readline())
     assert found, process.communicate()
-    return Served(process, urlsplit(found[1]).netloc)
+    served = Served(process, urlsplit(found[1]).netloc)
+    while served.ask("/readyz")[0] == 503:
+        time.sleep(0.1)
+    return served
 
 
 @pytest.fixture(scope="module")
@@ -215,13 +218,15 @@ def test_a_full_queue_refuses(model: Artefact, photos: Path, monkeypatch: pytest
     entered, go = threading.Event(), threading.Event()
     call = Classifier.__call__
 
+    photo = next(photos.rglob("*.jpg")).read_bytes()
+
     def wait(self: Classifier, sources: Any) -> Any:
-        entered.set()
-        go.wait()
+        if sources == [photo]:
+            entered.set()
+            go.wait()
         return call(self, sources)
 
     monkeypatch.setattr(Classifier, "__call__", wait)
-    photo = next(photos.rglob("*.jpg")).read_bytes()
     batcher = Batcher(model, Limits(queue=2, batch=1, window=0), Figures())
     first = batcher.submit(photo)
     entered.wait()
@@ -247,7 +252,7 @@ def test_an_error_costs_its_batch_alone(model: Artefact, photos: Path, monkeypat
     assert isinstance(broken.exception(), RuntimeError)
     assert whole.result()[0].ok
     batcher.close()
-    assert not batcher.alive
+    assert not batcher.ready
 
 
 def test_what_is_said_of_a_photo_does_not_depend_on_its_neighbours(model: Artefact, photos: Path) -> None:
