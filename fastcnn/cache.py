@@ -33,14 +33,17 @@ import numpy.typing as npt
 
 import pipelines
 from fastcnn.config import user_cache_folder
-from fastcnn.errors import FastCNNError
+from fastcnn.errors import FastCNNError, fall_back
 from fastcnn.index import Index
+from pipelines.workers import Workers, shared
 
 FORMAT = 1
 RESIZE = "squash-bilinear-antialias"
 CHUNK = 512  # photos between two writes: what a killed build loses at most
 
-_TRANSIENT = frozenset({"unreadable"})  # verdicts about the moment, not the file: asked again by the next run
+_TRANSIENT = frozenset(
+    {"unreadable", "decoder killed"}
+)  # verdicts about the moment, not the file: asked again by the next run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Cache:
     """(N,) row in `images` of each photo of the index, -1 where it has none."""
     reasons: tuple[str, ...]
     """(N,) why a photo is unusable, "" where it is not."""
+    damage: tuple[str, ...]
+    """(N,) what is wrong with a photo that is usable all the same, "" as a rule."""
     num_decoded: int
     """Photos that this build decoded; the rest were there."""
     decode_seconds: float
@@ -66,7 +71,8 @@ class Cache:
     def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
         """Return the cache of `index.take(keep)`."""
         reasons = tuple(reason for reason, kept in zip(self.reasons, keep, strict=True) if kept)
-        return Cache(**{**vars(self), "rows": self.rows[keep], "reasons": reasons})
+        damage = tuple(damage for damage, kept in zip(self.damage, keep, strict=True) if kept)
+        return Cache(**{**vars(self), "rows": self.rows[keep], "reasons": reasons, "damage": damage})
 
     def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
         """Return (n, size, size, 3): the pixels of photos, by their positions in the index, in memory."""
@@ -101,6 +107,8 @@ def build(
     workers: int | None = None,
     cache_dir: str | Path | None = None,
     keep_pixels: bool = True,
+    max_pixels: int | None = None,
+    strict: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Cache:
@@ -114,12 +122,14 @@ def build(
         workers: decoding threads; None is one a core.
         cache_dir: where caches are kept; None is the user's cache folder.
         keep_pixels: False decodes for the verdicts alone.
+        max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
+        strict: decoding in this process, where no worker process can be started, is an error.
         progress: told photos decoded and photos to decode.
         note: told, once, that another run is building this cache.
 
-    Raises FastCNNError where the cache cannot be written.
+    Raises FastCNNError where the cache cannot be written, or the decoder fails on every photo.
     """
-    header = _header(index, image_size, decoder, gpu, keep_pixels)
+    header = _header(index, image_size, decoder, gpu, keep_pixels, max_pixels)
     folder = _folder(header, cache_dir)
     start = time.perf_counter()
     try:
@@ -129,19 +139,21 @@ def build(
             journal = _read_journal(folder / "photos.jsonl")
             missing = _missing(index, journal, folder, image_size, keep_pixels)
             _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
-            with ThreadPoolExecutor(1) as writer:  # a chunk is written while the next is decoded
+            # A chunk is written while the next is decoded.
+            with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
                 writing: Future[None] | None = None
                 for photos in _chunks(missing):
                     paths = [index.root / index.paths[i] for i in photos]
-                    pixels = np.zeros((len(photos), image_size, image_size, 3), np.uint8)
-                    verdicts = pipelines.decode(paths, image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
+                    pixels = shared((len(photos), image_size, image_size, 3))
+                    verdicts = decoding.decode(paths, image_size, pixels)
                     if writing:
                         writing.result()
-                    reasons = [verdict.reason for verdict in verdicts]
-                    writing = writer.submit(_append, folder, index, photos, pixels, reasons, journal, keep_pixels)
+                    writing = writer.submit(_append, folder, index, photos, pixels, verdicts, journal, keep_pixels)
                     progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
                 if writing:
                     writing.result()
+    except pipelines.DecoderUnavailable as error:
+        raise FastCNNError(str(error)) from None
     except OSError as error:
         raise FastCNNError(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
@@ -152,16 +164,23 @@ def build(
         images=_map(folder, image_size),
         rows=np.array([entry["row"] for entry in entries], np.int64),
         reasons=tuple(entry["reason"] for entry in entries),
+        damage=tuple(str(entry.get("damage", "")) for entry in entries),
         num_decoded=len(missing),
         decode_seconds=time.perf_counter() - start,
     )
 
 
 def fits_on_disk(
-    index: Index, *, image_size: int, decoder: str, gpu: int | None = None, cache_dir: str | Path | None = None
+    index: Index,
+    *,
+    image_size: int,
+    decoder: str,
+    gpu: int | None = None,
+    cache_dir: str | Path | None = None,
+    max_pixels: int | None = None,
 ) -> bool:
     """Return whether the pixels of an index are in its cache, or have room there."""
-    folder = _folder(_header(index, image_size, decoder, gpu, True), cache_dir)
+    folder = _folder(_header(index, image_size, decoder, gpu, True, max_pixels), cache_dir)
     pixels = folder / "pixels.bin"
     there = pixels.stat().st_size if pixels.exists() else 0
     while not folder.exists():
@@ -203,7 +222,9 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
     return freed
 
 
-def _header(index: Index, image_size: int, decoder: str, gpu: int | None, keep_pixels: bool) -> dict[str, Any]:
+def _header(
+    index: Index, image_size: int, decoder: str, gpu: int | None, keep_pixels: bool, max_pixels: int | None
+) -> dict[str, Any]:
     header = {
         "format": FORMAT,
         "root": str(index.root.resolve()),
@@ -211,6 +232,8 @@ def _header(index: Index, image_size: int, decoder: str, gpu: int | None, keep_p
         "resize": RESIZE,
         "decoder": pipelines.identity(decoder, gpu),
     }
+    if max_pixels not in (None, pipelines.MAX_PIXELS):
+        header["max_pixels"] = max_pixels
     return header if keep_pixels else {**header, "pixels": False}
 
 
@@ -285,6 +308,22 @@ def _missing(
         return np.array([i for i in range(len(index)) if not holds(i, file)], np.intp)
 
 
+@contextlib.contextmanager
+def _workers(
+    decoder: str,
+    threads: int | None,
+    gpu: int | None,
+    max_pixels: int | None,
+    strict: bool,
+) -> Iterator[Workers]:
+    """Yield what decodes the missing photos, in processes of its own: where it dies of a photo, that photo is lost."""
+    max_pixels = max_pixels or pipelines.MAX_PIXELS
+    with Workers(decoder, threads=threads, gpu=gpu, max_pixels=max_pixels) as workers:
+        yield workers
+    if workers.note:
+        fall_back(f"photos were decoded in this process, which a damaged one may end: {workers.note}", strict=strict)
+
+
 def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
     """Write a row of pixels.bin into `out` (size, size, 3); return whether there was so much."""
     file.seek(int(row) * out.nbytes)
@@ -301,23 +340,25 @@ def _append(
     index: Index,
     photos: npt.NDArray[np.intp],
     pixels: npt.NDArray[np.uint8],
-    reasons: Sequence[str],
+    verdicts: Sequence[pipelines.Verdict],
     journal: dict[str, dict[str, Any]],
     keep_pixels: bool,
 ) -> None:
     """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
-    good = np.array([keep_pixels and not reason for reason in reasons])
+    good = np.array([keep_pixels and verdict.ok for verdict in verdicts])
     row = _append_rows(folder / "pixels.bin", pixels[good]) if keep_pixels else 0
     lines = []
-    for i, reason, image, kept in zip(photos, reasons, pixels, good, strict=True):
-        entry = {
+    for i, verdict, image, kept in zip(photos, verdicts, pixels, good, strict=True):
+        entry: dict[str, Any] = {
             "path": index.paths[i],
             "size": int(index.sizes[i]),
             "mtime": int(index.mtimes[i]),
             "row": row if kept else -1,
             "crc": zlib.crc32(image) if kept else 0,
-            "reason": reason,
+            "reason": verdict.reason,
         }
+        if verdict.warning:
+            entry["damage"] = verdict.warning
         row += bool(kept)
         journal[index.paths[i]] = entry
         lines.append(json.dumps(entry) + "\n")

@@ -308,24 +308,95 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
 
 @commands.command(**HELP)
 @click.argument("model")
-@click.argument("inputs", nargs=-1, required=True, metavar="PHOTO|FOLDER...")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--top-k", type=click.IntRange(1), default=1, help="Classes shown of each photo.  [1]")
 @click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl"]), default="table", help="[table]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Decoding threads; left out, one a core.")
+@click.option("--max-pixels", metavar="N", help="As for train.")
+@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
 @sha256_option
-def predict(model: str, inputs: tuple[str, ...], top_k: int, format_: str, sha256: str | None) -> int:
+def predict(
+    model: str,
+    inputs: tuple[str, ...],
+    top_k: int,
+    format_: str,
+    workers: int | None,
+    max_pixels: str | None,
+    quiet: bool,
+    sha256: str | None,
+) -> int:
     """Print class and probability of photos, by an exported MODEL or the one in a run folder.
 
-    A photo that cannot be used gets a line that says why, and the exit code is 1.
+    INPUT is a photo, a folder, a glob, or - for paths on standard input. A photo that cannot be used gets a line that
+    says why, and the exit code is 1.
     """
     from fastcnn import artefact
+    from fastcnn.console import Console
     from fastcnn.predict import predict_photos, writer
 
     opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
     write, bad = writer(format_, opened.classes, top_k), 0
-    for prediction in predict_photos(opened, inputs):
-        write(prediction)
-        bad += bool(prediction.reason)
+    with Console(quiet=quiet).progress("predicting", "photos") as progress:
+        for prediction in predict_photos(
+            opened,
+            inputs,
+            workers=workers,
+            max_pixels=_max_pixels(max_pixels),
+            progress=lambda done, total: progress(done, total, ""),
+            note=lambda text: None if quiet else click.echo(text, err=True),
+        ):
+            write(prediction)
+            bad += bool(prediction.reason)
     return 1 if bad else 0
+
+
+@commands.command(**HELP)
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is every one.  [127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is a free one.  [8000]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Decoding threads; left out, one a core.")
+@click.option("--max-upload", default="20MB", metavar="SIZE", help="Largest file that is taken.  [20MB]")
+@click.option("--max-pixels", metavar="N", help="As for train.")
+@click.option("--max-queue", type=click.IntRange(1), default=256, help="Photos that may wait for their turn.  [256]")
+@click.option("--max-batch", type=click.IntRange(1), default=32, help="Photos decoded at a time.  [32]")
+@click.option("--window", type=click.FloatRange(0), default=5.0, help="Milliseconds that a batch waits.  [5]")
+@sha256_option
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    workers: int | None,
+    max_upload: str,
+    max_pixels: str | None,
+    max_queue: int,
+    max_batch: int,
+    window: float,
+    sha256: str | None,
+) -> None:
+    """Serve an exported MODEL over HTTP: a page for people, JSON for programs, metrics for Prometheus."""
+    from fastcnn import artefact
+
+    upload = config.parse_bytes(max_upload)
+    if not upload:
+        raise UsageError(f"--max-upload: expected bytes as 20MB or 1.5GiB, got '{max_upload}'")
+    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    try:
+        from fastcnn import serve as service
+    except ImportError as error:
+        raise FastCNNError(f"serve needs {error.name}: pip install 'fastcnn[serve]'") from None
+    service.serve(
+        opened,
+        host,
+        port,
+        service.Limits(
+            upload=upload, pixels=_max_pixels(max_pixels), queue=max_queue, batch=max_batch, window=window / 1000
+        ),
+        workers=workers,
+    )
+
+
+def _max_pixels(given: str | None) -> int:
+    return config.resolve({} if given is None else {"max_pixels": given}).max_pixels
 
 
 PASSED_ON: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
@@ -416,7 +487,56 @@ def cache_clear(key: str | None, cache_dir: str | None) -> None:
 
 @commands.group(cls=Commands, **HELP)
 def data() -> None:
-    """Get folders of photos."""
+    """Look at folders of photos, or get one."""
+
+
+@data.command("check", **HELP)
+@click.argument("folder", metavar="DATA")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, not a table.")
+@click.option("--html", metavar="FILE", help="Write a page with pictures of the photos, too.")
+@click.option("--decoder", default="auto", metavar="auto|dali|turbo|pillow", help="What decodes the photos.  [auto]")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Decoding threads; left out, one a core.")
+@click.option("--max-bad", metavar="X", help="As for train.")
+@click.option("--max-pixels", metavar="N", help="As for train.")
+def data_check(
+    folder: str,
+    as_json: bool,
+    html: str | None,
+    decoder: str,
+    workers: int | None,
+    max_bad: str | None,
+    max_pixels: str | None,
+) -> int:
+    """Say what is in DATA: classes and sizes, formats, photos that cannot be used, copies, labels in doubt.
+
+    Every photo is decoded; nothing in DATA is changed. The exit code is 3 where a run would refuse DATA.
+    """
+    import json
+    from pathlib import Path
+
+    from fastcnn import check, check_page
+    from fastcnn.console import Console
+
+    given = {"decoder": decoder, "max_bad": max_bad, "max_pixels": max_pixels}
+    options = config.resolve({name: value for name, value in given.items() if value is not None})
+    with Console().progress("checking", "photos") as progress:
+        findings = check.check(
+            folder,
+            decoder=options.decoder,
+            workers=workers,
+            max_bad=options.max_bad,
+            max_pixels=options.max_pixels,
+            progress=lambda done, total: progress(done, total, ""),
+        )
+    if html:
+        check_page.write(Path(html), findings)
+    if as_json:
+        click.echo(json.dumps(findings.to_dict(), indent=1))
+    else:
+        click.echo(check.table(findings))
+        if html:
+            click.echo(f"\npage: {html}")
+    return 3 if findings.refusal else 0
 
 
 @data.command("download", **HELP)

@@ -107,6 +107,8 @@ class Config:
     """A split.csv of an earlier run to use as it is."""
     max_bad: float = 0.05
     """Share of unusable photos above which the run stops."""
+    max_pixels: int = 178_956_970
+    """Pixels above which a photo is not used; its header is asked, nothing is decoded."""
 
     engine: Engine = "auto"
     """How the training step is run; auto measures."""
@@ -176,6 +178,7 @@ class Config:
         _check("dropout", self.dropout, 0 <= self.dropout < 1, "0 to below 1")
         _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "a share between 0 and 1")
         _check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share from 0 to 1")
+        _check("max_pixels", self.max_pixels, self.max_pixels >= 1, "1 or more")
         _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         kind = self.device.partition(":")[0]

@@ -20,8 +20,10 @@ from fastcnn import loader as loaders
 from fastcnn.cache import Cache
 from fastcnn.config import Decoder, Loader
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
-from fastcnn.index import Index
+from fastcnn.index import Index, printable
 from fastcnn.metrics import Stopwatch
+
+NUM_NAMED = 10  # bad photos that an error names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,16 @@ class Dataset:
     """(N,) train, val or test of each photo of the index."""
     bad: dict[str, str]
     """Path -> reason of every photo left out."""
+    damaged: dict[str, str]
+    """Path -> what is wrong with a photo that is used all the same."""
     decoder: Decoder
     """What decoded the photos; never auto."""
     loader: Loader
     """How they are to be fed; never auto."""
     loader_reason: str
     """Why, where it was auto."""
+    max_pixels: int
+    """Pixels above which photos were left out."""
 
     def photos(self, split: str) -> npt.NDArray[np.intp]:
         """Return the positions in the index of a split's photos."""
@@ -51,7 +57,7 @@ class Dataset:
             return self.cache.pixels(photos)
         out = np.zeros((len(photos), *self.cache.images.shape[1:]), np.uint8)
         paths = [self.index.root / self.index.paths[photo] for photo in photos]
-        pipelines.decode(paths, out.shape[1], out, decoder=self.decoder)
+        pipelines.decode(paths, out.shape[1], out, decoder=self.decoder, max_pixels=self.max_pixels)
         return out
 
 
@@ -70,6 +76,7 @@ def prepare(
     split: str | Path | None = None,
     classes: Sequence[str] | None = None,
     max_bad: float = 0.05,
+    max_pixels: int | None = None,
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -100,7 +107,12 @@ def prepare(
         loader,
         len(index) * image_size**2 * 3,
         on_disk=caches.fits_on_disk(
-            index, image_size=image_size, decoder=chosen, gpu=decoding_gpu, cache_dir=cache_dir
+            index,
+            image_size=image_size,
+            decoder=chosen,
+            gpu=decoding_gpu,
+            cache_dir=cache_dir,
+            max_pixels=max_pixels,
         ),
         device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
         memory_limit=memory_limit,
@@ -116,6 +128,8 @@ def prepare(
             workers=workers,
             cache_dir=cache_dir,
             keep_pixels=picked != "stream",
+            max_pixels=max_pixels,
+            strict=strict,
             progress=progress,
             note=note,
         )
@@ -127,6 +141,9 @@ def prepare(
         index, cache = index.take(usable), cache.take(usable)
         if classes is None:
             indexes.check_classes(index)
+    damaged = {path: damage for path, damage in zip(index.paths, cache.damage, strict=True) if damage}
+    if damaged:
+        _report_damaged(damaged, len(index))
     if classes is not None:
         splits = index.folders
     elif split:
@@ -142,9 +159,11 @@ def prepare(
         cache=cache,
         splits=splits,
         bad=bad,
+        damaged=damaged,
         decoder=cast(Decoder, chosen),
         loader=picked,
         loader_reason=why,
+        max_pixels=max_pixels or pipelines.MAX_PIXELS,
     )
 
 
@@ -159,8 +178,17 @@ def write_bad(path: Path, bad: dict[str, str]) -> None:
 def _report_bad(bad: dict[str, str], count: int, max_bad: float, where: str) -> None:
     reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(bad.values()).most_common())
     if len(bad) > max_bad * count:
-        first = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:10])
+        first = "; ".join(f"{printable(path)} ({reason})" for path, reason in list(bad.items())[:NUM_NAMED])
         raise DataError(
-            f"{len(bad)} of {count} photos cannot be used ({reasons}), more than --max-bad {max_bad:g}: {first}"
+            f"{len(bad):,} of {count:,} photos cannot be used ({reasons}), more than --max-bad {max_bad:g}: {first}"
+            f"{'; fastcnn data check lists them all' if len(bad) > NUM_NAMED else ''}"
         )
-    warn(f"{len(bad)} of {count} photos cannot be used and are left out ({reasons}){where}")
+    warn(f"{len(bad):,} of {count:,} photos cannot be used and are left out ({reasons}){where}")
+
+
+def _report_damaged(damaged: dict[str, str], count: int) -> None:
+    path, damage = next(iter(damaged.items()))
+    warn(
+        f"{len(damaged):,} of {count:,} photos are damaged and used all the same, as far as they can be read: "
+        f"{printable(path)} ({damage}){', ...' if len(damaged) > 1 else ''}; fastcnn data check lists them"
+    )

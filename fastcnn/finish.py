@@ -90,6 +90,7 @@ def _summary(
         "num_val": len(feeds["val"]),
         "num_test": len(feeds["test"]),
         "num_bad": len(data.bad),
+        "num_damaged": len(data.damaged),
         "num_decoded": data.cache.num_decoded,
         "val_accuracy": session.best["val/accuracy"],
         "val_loss": session.best["val/loss"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
     _check_folder(root)
     parts = {"train": "train", **HELD_OUT}
     found: dict[str, Path] = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name in parts and p.name not in classes):
+    for folder in (p for p in _folders(root) if p.name in parts and p.name not in classes):
         part = parts[folder.name]
         if part in found:
             raise DataError(f"{root} has two validation folders, {found[part].name} and {folder.name}: keep one")
@@ -114,6 +115,36 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
             f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
         )
     return index
+
+
+def scan_loosely(root: str | Path) -> tuple[Index, str]:
+    """Return the Index of whatever photos a folder has, and why `scan` refuses it, "" where it does not.
+
+    Without class folders all files below it are of one class without a name. Raises DataError for no folder.
+    """
+    try:
+        return scan(root), ""
+    except DataError as error:
+        problem = str(error)
+    root = Path(root)
+    _check_folder(root)
+    named = {p.name: p for p in _folders(root) if not p.name.startswith(".")}
+    parts = {HELD_OUT.get(name, name): folder for name, folder in named.items() if name in {"train", *HELD_OUT}}
+    split_folders = parts if parts and len(parts) == len(named) else {"train": root}
+    classes = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
+    return _read(root, split_folders, tuple(classes or [""])), problem
+
+
+def outside(root: Path) -> list[str]:
+    """Return the visible files of a folder that are in no class folder, and so in no Index; paths below it, sorted."""
+    places = [root, *(p for p in _folders(root) if p.name in {"train", *HELD_OUT} and _class_names(p))]
+    names = [
+        os.path.relpath(entry.path, root).replace(os.sep, "/")
+        for place in places
+        for entry in os.scandir(place)
+        if not entry.name.startswith(".") and not _is_folder(entry)
+    ]
+    return sorted(names)
 
 
 def check_classes(index: Index) -> None:
@@ -199,9 +230,14 @@ def printable(name: str) -> str:
 
 
 def _check_folder(root: Path) -> None:
-    if not root.is_dir():
-        where = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"the data folder {root} {where}{_sibling(root)}")
+    try:
+        kind = root.stat().st_mode
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        where = "does not exist" if missing else f"cannot be read: {error.strerror}"
+        raise DataError(f"the data folder {printable(str(root))} {where}{_sibling(root) if missing else ''}") from None
+    if not stat.S_ISDIR(kind):
+        raise DataError(f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}")
 
 
 def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...]) -> Index:
@@ -209,7 +245,7 @@ def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...
     counts: Counter[str] = Counter()
     photos = []  # (path, label, bytes, mtime, split)
     for split, split_folder in split_folders.items():
-        for label, name in _labelled(split_folder, split, classes):
+        for label, name in [(0, "")] if classes == ("",) else _labelled(split_folder, split, classes):
             photos += [
                 (path, label, size, mtime, split) for path, size, mtime in _files(root, split_folder / name, counts)
             ]
@@ -226,7 +262,8 @@ def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...
         num_hidden=counts["hidden"],
     )
     if counts["unreadable"]:
-        warn(f"{counts['unreadable']} folders below {root} cannot be read and are left out")
+        num = counts["unreadable"]
+        warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: what is inside is left out")
     return index
 
 
@@ -235,7 +272,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
     A class may be called 'train': then its folder holds photos and no folders.
     """
-    folders = {p.name: p for p in root.iterdir() if p.is_dir()}
+    folders = {p.name: p for p in _folders(root)}
     if "train" not in folders:
         held_out = sorted(set(folders) & set(HELD_OUT))
         if folders and len(held_out) == len([name for name in folders if not name.startswith(".")]):
@@ -257,7 +294,27 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _class_names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [p.name for p in _folders(folder) if not p.name.startswith(".")]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without links to itself or above it: they would be a class of all photos.
+
+    Raises DataError where it cannot be read.
+    """
+    try:
+        found = [folder / entry.name for entry in os.scandir(folder) if _is_folder(entry)]
+    except OSError as error:
+        raise DataError(f"the folder {printable(str(folder))} cannot be read: {error.strerror}") from None
+    here = folder.resolve()
+    return sorted(path for path in found if not (path.is_symlink() and path.resolve() in (here, *here.parents)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where we may not look
+        return False
 
 
 def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -282,24 +339,24 @@ def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str
     while stack:
         here, above = stack.pop()
         try:
-            stat = os.stat(here)  # noqa: PTH116
+            info = os.stat(here)  # noqa: PTH116
             entries = list(os.scandir(here))
         except OSError:
             counts["unreadable"] += 1
             continue
-        inode = (stat.st_dev, stat.st_ino)
+        inode = (info.st_dev, info.st_ino)
         if inode in above:
             continue
         for entry in entries:
             if entry.name.startswith("."):
                 counts["hidden"] += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 stack.append((entry.path, above | {inode}))
             else:
                 path = entry.path[start:].replace(os.sep, "/")
                 try:
-                    stat = entry.stat()
-                    yield path, stat.st_size, stat.st_mtime_ns
+                    info = entry.stat()
+                    yield path, info.st_size, info.st_mtime_ns
                 except OSError:
                     yield path, 0, 0
 
@@ -309,6 +366,7 @@ def _round_half_up(x: float) -> int:
 
 
 def _sibling(root: Path) -> str:
-    if not root.parent.is_dir():
+    try:
+        return nearest(root.name, [entry.name for entry in os.scandir(root.parent) if _is_folder(entry)])
+    except OSError:
         return ""
-    return nearest(root.name, [p.name for p in root.parent.iterdir() if p.is_dir()])

@@ -37,6 +37,8 @@ class Options:
     """Threads that it decodes with; None is one a core."""
     crop_scale: float | None = None
     """Least share of a streamed training photo's area that is shown; None shows all of every photo."""
+    max_pixels: int = pipelines.MAX_PIXELS
+    """Pixels above which a streamed photo is refused."""
 
 
 def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
@@ -91,6 +93,7 @@ def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
             decoder=options.decoder,
             workers=options.workers,
             gpu=gpu,
+            max_pixels=options.max_pixels,
         )
         labels[:] = index.labels[chosen]
         bad = {i: verdict.reason for i, verdict in enumerate(verdicts) if not verdict.ok}

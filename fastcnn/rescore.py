@@ -86,6 +86,7 @@ def evaluate_run(
         split=split if data is None else None,
         classes=None if data is None else classes,
         max_bad=1.0,
+        max_pixels=config.get("max_pixels"),  # not in older checkpoints
         progress=progress,
     )
     _check(photos, classes)
@@ -100,7 +101,12 @@ def evaluate_run(
         for name in SETS if data is not None else ("val", "test"):
             mine = photos.photos(name)
             if len(mine):
-                options = Options(device=place, batch_size=BATCH_SIZE, decoder=photos.decoder)
+                options = Options(
+                    device=place,
+                    batch_size=BATCH_SIZE,
+                    decoder=photos.decoder,
+                    max_pixels=photos.max_pixels,
+                )
                 feed = LOADERS[photos.loader](photos.index, photos.cache, mine, options)
                 found = Evaluator(model, feed, normalise, num_classes=len(classes))()
                 predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()

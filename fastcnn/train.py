@@ -97,6 +97,7 @@ def fit(
                 seed=config.seed,
                 split=folder / "split.csv" if resume else config.split,
                 max_bad=config.max_bad,
+                max_pixels=config.max_pixels,
                 strict=config.strict,
                 progress=lambda done, total: progress(done, total, ""),
                 note=console.line,
@@ -213,6 +214,7 @@ def _options(config: Config, device: torch.device, split: str) -> Options:
         decoder=config.decoder,
         workers=config.workers,
         crop_scale=dict(config.augmentations).get("crop"),
+        max_pixels=config.max_pixels,
     )
 
 

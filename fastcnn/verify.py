@@ -177,6 +177,7 @@ def held_out(run: Path) -> tuple[Iterator[Batch], Reported | None]:
             cache_dir=config["cache_dir"],
             split=run / "split.csv",
             max_bad=1.0,
+            max_pixels=config.get("max_pixels"),  # not in older checkpoints
         )
     photos = data.photos("val")
 

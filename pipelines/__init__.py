@@ -82,8 +82,8 @@ def decode(
     decoder: a name in BACKENDS ("auto" is for `choose`, whose answer belongs into cache keys).
     workers: decoding threads; None: one for each core this process may use.
     gpu: index of the device on which DALI decodes; None: the CPU. The other decoders ignore it.
-    max_pixels: a photo whose header claims more is "too large" and is not decoded. Pillow's own limit, the default,
-        also bounds a larger value.
+    max_pixels: a photo whose header claims more is "too large" and is not decoded. More than the default also raises
+        Pillow's own limit in this process.
 
     Raises DecoderUnavailable, and ValueError for arrays of the wrong shape or type and for boxes without area in the
     photo. A bad photo never raises: it gets a verdict.
@@ -102,7 +102,7 @@ def decode(
         if boxes.shape != (len(sources), 4) or not (boxes[:, 2:] > boxes[:, :2]).all():
             raise ValueError(f"boxes must be {(len(sources), 4)}: left < right, top < bottom; got {boxes.shape}")
     backend = _backend(decoder)
-    verdicts: list[Verdict] = backend.decode(sources, size, out, parts, workers or _cores(), gpu, max_pixels)
+    verdicts: list[Verdict] = backend.decode(sources, size, out, parts, workers or num_cores(), gpu, max_pixels)
     return verdicts
 
 
@@ -153,5 +153,6 @@ def _note(notes: list[str], used: str) -> str:
     return f"photos are decoded by {used}: {'; '.join(notes)}" if notes else ""
 
 
-def _cores() -> int:
+def num_cores() -> int:
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,13 @@
-"""The header of a plain JPEG: what the fast decoders need to know before they are trusted with a file."""
+"""What libjpeg-turbo needs to be asked: the header of a plain JPEG, its pixels decoded strictly, and its damage."""
 
 from dataclasses import dataclass
+
+import numpy as np
+
+try:
+    from simplejpeg import decode_jpeg
+except ImportError:  # then nothing is decoded strictly, and damage is not noticed
+    decode_jpeg = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,44 @@ def header(data: bytes) -> Header | None:
 def upright_size(head: Header) -> tuple[int, int]:
     """Return (width, height) once the orientation is applied."""
     return (head.height, head.width) if head.orientation >= 5 else (head.width, head.height)
+
+
+def strict(data: bytes) -> np.ndarray | None:
+    """Return (H, W, 3) uint8 of a plain JPEG as stored, None where libjpeg has anything to say against it.
+
+    The pixels are Pillow's to the bit: the same library with the same settings.
+    """
+    if decode_jpeg is None:
+        return None
+    try:
+        pixels: np.ndarray = decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
+    return pixels
+
+
+def damage(data: bytes) -> str:
+    """Return what libjpeg has to say against a JPEG of any kind that it decodes all the same; else "".
+
+    The whole file is read, at an eighth of its size: a quarter of what decoding it takes.
+    """
+    if decode_jpeg is None:
+        return ""
+    try:
+        decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=1, fastdct=True)
+    except ValueError as error:
+        message = str(error)
+        return message if message.startswith(_DAMAGE) else ""  # else it cannot decode this, which is no fault
+    return ""
+
+
+# libjpeg's warnings (jerror.h) that say that data is missing or wrong.
+_DAMAGE = (
+    "Corrupt JPEG data",
+    "Premature end of JPEG file",
+    "Invalid SOS parameters",
+    "Inconsistent progression sequence",
+)
 
 
 def _orientation(tiff: bytes) -> int | None:

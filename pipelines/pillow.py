@@ -11,8 +11,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
+from pipelines.jpeg import damage, header, strict
 from pipelines.threads import each
-from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, explain, image_format, read
+from pipelines.verdict import (
+    MAX_PIXELS,
+    USABLE,
+    Box,
+    Source,
+    Unusable,
+    Verdict,
+    check_pixels,
+    explain,
+    image_format,
+    read,
+    webp_size,
+)
 
 
 def decode(
@@ -25,33 +38,52 @@ def decode(
     max_pixels: int,
 ) -> list[Verdict]:
     """See `pipelines.decode`."""
-    quiet()
-    return each(lambda data, row, box: one(data, size, row, box, max_pixels), sources, out, boxes, workers)
+    prepare(max_pixels)
+    return each(lambda data, row, box: _one(data, size, row, box, max_pixels), sources, out, boxes, workers)
 
 
 def identity(gpu: int | None) -> str:
     """See `pipelines.identity`."""
-    return "pillow-1"
+    return "pillow-2"
 
 
-def quiet() -> None:
-    """Silence Pillow's own warnings: verdicts say it. For good, as the filters are no thread's own to put back."""
+def prepare(max_pixels: int) -> None:
+    """Silence Pillow's own warnings, as verdicts say it, and raise its limit where `max_pixels` is above.
+
+    For good: neither is any thread's own to put back.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    if max_pixels > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
 
 
 def one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:
-    """Write the photo in `data` into `row` (size, size, 3) uint8; return its verdict. `quiet` was called before."""
+    """Write the photo in `data` into `row` (size, size, 3) uint8; return its verdict. `prepare` was called before."""
     try:
         image = load(data, max_pixels)
     except Exception as error:  # plugins raise whatever a damaged file makes them trip over
         return explain(error)
     row[...] = resize(image, size, clip(box, image.width, image.height))
-    return USABLE
+    warning = damage(data) if data.startswith(b"\xff\xd8") else ""
+    return Verdict(warning=warning) if warning else USABLE
+
+
+def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:
+    """`one`, where plain JPEGs are decoded strictly: the same pixels, and no second look for damage."""
+    head = header(data)
+    if head is not None:
+        check_pixels(head.width, head.height, max_pixels)
+        pixels = strict(data)
+        if pixels is not None:
+            image = _upright(Image.fromarray(pixels), head.orientation)
+            row[...] = resize(image, size, clip(box, image.width, image.height))
+            return USABLE
+    return one(data, size, row, box, max_pixels)
 
 
 def whole(source: Source, max_pixels: int) -> tuple[np.ndarray, Verdict]:
     """See `pipelines.decode_whole`."""
-    quiet()
+    prepare(max_pixels)
     try:
         return np.array(load(read(source), max_pixels)), USABLE
     except Exception as error:
@@ -65,7 +97,16 @@ def resize(image: Image.Image, size: int, box: tuple[float, float, float, float]
 
 def load(data: bytes, max_pixels: int) -> Image.Image:
     """Return the photo upright and in RGB, the first frame where there are several. Raises whatever is wrong."""
-    name = image_format(data)
+    image = open_image(data, image_format(data), max_pixels)
+    image.load()
+    # Orientation is asked for after loading: TIFF has turned the pixels by then, PNG may say it at the end.
+    return _upright(_rgb(image), orientation(image))
+
+
+def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """Return the photo, of a format that `image_format` named, with its header read and no pixel allocated."""
+    if name == "WEBP":  # Pillow allocates its pixels on opening it
+        check_pixels(*webp_size(data), max_pixels)
     try:
         # Only the format that the content shows: Pillow would try 40 others, PostScript among them.
         image: Image.Image = Image.open(io.BytesIO(data), formats=_PLUGINS.get(name, (name,)))
@@ -74,9 +115,7 @@ def load(data: bytes, max_pixels: int) -> Image.Image:
             raise Unusable("unsupported format", f"this Pillow reads no {name}") from error
         raise Unusable("corrupt", f"the header of this {name} cannot be read") from error
     check_pixels(*image.size, max_pixels)
-    image.load()
-    # Orientation is asked for after loading: TIFF has turned the pixels by then, PNG may say it at the end.
-    return _upright(_rgb(image), _orientation(image))
+    return image
 
 
 def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float, float]:
@@ -92,7 +131,8 @@ def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float,
     return inside
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8 as a rule; 1 where there is none."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF is no reason to refuse the photo

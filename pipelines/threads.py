@@ -34,6 +34,8 @@ def _guarded(one: One, source: Source, row: np.ndarray, box: Box | None) -> Verd
         verdict = one(read(source), row, box)
     except Unusable as error:
         verdict = error.verdict
+    except MemoryError:
+        verdict = Verdict("too large", "not enough memory")
     if not verdict.ok:
         row[...] = 0
     return verdict

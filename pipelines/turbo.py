@@ -23,13 +23,13 @@ def decode(
     max_pixels: int,
 ) -> list[Verdict]:
     """See `pipelines.decode`."""
-    pillow.quiet()
+    pillow.prepare(max_pixels)
     return each(lambda data, row, box: _one(data, size, row, box, max_pixels), sources, out, boxes, workers)
 
 
 def identity(gpu: int | None) -> str:
     """See `pipelines.identity`."""
-    return "turbo-1"
+    return "turbo-2"
 
 
 def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:

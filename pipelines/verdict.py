@@ -15,10 +15,22 @@ Source = str | os.PathLike[str] | bytes
 Box = np.ndarray | Callable[[int, int], np.ndarray]
 """(4,) left, top, right, bottom in pixels of the upright photo, or what gives them from its width and height."""
 
-Reason = Literal["", "unreadable", "empty", "not an image", "unsupported format", "too large", "truncated", "corrupt"]
+Reason = Literal[
+    "",
+    "unreadable",
+    "empty",
+    "not an image",
+    "unsupported format",
+    "too large",
+    "truncated",
+    "corrupt",
+    "decoder crash",
+    "decoder killed",
+]
+"""Why a photo cannot be used. In a worker process also that the decoder dies of it, or that the system ended it."""
 
 MAX_PIXELS = 178_956_970
-"""Pillow refuses more as a decompression bomb; no camera makes more in one shot (the largest sensor: 151 million)."""
+"""Where Pillow refuses, too; no camera makes more in one shot (the largest sensor: 151 million)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,8 @@ class Verdict:
 
     reason: Reason = ""
     detail: str = ""
+    warning: str = ""
+    """What is wrong with a usable one: a JPEG whose data is damaged and decodes all the same."""
 
     @property
     def ok(self) -> bool:
@@ -85,11 +99,24 @@ def image_format(data: bytes) -> str:
     raise Unusable("not an image", f"starts with {data[:8]!r}")
 
 
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) in the header of a WebP, or (1, 1) where it cannot be read."""
+    kind, number = data[12:16], int.from_bytes
+    if kind == b"VP8X":
+        return 1 + number(data[24:27], "little"), 1 + number(data[27:30], "little")
+    if kind == b"VP8L":
+        bits = number(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        return number(data[26:28], "little") & 0x3FFF, number(data[28:30], "little") & 0x3FFF
+    return 1, 1
+
+
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Raise Unusable where a header claims no pixels, or more than `max_pixels` or Pillow's own limit."""
+    """Raise Unusable where a header claims no pixels, or more than `max_pixels`."""
     if width < 1 or height < 1:
         raise Unusable("corrupt", f"{width}x{height} pixels")
-    if width * height > min(max_pixels, MAX_PIXELS):
+    if width * height > max_pixels:
         raise Unusable("too large", f"{width}x{height} pixels")
 
 
@@ -100,7 +127,7 @@ def explain(error: Exception) -> Verdict:
     detail = str(error) or type(error).__name__
     words = f"{type(error).__name__} {detail}".lower()
     if "bomb" in words or isinstance(error, MemoryError):
-        return Verdict("too large", detail)
+        return Verdict("too large", detail.partition(" exceeds")[0])
     if "truncated" in words or isinstance(error, EOFError):
         return Verdict("truncated", detail)
     if isinstance(error, (NotImplementedError, ImportError)) or any(

@@ -19,6 +19,7 @@ import pipelines
 from fastcnn import cache
 from fastcnn.errors import FastCNNError
 from fastcnn.index import Index, scan
+from pipelines.workers import Workers
 
 SIZE = 32
 
@@ -71,7 +72,7 @@ def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
 def test_a_second_build_decodes_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = scan(data)
     first = build(index, tmp_path)
-    monkeypatch.setattr(pipelines, "decode", None)
+    monkeypatch.setattr(Workers, "decode", None)
     second = build(scan(data), tmp_path)
     assert second.num_decoded == 0
     assert (second.rows == first.rows).all()
@@ -108,6 +109,52 @@ def test_unreadable_photos_are_tried_again(data: Path, tmp_path: Path) -> None:
     built = build(index, tmp_path)
     assert built.num_decoded == 1
     assert_right(built, index)
+
+
+def test_a_photo_that_changes_between_scan_and_decode(data: Path, tmp_path: Path) -> None:
+    """What is there when it is decoded counts; the next run sees that it is another, and decodes it again."""
+    index = scan(data)
+    shutil.copy(data / index.paths[3], data / index.paths[0])
+    assert_right(build(index, tmp_path), index)
+    index = scan(data)
+    assert build(index, tmp_path).num_decoded == 1
+    (data / index.paths[1]).write_bytes((data / index.paths[1]).read_bytes()[:400])  # being written
+    assert build(index, tmp_path).num_decoded == 0
+    built = build(scan(data), tmp_path)
+    assert built.reasons[1] == "truncated"
+
+
+def test_photos_with_names_of_any_kind(data: Path, tmp_path: Path) -> None:
+    names = [b"with space.jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"n" * 251 + b".jpg", b"none"]
+    folder, photo = data / scan(data).classes[0], data / scan(data).paths[0]
+    for name in names:
+        shutil.copy(photo, folder / os.fsdecode(name))
+    (folder / "link.jpg").symlink_to(photo)
+    index = scan(data)
+    assert_right(build(index, tmp_path), index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def test_damage_is_told_and_kept(data: Path, tmp_path: Path) -> None:
+    """A JPEG with bytes too many between two segments decodes all the same; the next run knows of it, too."""
+    index = scan(data)
+    photo = data / index.paths[0]
+    content = photo.read_bytes()
+    photo.write_bytes(content.replace(b"\xff\xdb", b"\0\0\0\xff\xdb", 1))
+    for _ in range(2):
+        built = build(scan(data), tmp_path)
+        assert built.damage[0].startswith("Corrupt JPEG data: 3 extraneous bytes")
+        assert not any(built.damage[1:])
+        assert built.usable[0]
+
+
+def test_max_pixels_is_part_of_the_key(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert build(index, tmp_path, max_pixels=pipelines.MAX_PIXELS).folder == built.folder
+    small = build(index, tmp_path, max_pixels=100)
+    assert set(small.reasons) == {"too large", "not an image"}
+    assert small.folder != built.folder
 
 
 def test_an_interrupted_build_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,7 +62,9 @@ def test_errors_are_one_line(
     assert err.startswith("fastcnn: error: ")
 
 
-def test_train_export_predict(capsys: pytest.CaptureFixture[str], photos: Path, tmp_path: Path) -> None:
+def test_train_export_predict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path
+) -> None:
     code, out, err = run(capsys, "train", photos, *SMALL, "--batch_norm=False")
     assert code == 0, err
     assert "epoch 1/1" in out
@@ -90,6 +93,17 @@ def test_train_export_predict(capsys: pytest.CaptureFixture[str], photos: Path, 
     assert code == 1
     assert lines[0] == {"path": "bad.jpg", "error": "not an image"}
     assert 0 < lines[1]["predictions"][0]["probability"] <= 1
+
+    first, second = sorted(folder.iterdir())[:2]
+    code, out, err = run(capsys, "predict", "runs/photos", f"{folder}/*0?.jpg", "--quiet")
+    assert (code, err) == (0, "")
+    assert [line.split("  ")[0] for line in out.splitlines()] == sorted(map(str, folder.glob("*0?.jpg")))
+    for names in (f"{first}\n{second}\nbad.jpg\n", f"{first}\0{second}\0bad.jpg\0"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(names.encode())))
+        code, out, err = run(capsys, "predict", "runs/photos", "-")
+        assert code == 1
+        assert [line.split("  ")[0] for line in out.splitlines()] == [str(first), str(second), "bad.jpg"]
+        assert re.fullmatch(r"3 photos in .* s \(.* photos/s, \d+% of it decoding\); 1 cannot be used\n", err)
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], photos: Path) -> None:

@@ -27,19 +27,29 @@ LEVELS = [
         "signals",
         "runs",
         "archive",
+        "twins",
     },
-    {"artefact", "wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "fetch"},
+    {"artefact", "wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "page", "fetch"},
     {"tracker", "optim", "loader", "report", "deploy"},
-    {"step", "dataset"},
-    {"engines"},
+    {"step", "dataset", "check"},
+    {"engines", "check_page"},
     {"evaluate", "predict", "skew", "triton", "card"},
-    {"verify", "rescore", "session"},
+    {"verify", "rescore", "session", "serve"},
     {"export"},
     {"finish"},
     {"train", "data"},
     {"cli"},
 ]
-DECODING = {"cache", "dataset", "loader", "predict", "skew"}  # what may import pipelines
+DECODING = {
+    "cache",
+    "check",
+    "check_page",
+    "dataset",
+    "loader",
+    "predict",
+    "serve",
+    "skew",
+}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:

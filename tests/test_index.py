@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +133,63 @@ def test_links(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this system makes no links")
     assert scan(tmp_path).paths == ("a/1.jpg", "a/gone.jpg", "a/more/2.jpg", "b/1.jpg")
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    """A link to itself is a photo that cannot be read; one to the folder or above it is no class."""
+    touch(tmp_path, "data/a/1.jpg", "data/b/1.jpg")
+    (tmp_path / "data/a/self.jpg").symlink_to("self.jpg")
+    (tmp_path / "data/all").symlink_to(".", target_is_directory=True)
+    (tmp_path / "data/above").symlink_to("..", target_is_directory=True)
+    (tmp_path / "data/b/one").symlink_to("two")
+    (tmp_path / "data/b/two").symlink_to("one")
+    index = scan(tmp_path / "data")
+    assert index.classes == ("a", "b")
+    assert index.paths == ("a/1.jpg", "a/self.jpg", "b/1.jpg", "b/one", "b/two")
+
+
+def test_names_of_any_kind(tmp_path: Path) -> None:
+    names = [b"with space.jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"n" * 251 + b".jpg", b"none", b"-o.jpg", b"%41.jpg"]
+    for name in names:
+        touch(tmp_path, "a/" + os.fsdecode(name), "b/" + os.fsdecode(name))
+    assert {os.fsencode(path) for path in scan(tmp_path).paths} == {b + n for n in names for b in (b"a/", b"b/")}
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder of one's own, as a user who is no root: root may read everything."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("this system has no such permissions")
+    folder = Path(tempfile.mkdtemp())
+    root = os.geteuid() == 0
+    if root:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def test_folders_that_cannot_be_read(nobody: Path) -> None:
+    touch(nobody, "data/a/1.jpg", "data/b/1.jpg", "data/b/closed/2.jpg", "data/b/3.jpg")
+    (nobody / "data/b/closed").chmod(0)
+    with pytest.warns(FastCNNWarning, match="1 folder below .* cannot be read"):
+        assert scan(nobody / "data").paths == ("a/1.jpg", "b/1.jpg", "b/3.jpg")
+    (nobody / "data/b").chmod(0)
+    with (
+        pytest.warns(FastCNNWarning, match="1 folder"),
+        pytest.raises(DataError, match="no usable photos of class 'b'"),
+    ):
+        scan(nobody / "data")
+    (nobody / "data").chmod(0)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        scan(nobody / "data")
+    nobody.chmod(0)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        scan(nobody / "data")
 
 
 def test_split_file_round_trip(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipelines
 from fastcnn import Config, checkpoint, fit
 from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.evaluate import restore
 from fastcnn.finish import STAGES
 from fastcnn.tracker import COLUMNS
+from pipelines.workers import Workers
 
 SMALL = {"epochs": 2, "image_size": 32, "filters": (8,), "batch_size": 16, "report": False}
 
@@ -70,7 +70,7 @@ def test_config_yaml_reproduces_the_run_to_the_bit(photos: Path, tmp_path: Path)
 def test_a_second_run_decodes_nothing(
     run_dir: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipelines, "decode", None)
+    monkeypatch.setattr(Workers, "decode", None)
     assert fit(Config(data=str(photos), **SMALL)).summary["num_decoded"] == 0
 
 

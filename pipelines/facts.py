@@ -1,0 +1,65 @@
+"""What a photo's file is, without its pixels; and a small picture of it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pipelines import pillow
+from pipelines.verdict import MAX_PIXELS, Source, Unusable, image_format, read
+
+EXTENSIONS = {
+    "JPEG": {"jpg", "jpeg", "jpe", "jfif", "mpo"},
+    "TIFF": {"tif", "tiff"},
+    "PPM": {"ppm", "pgm", "pnm"},
+    "JPEG2000": {"jp2", "j2k", "jpf", "jpx", "j2c", "jpc"},
+}
+"""Format -> extensions that belong to it, where it is not its own name alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A file's format (by content) and what its header says; size 0x0 where it cannot be read."""
+
+    format: str = ""
+    mode: str = ""
+    """Pillow's name of how pixels are stored: RGB, L (grey), P (palette), RGBA, CMYK, I;16..."""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    progressive: bool = False
+
+
+def facts(source: Source) -> Facts:
+    """Return the facts of a file. Never raises for a bad one: what cannot be read is left out."""
+    try:
+        data = read(source)
+        name = image_format(data)
+    except Unusable:
+        return Facts()
+    pillow.prepare(MAX_PIXELS)
+    try:
+        image = pillow.open_image(data, name, MAX_PIXELS)
+        width, height = image.size
+        return Facts(name, image.mode, width, height, pillow.orientation(image), bool(image.info.get("progressive")))
+    except Exception:  # plugins raise whatever a damaged file makes them trip over
+        return Facts(name)
+
+
+def misnamed(path: str, format: str) -> bool:
+    """Whether a file's name claims another format than its content has. No extension claims nothing."""
+    extension = Path(path).suffix[1:].lower()
+    return bool(format) and bool(extension) and extension not in EXTENSIONS.get(format, {format.lower()})
+
+
+def thumbnail(source: Source, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Return a JPEG of at most side x side, upright, in the photo's own proportions. Raises whatever is wrong."""
+    pillow.prepare(max_pixels)
+    image = pillow.load(read(source), max_pixels)
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return file.getvalue()
