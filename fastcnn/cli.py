@@ -386,5 +386,22 @@ def data_download(name: str, folder: str, url: str | None) -> None:
     click.echo(f"next: fastcnn train {shlex.quote(str(photos))}")
 
 
+@commands.command(**HELP)
+@cache_dir
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+def doctor(cache_dir: str | None, as_json: bool) -> int:
+    """Say what this machine has for fastcnn, and what to install for what it lacks.
+
+    without: a run does without it, slower or with less. wrong: what is there cannot be used; the exit code is then 4.
+    """
+    import json
+
+    from fastcnn.doctor import examine, table, to_dict
+
+    lines = examine(cache_dir)
+    click.echo(json.dumps(to_dict(lines), indent=1) if as_json else table(lines))
+    return 4 if any(line.state == "wrong" for line in lines) else 0
+
+
 if __name__ == "__main__":
     main()

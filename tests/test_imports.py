@@ -36,10 +36,10 @@ LEVELS = [
     {"evaluate", "predict"},
     {"export", "rescore", "session"},
     {"finish"},
-    {"train", "data"},
+    {"train", "data", "doctor"},
     {"cli"},
 ]
-DECODING = {"cache", "check", "check_page", "dataset", "loader", "predict"}  # what may import pipelines
+DECODING = {"cache", "check", "check_page", "dataset", "doctor", "loader", "predict"}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:
