@@ -142,9 +142,11 @@ def build(
             # A chunk is written while the next is decoded.
             with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
                 writing: Future[None] | None = None
+                buffers = [shared((min(CHUNK, len(missing)), image_size, image_size, 3)) for _ in range(2)]
                 for photos in _chunks(missing):
                     paths = [index.root / index.paths[i] for i in photos]
-                    pixels = shared((len(photos), image_size, image_size, 3))
+                    buffers.reverse()
+                    pixels = buffers[0][: len(photos)]
                     verdicts = decoding.decode(paths, image_size, pixels)
                     if writing:
                         writing.result()

@@ -325,9 +325,10 @@ def _decode(
     hashes = np.zeros(len(paths), np.uint64)
     pictures = np.zeros((len(paths), (twins.SIZE // 2) ** 2), np.uint8)
     with Workers(decoder, threads=threads, max_pixels=max_pixels) as decoding:
+        buffer = shared((CHUNK, twins.SIZE, twins.SIZE, 3))
         for start in range(0, len(paths), CHUNK):
             part = paths[start : start + CHUNK]
-            images = shared((len(part), twins.SIZE, twins.SIZE, 3))
+            images = buffer[: len(part)]
             verdicts += decoding.decode(part, twins.SIZE, images)
             here = slice(start, start + len(part))
             hashes[here], pictures[here] = twins.describe(images)

@@ -35,6 +35,7 @@ import pipelines
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
 
 THREADS = 8  # of one worker: with more, Python's lock would begin to count
+MAPPED = 2  # arrays that a worker keeps at hand: mapping and filling them with zeros anew costs 4% of its time
 GIVE_UP = 16  # photos that failed, when none was decoded: then it is not the photos
 
 
@@ -56,7 +57,6 @@ class _Batch(NamedTuple):
     sources: list[Source]
     size: int
     first: int  # the row of the first source
-    rows: int  # of the whole array
 
 
 class Workers:
@@ -91,9 +91,9 @@ class Workers:
     def decode(self, sources: Sequence[Source], size: int, out: np.ndarray) -> list[Verdict]:
         """Write the pixels of each usable source into its row of `out`; return a verdict a source, in their order.
 
-        As `pipelines.decode`, but for `out`, which is an array of `shared`. A photo of which the decoder dies is
-        "decoder crash", or "decoder killed" where the system ended the worker. Where no worker can be started, it is
-        `pipelines.decode` in this process, and `note` says why.
+        As `pipelines.decode`, but for `out`, which is an array of `shared` or its first rows. A photo of which the
+        decoder dies is "decoder crash", or "decoder killed" where the system ended the worker. Where no worker can be
+        started, it is `pipelines.decode` in this process, and `note` says why.
 
         Raises DecoderUnavailable where the decoder dies of everything.
         """
@@ -121,7 +121,7 @@ class Workers:
         if self._server is None:
             self._server = _Server(pipelines.BACKENDS[self._decoder], gpu=self._options[1])
         share = max(1, math.ceil(len(sources) / len(self._workers)))
-        parts = [_Batch(list(sources[i : i + share]), size, i, len(sources)) for i in range(0, len(sources), share)]
+        parts = [_Batch(list(sources[i : i + share]), size, i) for i in range(0, len(sources), share)]
         if len(parts) <= 1:
             verdicts = [self._decode(0, part, out) for part in parts]
         else:
@@ -159,12 +159,10 @@ class Workers:
 
     def _ask(self, lane: int, batch: _Batch, out: np.ndarray) -> list[Verdict]:
         assert self._server is not None
-        memory = out.base
-        assert isinstance(memory, _Memory)
         worker = self._workers[lane]
         if worker is None:
             worker = self._workers[lane] = self._server.fork()
-        answer = worker.ask((batch, self._options), memory.fd)
+        answer = worker.ask((batch, self._options), _memory(out).fd)
         if isinstance(answer, list):
             return answer
         if answer is None:
@@ -186,6 +184,14 @@ def shared(shape: tuple[int, ...]) -> np.ndarray:
     memory.fd = file
     weakref.finalize(memory, os.close, file)
     return np.ndarray(shape, np.uint8, memory)
+
+
+def _memory(array: np.ndarray) -> _Memory:
+    base = array.base
+    while isinstance(base, np.ndarray):  # of a slice
+        base = base.base
+    assert isinstance(base, _Memory)
+    return base
 
 
 class _Memory(mmap.mmap):
@@ -351,23 +357,31 @@ def _work(module: str, handle: int) -> None:
             file.write("1000")  # where memory ends, this is what the system should end
         link = socket.socket(fileno=handle)
         connection = Connection(os.dup(handle))
+        mapped: dict[int, mmap.mmap] = {}
         while True:
             _, handles, _, _ = socket.recv_fds(link, 1, 1)
             if not handles:
                 break
-            (batch, options) = connection.recv()
-            connection.send(_answer(module, batch, options, handles[0]))
+            number = os.fstat(handles[0]).st_ino  # no other file's while this one is mapped
+            if number not in mapped:
+                if len(mapped) == MAPPED:
+                    del mapped[next(iter(mapped))]
+                mapped[number] = mmap.mmap(handles[0], 0)
             os.close(handles[0])
+            (batch, options) = connection.recv()
+            connection.send(_answer(module, batch, options, mapped[number]))
     except (EOFError, OSError):
         pass
     finally:
         os._exit(0)
 
 
-def _answer(module: str, batch: _Batch, options: tuple[int, int | None, int], handle: int) -> list[Verdict] | Verdict:
+def _answer(
+    module: str, batch: _Batch, options: tuple[int, int | None, int], memory: mmap.mmap
+) -> list[Verdict] | Verdict:
     """Return the verdicts on a batch, or one on its photo alone where the decoder raised what no decoder should."""
-    out = np.ndarray((batch.rows, batch.size, batch.size, 3), np.uint8, mmap.mmap(handle, 0))
-    part = out[batch.first : batch.first + len(batch.sources)]
+    shape = len(batch.sources), batch.size, batch.size, 3
+    part = np.ndarray(shape, np.uint8, memory, batch.first * batch.size**2 * 3)
     try:
         verdicts: list[Verdict] = importlib.import_module(module).decode(
             batch.sources, batch.size, part, None, *options

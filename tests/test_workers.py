@@ -310,7 +310,7 @@ def mixed(photos: list[bytes], num_photos: int, num_pages: int) -> list[bytes]:
     return contents
 
 
-@pytest.mark.parametrize(("num_photos", "num_pages"), [(96, 3), pytest.param(1_000, 64, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("num_photos", "num_pages"), [(128, 16), pytest.param(1_000, 64, marks=pytest.mark.long)])
 def test_dali_itself_dies_of_text_and_the_build_goes_on(
     unfiltered: str,
     photos: list[bytes],
