@@ -5,7 +5,7 @@ death the next is there in milliseconds. Workers write pixels into the caller's 
 a worker dies, its batch is halved until the guilty photo is alone: that gets a verdict, the others their pixels.
 
 The server is no fork of the caller, who may have threads and a GPU in use, nor one of multiprocessing's, which would
-run the caller's script again. When the caller dies, however it dies, all of them see their sockets closed and end.
+run the caller's script again. When the caller dies, however it dies, the server sees its socket closed and ends them.
 """
 
 from __future__ import annotations
@@ -314,10 +314,12 @@ class _Server:
 
 def serve(handle: int) -> None:
     """Import the decoder that the caller names, then fork workers until it is gone. The server's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the caller decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: it is the caller who decides
+        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     link = socket.socket(fileno=handle)
     connection = Connection(os.dup(handle))
+    workers: set[int] = set()
     with contextlib.suppress(EOFError, OSError):
         module, preload = connection.recv()
         try:
@@ -337,9 +339,13 @@ def serve(handle: int) -> None:
                     link.close()
                     _work(module, handles[0])
                 os.close(handles[0])
+                workers.add(pid)
                 connection.send(pid)
             else:
+                workers.discard(request)
                 connection.send(_end_of(request))
+    for pid in workers:  # in the middle of a batch they would not notice
+        os.kill(pid, signal.SIGKILL)
 
 
 def _end_of(pid: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHARED_DATA
 from test_pipelines import camera, encoded
 
 import pipelines
@@ -91,6 +92,13 @@ def expected(sources: list[bytes], decoder: str = "pillow") -> np.ndarray:
     out = np.zeros((len(sources), SIZE, SIZE, 3), np.uint8)
     pipelines.decode(sources, SIZE, out, decoder=decoder)
     return out
+
+
+def runs(process: Path) -> bool:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def children() -> set[str]:
@@ -187,7 +195,7 @@ def test_nothing_is_left_behind(photos: list[bytes]) -> None:
             decode(decoding, photos)
             worker = decoding._workers[0]
         assert worker is not None
-        assert not Path(f"/proc/{worker.pid}/cmdline").exists() or not Path(f"/proc/{worker.pid}/cmdline").read_bytes()
+        assert not runs(Path(f"/proc/{worker.pid}"))
     assert children() == before
     assert len(os.listdir("/proc/self/fd")) <= files  # noqa: PTH208
 
@@ -202,20 +210,21 @@ pipelines.BACKENDS["planted"] = "planted_decoder"
 decoding = Workers("planted")
 photo = open("photo.jpg", "rb").read()
 decoding.decode([photo], {SIZE}, shared((1, {SIZE}, {SIZE}, 3)))
-print(decoding._server._process.pid, flush=True)
+print(decoding._server._process.pid, decoding._workers[0].pid, flush=True)
 decoding.decode([photo + b"slow"], {SIZE}, shared((1, {SIZE}, {SIZE}, 3)))
 """
     Path("photo.jpg").write_bytes(photos[0])
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as caller:
         assert caller.stdout is not None
-        server = Path("/proc") / caller.stdout.readline().strip()
+        processes = [Path("/proc") / number for number in caller.stdout.readline().split()]
+        time.sleep(0.5)
         caller.kill()
     for _ in range(100):
-        if not server.exists() or "Z" in (server / "stat").read_text().split()[2]:
+        if not any(map(runs, processes)):
             break
         time.sleep(0.05)
     else:
-        pytest.fail("the server outlives its caller")
+        pytest.fail("the server or its worker outlives its caller")
 
 
 def test_where_no_process_can_be_started(photos: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +342,9 @@ def test_dali_itself_dies_of_text_and_the_build_goes_on(
     assert len(built.images) == num_photos
     for path, reason in zip(scan(data).paths, built.reasons, strict=True):
         assert (reason != "") == (data / path).read_bytes().startswith((b"<", b"this"))
-    # 2.2 to 2.4 die of it; a later one may not, and then there is nothing to survive.
-    assert deaths or pytest.importorskip("nvidia.dali").__version__ > "2.4.0"
     print(f"{len(deaths)} deaths: {set(deaths)}")
+    if num_pages == 64:  # fewer do not kill DALI 2.4.0 every time
+        assert any("SIGSEGV" in death for death in deaths)
 
 
 def test_text_does_not_even_reach_dali(photos: list[bytes], tmp_path: Path) -> None:
@@ -345,3 +354,35 @@ def test_text_does_not_even_reach_dali(photos: list[bytes], tmp_path: Path) -> N
     built = build(data, "dali")
     assert sorted(built.reasons) == [""] * 1_000 + ["not an image"] * 64
     assert len(built.images) == 1_000
+
+
+@pytest.mark.shared
+def test_odd_images_among_good_ones(tmp_path: Path) -> None:
+    """With each decoder: every good photo is cached, and each odd one has the verdict that README.tsv implies."""
+    odd, reasons, damage = SHARED_DATA / "odd-images", {}, {}
+    rows = [line.split("\t") for line in (odd / "README.tsv").read_text().splitlines()[1:]]
+    good = sorted((SHARED_DATA / "animals-8" / "dog").iterdir())[:78]
+    for i, photo in enumerate(good):
+        (tmp_path / "data" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / f"class {i % 2}" / f"{i:03} good.jpg").symlink_to(photo)
+    for i, row in enumerate(rows):
+        (tmp_path / "data" / "class 0" / f"{2 * i:03} odd {row[0]}").symlink_to(odd / row[0])
+    index = scan(tmp_path / "data")
+    for decoder in pipelines.BACKENDS:
+        try:
+            pipelines.choose(decoder, gpu=False)
+        except pipelines.DecoderUnavailable:
+            continue
+        built = build(tmp_path / "data", decoder)
+        found = dict(zip(index.paths, built.reasons, strict=True))
+        assert not any(reason for path, reason in found.items() if path.endswith("good.jpg"))
+        reasons[decoder] = {path.partition(" odd ")[2]: reason for path, reason in found.items() if " odd " in path}
+        pairs = zip(index.paths, built.damage, strict=True)
+        damage[decoder] = {path.partition(" odd ")[2]: text for path, text in pairs if text}
+    assert len(reasons["pillow"]) == 39
+    assert {name for name, reason in reasons["pillow"].items() if not reason} == {
+        row[0] for row in rows if row[7] == "ok"
+    }
+    assert damage["pillow"] == {row[0]: row[8] for row in rows if row[7] == "ok" and row[8] != "-"}
+    assert all(each == reasons["pillow"] for each in reasons.values())
+    assert all(each == damage["pillow"] for each in damage.values())
