@@ -35,7 +35,8 @@ import pipelines
 from fastcnn.config import user_cache_folder
 from fastcnn.errors import FastCNNError, fall_back
 from fastcnn.index import Index
-from pipelines.workers import Workers, shared
+from pipelines.workers import Workers, end_early, shared
+from pipelines.workers import start_early as start_decoder
 
 FORMAT = 1
 RESIZE = "squash-bilinear-antialias"
@@ -195,6 +196,25 @@ def default_folder(cache_dir: str | Path | None = None) -> Path:
     return Path(cache_dir) if cache_dir else user_cache_folder()
 
 
+def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None) -> None:
+    """Begin to import what decodes on a CPU where a folder has no cache: in its own process, beside our own imports.
+
+    That takes a second, as does importing torch here; with two cores they take it together.
+    """
+    here = str(Path(root).resolve())
+    headers = (_header_of(folder) for folder in _cache_folders(cache_dir))
+    gpu = Path("/proc/driver/nvidia").exists()
+    if pipelines.num_cores() > 1 and not gpu and not any(header.get("root") == here for header in headers):
+        start_decoder({"auto": "turbo"}.get(decoder, decoder))
+
+
+def _header_of(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        header = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        return header if isinstance(header, dict) else {}
+    return {}
+
+
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     """Return a mapping a cache: key, root, image_size, decoder, photos, bytes, modified (seconds since the epoch)."""
     caches = []
@@ -322,6 +342,7 @@ def _workers(
     max_pixels = max_pixels or pipelines.MAX_PIXELS
     with Workers(decoder, threads=threads, gpu=gpu, max_pixels=max_pixels) as workers:
         yield workers
+    end_early()
     if workers.note:
         fall_back(f"photos were decoded in this process, which a damaged one may end: {workers.note}", strict=strict)
 

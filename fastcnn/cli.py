@@ -168,10 +168,18 @@ def train(
 
         click.echo(yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
+    from fastcnn import cache
     from fastcnn.console import Console
-    from fastcnn.train import fit
 
-    fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=time.perf_counter() - start)
+    if not resume and Path(run.data).is_dir():
+        cache.start_early(run.data, run.decoder, run.cache_dir)
+    try:
+        from fastcnn.train import fit
+
+        spent = time.perf_counter() - start
+        fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)
+    finally:
+        cache.end_early()
 
 
 @commands.command("eval", **HELP)

@@ -119,7 +119,9 @@ class Workers:
 
     def _decode_all(self, sources: Sequence[Source], size: int, out: np.ndarray) -> list[Verdict]:
         if self._server is None:
-            self._server = _Server(pipelines.BACKENDS[self._decoder], gpu=self._options[1])
+            gpu = self._options[1]
+            early = _early.pop(self._decoder, None) if gpu is None else None
+            self._server = early or _Server(pipelines.BACKENDS[self._decoder], gpu=gpu)
         share = max(1, math.ceil(len(sources) / len(self._workers)))
         parts = [_Batch(list(sources[i : i + share]), size, i) for i in range(0, len(sources), share)]
         if len(parts) <= 1:
@@ -169,6 +171,22 @@ class Workers:
             self._workers[lane] = None
             answer = self._server.autopsy(worker)
         raise _Died(answer)
+
+
+_early: dict[str, _Server] = {}
+
+
+def start_early(decoder: str) -> None:
+    """Begin to import a decoder in a server process, for the next Workers of it; `end_early` ends what none has taken."""
+    if decoder not in _early:
+        with contextlib.suppress(Unavailable):
+            _early[decoder] = _Server(pipelines.BACKENDS[decoder], gpu=None)
+
+
+def end_early() -> None:
+    """End the servers that were started early and not used."""
+    while _early:
+        _early.popitem()[1].close(wait=False)
 
 
 def shared(shape: tuple[int, ...]) -> np.ndarray:
@@ -303,11 +321,13 @@ class _Server:
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return Verdict("decoder crash", f"the decoder dies of it ({name})")
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the process, or without waiting for the end of an import, kill it."""
         if self._process is not None:
             self._connection.close()
             self._link.close()
+            if not wait:
+                self._process.kill()
             self._process.wait()
             self._process = None
 

@@ -236,6 +236,20 @@ def test_where_no_process_can_be_started(photos: list[bytes], monkeypatch: pytes
     assert np.array_equal(got, expected(photos))
 
 
+def test_a_server_started_early_is_used_or_ended(photos: list[bytes]) -> None:
+    workers.start_early("pillow")
+    server = workers._early["pillow"]
+    with Workers("pillow") as decoding:
+        assert np.array_equal(decode(decoding, photos)[0], expected(photos))
+        assert decoding._server is server
+    workers.start_early("pillow")
+    process = workers._early["pillow"]._process
+    assert process is not None
+    workers.end_early()
+    assert process.returncode is not None
+    assert not workers._early
+
+
 def write(folder: Path, contents: list[bytes]) -> Path:
     for i, content in enumerate(contents):
         (folder / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
@@ -263,6 +277,16 @@ def test_a_cache_is_built_around_photos_that_kill(
     for path, row in zip(scan(data).paths, built.rows, strict=True):
         assert row < 0 or np.array_equal(built.images[row], right[int(path[-7:-4]) % 40])
     assert build(data, planted).num_decoded == 0
+
+
+def test_only_a_folder_without_a_cache_is_started_early(photos: list[bytes], tmp_path: Path) -> None:
+    data = write(tmp_path / "data", photos[:4])
+    cache.start_early(data, "pillow", tmp_path / "cache")
+    assert list(workers._early) == (["pillow"] if pipelines.num_cores() > 1 else [])
+    build(data, "pillow")
+    assert not workers._early
+    cache.start_early(data, "pillow", tmp_path / "cache")
+    assert not workers._early
 
 
 def test_killed_for_memory_is_asked_again_by_the_next_run(planted: str, photos: list[bytes], tmp_path: Path) -> None:
