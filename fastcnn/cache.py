@@ -35,7 +35,8 @@ import pipelines
 from fastcnn.config import user_cache_folder
 from fastcnn.errors import FastCNNError, fall_back
 from fastcnn.index import Index
-from pipelines.workers import Workers, end_early, shared
+from pipelines.workers import Workers, shared
+from pipelines.workers import end_early as end_early
 from pipelines.workers import start_early as start_decoder
 
 FORMAT = 1
@@ -199,13 +200,14 @@ def default_folder(cache_dir: str | Path | None = None) -> Path:
 def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None) -> None:
     """Begin to import what decodes on a CPU where a folder has no cache: in its own process, beside our own imports.
 
-    That takes a second, as does importing torch here; with two cores they take it together.
+    That takes a second, as does importing torch here; with two cores they take it together. `end_early` when done.
     """
-    here = str(Path(root).resolve())
-    headers = (_header_of(folder) for folder in _cache_folders(cache_dir))
-    gpu = Path("/proc/driver/nvidia").exists()
-    if pipelines.num_cores() > 1 and not gpu and not any(header.get("root") == here for header in headers):
-        start_decoder({"auto": "turbo"}.get(decoder, decoder))
+    with contextlib.suppress(OSError):
+        here = str(Path(root).resolve(strict=True))
+        known = [_header_of(folder).get("root") for folder in _cache_folders(cache_dir)]
+        gpu = Path("/proc/driver/nvidia").exists()  # then another decoder does it
+        if pipelines.num_cores() > 1 and not gpu and here not in known:
+            start_decoder({"auto": "turbo"}.get(decoder, decoder))
 
 
 def _header_of(folder: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def train(
     from fastcnn import cache
     from fastcnn.console import Console
 
-    if not resume and Path(run.data).is_dir():
+    if not resume:
         cache.start_early(run.data, run.decoder, run.cache_dir)
     try:
         from fastcnn.train import fit

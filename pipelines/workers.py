@@ -177,7 +177,7 @@ _early: dict[str, _Server] = {}
 
 
 def start_early(decoder: str) -> None:
-    """Begin to import a decoder in a server process, for the next Workers of it; `end_early` ends what none has taken."""
+    """Begin to import a decoder in a server process, for the next Workers; `end_early` ends what none has taken."""
     if decoder not in _early:
         with contextlib.suppress(Unavailable):
             _early[decoder] = _Server(pipelines.BACKENDS[decoder], gpu=None)

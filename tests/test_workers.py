@@ -121,6 +121,18 @@ def test_pixels_and_verdicts_are_those_of_this_process(decoder: str, photos: lis
     pipelines.close()
 
 
+@pytest.mark.cuda
+def test_dali_on_a_gpu_is_that_of_this_process(photos: list[bytes]) -> None:
+    pipelines.choose("dali", gpu=True)
+    out = np.zeros((len(photos), SIZE, SIZE, 3), np.uint8)
+    verdicts = pipelines.decode(photos, SIZE, out, decoder="dali", gpu=0)
+    with Workers("dali", gpu=0) as decoding:
+        got, same = decode(decoding, photos)
+    assert same == verdicts
+    assert np.array_equal(got, out)
+    pipelines.close()
+
+
 DEATHS = {
     "segfault": ("decoder crash", "SIGSEGV"),
     "abort": ("decoder crash", "SIGABRT"),
