@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import math
 import mmap
 import os
@@ -36,7 +37,7 @@ from pipelines.verdict import MAX_PIXELS, Source, Verdict
 
 THREADS = 8  # of one worker: with more, Python's lock would begin to count
 MAPPED = 2  # arrays that a worker keeps at hand: mapping and filling them with zeros anew costs 4% of its time
-GIVE_UP = 16  # photos that failed, when none was decoded: then it is not the photos
+GIVE_UP = 16  # photos that failed when none was decoded: then it may be the decoder
 
 
 class Unavailable(RuntimeError):
@@ -152,12 +153,21 @@ class Workers:
         except _Died:
             out[batch.first] = 0
             self._num_failed += 1
-            if self._num_failed >= GIVE_UP and not self._num_decoded:
-                why = (
-                    f"it failed on each of the first {GIVE_UP} photos ({verdict.detail}); choose another with --decoder"
-                )
-                raise pipelines.DecoderUnavailable(self._decoder, why) from None
-            return verdict
+        if self._num_failed >= GIVE_UP and not self._num_decoded:
+            self._probe(lane, batch.size, verdict)
+        return verdict
+
+    def _probe(self, lane: int, size: int, verdict: Verdict) -> None:
+        """Raise DecoderUnavailable where the decoder fails on a photo that is surely good, too."""
+        from PIL import Image
+
+        photo = io.BytesIO()
+        Image.new("RGB", (64, 64), "grey").save(photo, "JPEG")
+        try:
+            self._num_decoded += len(self._ask(lane, _Batch([photo.getvalue()], size, 0), shared((1, size, size, 3))))
+        except _Died:
+            why = f"it fails on every photo ({verdict.detail}); choose another with --decoder"
+            raise pipelines.DecoderUnavailable(self._decoder, why) from None
 
     def _ask(self, lane: int, batch: _Batch, out: np.ndarray) -> list[Verdict]:
         assert self._server is not None
@@ -257,7 +267,7 @@ class _Server:
         self._start()
 
     def _start(self) -> None:
-        if not hasattr(os, "fork") or not sys.executable:
+        if not hasattr(os, "fork") or not sys.executable or getattr(sys, "frozen", False):
             raise Unavailable("this system starts no worker processes")
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path[:] = {sys.path!r}; from pipelines.workers import serve; serve({theirs.fileno()})"
