@@ -240,7 +240,7 @@ def check(
         raise FastCNNError(str(error)) from None
     usable = np.flatnonzero([verdict.ok for verdict in verdicts])
     with ThreadPoolExecutor(workers or pipelines.num_cores()) as pool:
-        known = list(pool.map(facts, paths))
+        known = list(pool.map(lambda i: facts(paths[i], header=verdicts[i].ok), range(len(paths))))
         contents = _contents(paths, index.sizes, usable, pool)
     num_bad = len(index) - len(usable)
     if not refusal and num_bad > max_bad * len(index):

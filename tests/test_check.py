@@ -18,6 +18,7 @@ from fastcnn import check, check_page
 from fastcnn.check import Findings
 from fastcnn.cli import main
 from fastcnn.errors import DataError, FastCNNError
+from pipelines import pillow
 
 
 def put(root: Path, files: dict[str, bytes]) -> Path:
@@ -145,6 +146,24 @@ class Page(HTMLParser):
             if name in ("src", "href") and not str(value).startswith("data:image/jpeg;base64,"):
                 self.elsewhere.append(str(value))
         self.pictures += tag == "img"
+
+
+def test_no_code_of_a_decoder_meets_a_bad_file_again(
+    traps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may die of it, and here there is no other process."""
+    opened: list[bytes] = []
+
+    def open_image(data: bytes, *arguments: object) -> Image.Image:
+        opened.append(data)
+        return genuine(data, *arguments)
+
+    genuine = pillow.open_image
+    monkeypatch.setattr(pillow, "open_image", open_image)
+    found = check.check(traps, decoder="pillow")
+    check_page.page(found)
+    assert len(opened) >= 28
+    assert not {(traps / path).read_bytes() for path in found.bad} & set(opened)
 
 
 def test_the_page_stands_alone(findings: Findings) -> None:

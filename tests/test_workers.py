@@ -175,11 +175,11 @@ def test_several_workers(planted: str, photos: list[bytes], monkeypatch: pytest.
 
 
 def test_a_decoder_that_dies_of_everything_is_given_up(planted: str, photos: list[bytes]) -> None:
+    Path("broken").touch()
     with (
         Workers(planted) as decoding,
         pytest.raises(pipelines.DecoderUnavailable, match=r"fails on every photo .*SIGSEGV.*--decoder"),
     ):
-        Path("broken").touch()
         decode(decoding, photos)
 
 
