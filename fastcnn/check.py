@@ -146,7 +146,7 @@ class Findings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        index = self.index
+        index, kinds = self.index, self.kinds()
         rows = zip(index.paths, index.labels, index.folders, index.sizes, self.facts, self.verdicts, strict=True)
         return {
             "data": str(index.root),
@@ -158,7 +158,9 @@ class Findings:
             "num_hidden": index.num_hidden,
             "imbalance": self.imbalance if np.isfinite(self.imbalance) else None,
             "classes": self.classes(),
-            **{f"{name}s" if name != "colours" else name: dict(each) for name, each in self.kinds().items()},
+            "formats": dict(kinds["format"]),
+            "colours": dict(kinds["colours"]),
+            "peculiarities": dict(kinds["peculiarity"]),
             "bad": [{"path": path, "reason": each.reason, "detail": each.detail} for path, each in self.bad.items()],
             "damaged": [{"path": path, "damage": damage} for path, damage in self.damaged.items()],
             "misnamed": [{"path": path, "format": name} for path, name in self.misnamed.items()],

@@ -187,6 +187,7 @@ def test_the_command(traps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["num_photos"] == len(found["photos"]) == 30
     assert found["num_usable"] == 28
+    assert found["formats"]["PNG"] == found["peculiarities"]["progressive"] == found["colours"]["grey"] == 1
     assert "more than --max-bad 0.05" in found["refusal"]
     assert {each["path"] for each in found["bad"]} == {"train/cat/page.jpg", "train/cat/cut.jpg"}
     assert found["near_duplicates"][0]["classes"] == ["cat", "dog"]
