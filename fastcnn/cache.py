@@ -36,6 +36,8 @@ from fastcnn.config import user_cache_folder
 from fastcnn.errors import FastCNNError, fall_back
 from fastcnn.index import Index
 from pipelines.workers import Workers, shared
+from pipelines.workers import end_early as end_early
+from pipelines.workers import start_early as start_decoder
 
 FORMAT = 1
 RESIZE = "squash-bilinear-antialias"
@@ -142,9 +144,11 @@ def build(
             # A chunk is written while the next is decoded.
             with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
                 writing: Future[None] | None = None
+                buffers = [shared((min(CHUNK, len(missing)), image_size, image_size, 3)) for _ in range(2)]
                 for photos in _chunks(missing):
                     paths = [index.root / index.paths[i] for i in photos]
-                    pixels = shared((len(photos), image_size, image_size, 3))
+                    buffers.reverse()
+                    pixels = buffers[0][: len(photos)]
                     verdicts = decoding.decode(paths, image_size, pixels)
                     if writing:
                         writing.result()
@@ -191,6 +195,26 @@ def fits_on_disk(
 def default_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder that caches are kept in."""
     return Path(cache_dir) if cache_dir else user_cache_folder()
+
+
+def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None) -> None:
+    """Begin to import what decodes on a CPU where a folder has no cache: in its own process, beside our own imports.
+
+    That takes a second, as does importing torch here; with two cores they take it together. `end_early` when done.
+    """
+    with contextlib.suppress(OSError):
+        here = str(Path(root).resolve(strict=True))
+        known = [_header_of(folder).get("root") for folder in _cache_folders(cache_dir)]
+        gpu = Path("/proc/driver/nvidia").exists()  # then another decoder does it
+        if pipelines.num_cores() > 1 and not gpu and here not in known:
+            start_decoder({"auto": "turbo"}.get(decoder, decoder))
+
+
+def _header_of(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        header = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        return header if isinstance(header, dict) else {}
+    return {}
 
 
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
@@ -320,6 +344,7 @@ def _workers(
     max_pixels = max_pixels or pipelines.MAX_PIXELS
     with Workers(decoder, threads=threads, gpu=gpu, max_pixels=max_pixels) as workers:
         yield workers
+    end_early()
     if workers.note:
         fall_back(f"photos were decoded in this process, which a damaged one may end: {workers.note}", strict=strict)
 

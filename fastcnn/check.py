@@ -146,7 +146,7 @@ class Findings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        index = self.index
+        index, kinds = self.index, self.kinds()
         rows = zip(index.paths, index.labels, index.folders, index.sizes, self.facts, self.verdicts, strict=True)
         return {
             "data": str(index.root),
@@ -158,7 +158,9 @@ class Findings:
             "num_hidden": index.num_hidden,
             "imbalance": self.imbalance if np.isfinite(self.imbalance) else None,
             "classes": self.classes(),
-            **{f"{name}s" if name != "colours" else name: dict(each) for name, each in self.kinds().items()},
+            "formats": dict(kinds["format"]),
+            "colours": dict(kinds["colours"]),
+            "peculiarities": dict(kinds["peculiarity"]),
             "bad": [{"path": path, "reason": each.reason, "detail": each.detail} for path, each in self.bad.items()],
             "damaged": [{"path": path, "damage": damage} for path, damage in self.damaged.items()],
             "misnamed": [{"path": path, "format": name} for path, name in self.misnamed.items()],
@@ -240,7 +242,7 @@ def check(
         raise FastCNNError(str(error)) from None
     usable = np.flatnonzero([verdict.ok for verdict in verdicts])
     with ThreadPoolExecutor(workers or pipelines.num_cores()) as pool:
-        known = list(pool.map(facts, paths))
+        known = list(pool.map(lambda i: facts(paths[i], header=verdicts[i].ok), range(len(paths))))
         contents = _contents(paths, index.sizes, usable, pool)
     num_bad = len(index) - len(usable)
     if not refusal and num_bad > max_bad * len(index):
@@ -325,9 +327,10 @@ def _decode(
     hashes = np.zeros(len(paths), np.uint64)
     pictures = np.zeros((len(paths), (twins.SIZE // 2) ** 2), np.uint8)
     with Workers(decoder, threads=threads, max_pixels=max_pixels) as decoding:
+        buffer = shared((CHUNK, twins.SIZE, twins.SIZE, 3))
         for start in range(0, len(paths), CHUNK):
             part = paths[start : start + CHUNK]
-            images = shared((len(part), twins.SIZE, twins.SIZE, 3))
+            images = buffer[: len(part)]
             verdicts += decoding.decode(part, twins.SIZE, images)
             here = slice(start, start + len(part))
             hashes[here], pictures[here] = twins.describe(images)

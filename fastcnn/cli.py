@@ -169,10 +169,18 @@ def train(
 
         click.echo(yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
+    from fastcnn import cache
     from fastcnn.console import Console
-    from fastcnn.train import fit
 
-    fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=time.perf_counter() - start)
+    if not resume:
+        cache.start_early(run.data, run.decoder, run.cache_dir)
+    try:
+        from fastcnn.train import fit
+
+        spent = time.perf_counter() - start
+        fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)
+    finally:
+        cache.end_early()
 
 
 @commands.command("eval", **HELP)
@@ -555,6 +563,23 @@ def data_download(name: str, folder: str, url: str | None) -> None:
 
     photos = download(name, folder, url=url, console=Console())
     click.echo(f"next: fastcnn train {shlex.quote(str(photos))}")
+
+
+@commands.command(**HELP)
+@cache_dir
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+def doctor(cache_dir: str | None, as_json: bool) -> int:
+    """Say what this machine has for fastcnn, and what to install for what it lacks.
+
+    without: a run does without it, slower or with less. wrong: what is there cannot be used; the exit code is then 4.
+    """
+    import json
+
+    from fastcnn.doctor import examine, table, to_dict
+
+    lines = examine(cache_dir)
+    click.echo(json.dumps(to_dict(lines), indent=1) if as_json else table(lines))
+    return 4 if any(line.state == "wrong" for line in lines) else 0
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class WandbTracker:
             self.mode = "disabled"
             return None
         if wanted in ("auto", "online"):
-            if not (settings.api_key or settings.identity_token_file or _in_netrc(base_url)):
+            if not (settings.api_key or settings.identity_token_file or in_netrc(base_url)):
                 if wanted == "online":
                     self._note("not logged in (wandb login), so the run was recorded offline")
             elif not _answers(base_url):
@@ -218,7 +218,7 @@ def _teardown() -> None:
     wandb.teardown()  # no process is left, and nothing waits for one when ours exits
 
 
-def _in_netrc(base_url: str) -> bool:
+def in_netrc(base_url: str) -> bool:
     """Tell whether `wandb login` has kept a key for the server."""
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for place in places:

@@ -5,13 +5,14 @@ death the next is there in milliseconds. Workers write pixels into the caller's 
 a worker dies, its batch is halved until the guilty photo is alone: that gets a verdict, the others their pixels.
 
 The server is no fork of the caller, who may have threads and a GPU in use, nor one of multiprocessing's, which would
-run the caller's script again. When the caller dies, however it dies, all of them see their sockets closed and end.
+run the caller's script again. When the caller dies, however it dies, the server sees its socket closed and ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import math
 import mmap
 import os
@@ -35,7 +36,8 @@ import pipelines
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
 
 THREADS = 8  # of one worker: with more, Python's lock would begin to count
-GIVE_UP = 16  # photos that failed, when none was decoded: then it is not the photos
+MAPPED = 2  # arrays that a worker keeps at hand: mapping and filling them with zeros anew costs 4% of its time
+GIVE_UP = 16  # photos that failed when none was decoded: then it may be the decoder
 
 
 class Unavailable(RuntimeError):
@@ -56,7 +58,6 @@ class _Batch(NamedTuple):
     sources: list[Source]
     size: int
     first: int  # the row of the first source
-    rows: int  # of the whole array
 
 
 class Workers:
@@ -91,9 +92,9 @@ class Workers:
     def decode(self, sources: Sequence[Source], size: int, out: np.ndarray) -> list[Verdict]:
         """Write the pixels of each usable source into its row of `out`; return a verdict a source, in their order.
 
-        As `pipelines.decode`, but for `out`, which is an array of `shared`. A photo of which the decoder dies is
-        "decoder crash", or "decoder killed" where the system ended the worker. Where no worker can be started, it is
-        `pipelines.decode` in this process, and `note` says why.
+        As `pipelines.decode`, but for `out`, which is an array of `shared` or its first rows. A photo of which the
+        decoder dies is "decoder crash", or "decoder killed" where the system ended the worker. Where no worker can be
+        started, it is `pipelines.decode` in this process, and `note` says why.
 
         Raises DecoderUnavailable where the decoder dies of everything.
         """
@@ -119,9 +120,11 @@ class Workers:
 
     def _decode_all(self, sources: Sequence[Source], size: int, out: np.ndarray) -> list[Verdict]:
         if self._server is None:
-            self._server = _Server(pipelines.BACKENDS[self._decoder], gpu=self._options[1])
+            gpu = self._options[1]
+            early = _early.pop(self._decoder, None) if gpu is None else None
+            self._server = early or _Server(pipelines.BACKENDS[self._decoder], gpu=gpu)
         share = max(1, math.ceil(len(sources) / len(self._workers)))
-        parts = [_Batch(list(sources[i : i + share]), size, i, len(sources)) for i in range(0, len(sources), share)]
+        parts = [_Batch(list(sources[i : i + share]), size, i) for i in range(0, len(sources), share)]
         if len(parts) <= 1:
             verdicts = [self._decode(0, part, out) for part in parts]
         else:
@@ -150,27 +153,50 @@ class Workers:
         except _Died:
             out[batch.first] = 0
             self._num_failed += 1
-            if self._num_failed >= GIVE_UP and not self._num_decoded:
-                why = (
-                    f"it failed on each of the first {GIVE_UP} photos ({verdict.detail}); choose another with --decoder"
-                )
-                raise pipelines.DecoderUnavailable(self._decoder, why) from None
-            return verdict
+        if self._num_failed >= GIVE_UP and not self._num_decoded:
+            self._probe(lane, batch.size, verdict)
+        return verdict
+
+    def _probe(self, lane: int, size: int, verdict: Verdict) -> None:
+        """Raise DecoderUnavailable where the decoder fails on a photo that is surely good, too."""
+        from PIL import Image
+
+        photo = io.BytesIO()
+        Image.new("RGB", (64, 64), "grey").save(photo, "JPEG")
+        try:
+            self._num_decoded += len(self._ask(lane, _Batch([photo.getvalue()], size, 0), shared((1, size, size, 3))))
+        except _Died:
+            why = f"it fails on every photo ({verdict.detail}); choose another with --decoder"
+            raise pipelines.DecoderUnavailable(self._decoder, why) from None
 
     def _ask(self, lane: int, batch: _Batch, out: np.ndarray) -> list[Verdict]:
         assert self._server is not None
-        memory = out.base
-        assert isinstance(memory, _Memory)
         worker = self._workers[lane]
         if worker is None:
             worker = self._workers[lane] = self._server.fork()
-        answer = worker.ask((batch, self._options), memory.fd)
+        answer = worker.ask((batch, self._options), _memory(out).fd)
         if isinstance(answer, list):
             return answer
         if answer is None:
             self._workers[lane] = None
             answer = self._server.autopsy(worker)
         raise _Died(answer)
+
+
+_early: dict[str, _Server] = {}
+
+
+def start_early(decoder: str) -> None:
+    """Begin to import a decoder in a server process, for the next Workers; `end_early` ends what none has taken."""
+    if decoder not in _early:
+        with contextlib.suppress(Unavailable):
+            _early[decoder] = _Server(pipelines.BACKENDS[decoder], gpu=None)
+
+
+def end_early() -> None:
+    """End the servers that were started early and not used."""
+    while _early:
+        _early.popitem()[1].close(wait=False)
 
 
 def shared(shape: tuple[int, ...]) -> np.ndarray:
@@ -186,6 +212,14 @@ def shared(shape: tuple[int, ...]) -> np.ndarray:
     memory.fd = file
     weakref.finalize(memory, os.close, file)
     return np.ndarray(shape, np.uint8, memory)
+
+
+def _memory(array: np.ndarray) -> _Memory:
+    base = array.base
+    while isinstance(base, np.ndarray):  # of a slice
+        base = base.base
+    assert isinstance(base, _Memory)
+    return base
 
 
 class _Memory(mmap.mmap):
@@ -233,7 +267,7 @@ class _Server:
         self._start()
 
     def _start(self) -> None:
-        if not hasattr(os, "fork") or not sys.executable:
+        if not hasattr(os, "fork") or not sys.executable or getattr(sys, "frozen", False):
             raise Unavailable("this system starts no worker processes")
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path[:] = {sys.path!r}; from pipelines.workers import serve; serve({theirs.fileno()})"
@@ -297,21 +331,25 @@ class _Server:
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return Verdict("decoder crash", f"the decoder dies of it ({name})")
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the process, or without waiting for the end of an import, kill it."""
         if self._process is not None:
             self._connection.close()
             self._link.close()
+            if not wait:
+                self._process.kill()
             self._process.wait()
             self._process = None
 
 
 def serve(handle: int) -> None:
     """Import the decoder that the caller names, then fork workers until it is gone. The server's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the caller decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: it is the caller who decides
+        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     link = socket.socket(fileno=handle)
     connection = Connection(os.dup(handle))
+    workers: set[int] = set()
     with contextlib.suppress(EOFError, OSError):
         module, preload = connection.recv()
         try:
@@ -331,9 +369,13 @@ def serve(handle: int) -> None:
                     link.close()
                     _work(module, handles[0])
                 os.close(handles[0])
+                workers.add(pid)
                 connection.send(pid)
             else:
+                workers.discard(request)
                 connection.send(_end_of(request))
+    for pid in workers:  # in the middle of a batch they would not notice
+        os.kill(pid, signal.SIGKILL)
 
 
 def _end_of(pid: int) -> int:
@@ -351,23 +393,31 @@ def _work(module: str, handle: int) -> None:
             file.write("1000")  # where memory ends, this is what the system should end
         link = socket.socket(fileno=handle)
         connection = Connection(os.dup(handle))
+        mapped: dict[int, mmap.mmap] = {}
         while True:
             _, handles, _, _ = socket.recv_fds(link, 1, 1)
             if not handles:
                 break
-            (batch, options) = connection.recv()
-            connection.send(_answer(module, batch, options, handles[0]))
+            number = os.fstat(handles[0]).st_ino  # no other file's while this one is mapped
+            if number not in mapped:
+                if len(mapped) == MAPPED:
+                    del mapped[next(iter(mapped))]
+                mapped[number] = mmap.mmap(handles[0], 0)
             os.close(handles[0])
+            (batch, options) = connection.recv()
+            connection.send(_answer(module, batch, options, mapped[number]))
     except (EOFError, OSError):
         pass
     finally:
         os._exit(0)
 
 
-def _answer(module: str, batch: _Batch, options: tuple[int, int | None, int], handle: int) -> list[Verdict] | Verdict:
+def _answer(
+    module: str, batch: _Batch, options: tuple[int, int | None, int], memory: mmap.mmap
+) -> list[Verdict] | Verdict:
     """Return the verdicts on a batch, or one on its photo alone where the decoder raised what no decoder should."""
-    out = np.ndarray((batch.rows, batch.size, batch.size, 3), np.uint8, mmap.mmap(handle, 0))
-    part = out[batch.first : batch.first + len(batch.sources)]
+    shape = len(batch.sources), batch.size, batch.size, 3
+    part = np.ndarray(shape, np.uint8, memory, batch.first * batch.size**2 * 3)
     try:
         verdicts: list[Verdict] = importlib.import_module(module).decode(
             batch.sources, batch.size, part, None, *options

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipelines
-from fastcnn import cache
-from fastcnn.errors import FastCNNError
+from fastcnn import cache, dataset
+from fastcnn.config import Config
+from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from fastcnn.index import Index, scan
 from pipelines.workers import Workers
 
@@ -146,6 +147,32 @@ def test_damage_is_told_and_kept(data: Path, tmp_path: Path) -> None:
         assert built.damage[0].startswith("Corrupt JPEG data: 3 extraneous bytes")
         assert not any(built.damage[1:])
         assert built.usable[0]
+
+
+def test_a_run_is_told_of_bad_and_damaged_photos(data: Path, tmp_path: Path) -> None:
+    photo = data / scan(data).paths[0]
+    photo.write_bytes(photo.read_bytes().replace(b"\xff\xdb", b"\0\xff\xdb", 1))
+    options: dict[str, Any] = {"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache"}
+    with (
+        pytest.warns(FastCNNWarning, match=r"1 of 21 photos cannot be used .*\(1 not an image\); see bad_images.csv"),
+        pytest.warns(FastCNNWarning, match=r"1 of 20 photos are damaged .*Corrupt JPEG data.*fastcnn data check"),
+    ):
+        ready = dataset.prepare(data, **options)
+    assert list(ready.damaged) == [scan(data).paths[0]]
+    assert list(ready.bad.values()) == ["not an image"]
+    for i in range(12):
+        (data / scan(data).classes[1] / f"0 page\n{i:02}.jpg").write_text("text")
+    with pytest.raises(DataError) as error:
+        dataset.prepare(data, **options)
+    message = str(error.value)
+    assert "13 of 33 photos cannot be used (13 not an image), more than --max-bad 0.05" in message
+    assert message.count("(not an image)") == 10
+    assert "\n" not in message
+    assert "fastcnn data check" in message
+
+
+def test_the_default_limit_is_that_of_the_decoders() -> None:
+    assert Config().max_pixels == pipelines.MAX_PIXELS
 
 
 def test_max_pixels_is_part_of_the_key(data: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastcnn import check, check_page
 from fastcnn.check import Findings
 from fastcnn.cli import main
 from fastcnn.errors import DataError, FastCNNError
+from pipelines import pillow
 
 
 def put(root: Path, files: dict[str, bytes]) -> Path:
@@ -147,6 +148,24 @@ class Page(HTMLParser):
         self.pictures += tag == "img"
 
 
+def test_no_code_of_a_decoder_meets_a_bad_file_again(
+    traps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may die of it, and here there is no other process."""
+    opened: list[bytes] = []
+
+    def open_image(data: bytes, *arguments: object) -> Image.Image:
+        opened.append(data)
+        return genuine(data, *arguments)
+
+    genuine = pillow.open_image
+    monkeypatch.setattr(pillow, "open_image", open_image)
+    found = check.check(traps, decoder="pillow")
+    check_page.page(found)
+    assert len(opened) >= 28
+    assert not {(traps / path).read_bytes() for path in found.bad} & set(opened)
+
+
 def test_the_page_stands_alone(findings: Findings) -> None:
     page = Page()
     page.feed(check_page.page(findings))
@@ -168,6 +187,7 @@ def test_the_command(traps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["num_photos"] == len(found["photos"]) == 30
     assert found["num_usable"] == 28
+    assert found["formats"]["PNG"] == found["peculiarities"]["progressive"] == found["colours"]["grey"] == 1
     assert "more than --max-bad 0.05" in found["refusal"]
     assert {each["path"] for each in found["bad"]} == {"train/cat/page.jpg", "train/cat/cut.jpg"}
     assert found["near_duplicates"][0]["classes"] == ["cat", "dog"]

@@ -37,7 +37,7 @@ LEVELS = [
     {"verify", "rescore", "session", "serve"},
     {"export"},
     {"finish"},
-    {"train", "data"},
+    {"train", "data", "doctor"},
     {"cli"},
 ]
 DECODING = {
@@ -45,6 +45,7 @@ DECODING = {
     "check",
     "check_page",
     "dataset",
+    "doctor",
     "loader",
     "predict",
     "serve",
