@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn import files
 from fastcnn.errors import DataError, nearest, warn
 
 Split = Literal["train", "val", "test"]
@@ -157,11 +158,8 @@ def split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
 
 def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:
     """Write path, label and split of every photo as CSV."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split"])
-        for photo, label, part in zip(index.paths, index.labels, splits, strict=True):
-            writer.writerow([photo, index.classes[label], part])
+    labels = (index.classes[label] for label in index.labels)
+    files.write_csv(path, [("path", "label", "split"), *zip(index.paths, labels, splits, strict=True)])
 
 
 def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"errors"},
-    {"config"},
+    {"config", "files"},
     {
         "index",
         "augment",
@@ -34,7 +34,8 @@ LEVELS = [
     {"engines"},
     {"evaluate", "predict"},
     {"export", "rescore", "session"},
-    {"finish"},
+    {"finish", "memory", "resume"},
+    {"finite"},
     {"train", "data"},
     {"cli"},
 ]
