@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 import pipelines
 from fastcnn import cache
-from fastcnn.errors import FastCNNError
+from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.index import Index, scan
 
 SIZE = 32
@@ -146,9 +148,70 @@ def test_a_flipped_bit_never_gives_a_wrong_pixel(
     folder = build(index, tmp_path).folder
     right = expected(index)
     flip(folder / ("photos.jsonl" if journal else "pixels.bin"), position, bit)
-    built = build(index, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastCNNWarning)  # "damaged: decoding them again"
+        built = build(index, tmp_path)
     for i in np.flatnonzero(built.usable):
         assert (built.images[built.rows[i]] == right[i]).all()
+
+
+def test_damaged_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    flip(build(index, tmp_path).folder / "pixels.bin", 5000, 3)
+    with pytest.warns(FastCNNWarning, match=r"the pixels of 1 photos in the cache .* are damaged: decoding them again"):
+        built = build(index, tmp_path)
+    assert built.num_decoded == 1
+    assert_right(built, index)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"root": "/elsewhere"}, "its root is another"),
+        ({"image_size": 40}, "its image_size is another"),
+        ({"decoder": "turbo-1"}, "its decoder is another"),
+        ({"format": cache.FORMAT + 1}, "its format is another"),
+        (b"{", "its header is damaged"),
+        (b"[" * 100_000, "its header is damaged"),
+        (None, "its header is damaged"),
+    ],
+)
+def test_a_cache_under_another_header_is_built_anew_and_it_says_so(
+    data: Path, tmp_path: Path, change: dict[str, object] | bytes | None, why: str
+) -> None:
+    """A cache of another folder, size, decoder or version, put in this one's place, gives none of its pixels."""
+    index = scan(data)
+    header = build(index, tmp_path).folder / "cache.json"
+    if change is None:
+        header.unlink()
+    elif isinstance(change, bytes):
+        header.write_bytes(change)
+    else:
+        header.write_text(json.dumps({**json.loads(header.read_text()), **change}))
+    with pytest.warns(FastCNNWarning, match=f"cannot be used .{why}.: decoding every photo again"):
+        built = build(index, tmp_path)
+    assert built.num_decoded == len(index)
+    assert_right(built, index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: Path) -> None:
+    """`fastcnn cache clear` and a new build, while a run still reads: its rows mean other photos by then."""
+    index = scan(data)
+    old = build(index, tmp_path)
+    cache.clear(tmp_path / "cache")
+    with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
+        old.pixels(np.arange(3))
+    build(index.take(np.arange(len(index)) > 2), tmp_path)
+    with pytest.raises(FastCNNError, match="was replaced while it was used: run again"):
+        old.pixels(np.arange(3))
+
+
+def test_a_cache_that_is_being_built_is_not_cleared(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    with filelock.FileLock(folder / "lock"), pytest.raises(FastCNNError, match="another run is decoding"):
+        cache.clear(tmp_path / "cache")
+    assert build(scan(data), tmp_path).num_decoded == 0
 
 
 def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
