@@ -180,10 +180,10 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
             raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
         if photo not in position:
             raise DataError(
-                f"{path}, line {line}: no usable photo {photo} in {index.root}; was the split made from another folder?"
+                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; was the split made from another folder?"
             )
         if index.classes[index.labels[position[photo]]] != label:
-            raise DataError(f"{path}, line {line}: {photo} is not of class '{label}'")
+            raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
         splits[position[photo]] = part
     if not {"train", "val"} <= set(splits):
         raise DataError(f"{path} names no photos for training or none for validation")
