@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable
@@ -58,6 +59,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_archive(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text advises to run it
+        raise FastCNNError(f"{path} is not a checkpoint that can be read: it is not plain data; nothing ran") from None
     except Exception as error:
         raise FastCNNError(f"{path} is not a checkpoint that can be read: {first_line(error)}") from None
     if not isinstance(state, dict) or type(state.get("format")) is not int:

@@ -36,6 +36,7 @@ Interval = NewType("Interval", str)
 
 NUM_BLOCKS = 5
 MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
+MAX_YAML_DEPTH = 3  # a list in the mapping, and one more for the message to name the option
 MAX_YAML_BYTES = 2**18  # a configuration has a hundredth of it
 
 
@@ -290,8 +291,13 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     import yaml
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # before anything is made of it
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError("it is nested too deeply")
         values = yaml.safe_load(text)
     except Exception as error:  # values that do not fit their tags raise whatever they like
         line = " ".join(str(error).split())

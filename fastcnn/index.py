@@ -180,7 +180,8 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
             raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
         if photo not in position:
             raise DataError(
-                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; was the split made from another folder?"
+                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; "
+                "was the split made from another folder?"
             )
         if index.classes[index.labels[position[photo]]] != label:
             raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
