@@ -26,8 +26,10 @@ class Interrupted(FastCNNError):
 
 def what_is_saved(folder: Path) -> str:
     """Return what is kept of a run that ends here, and how to go on with it."""
-    if not (folder / "last.pt").is_file():
+    if not (folder / "split.csv").is_file():
         return "no step was saved yet, but the photos decoded so far are: the same command goes on"
+    if not (folder / "last.pt").is_file():
+        return f"no step was saved yet: fastcnn train --resume {folder} begins again"
     return f"saved in {folder / 'last.pt'}: fastcnn train --resume {folder} goes on"
 
 
