@@ -35,7 +35,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save({**state, "format": FORMAT}, buffer)
     try:
-        files.write(path, _sealed(buffer.getvalue()))
+        files.write(path, _sealed(buffer).getbuffer())
     except OSError as error:
         kept = "; the one before it is kept" if path.is_file() else ""
         raise FastCNNError(
@@ -74,15 +74,19 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _sealed(archive: bytes) -> bytes:
-    """Return a zip archive with the checksum of all of it as its comment."""
-    assert archive[-_END_BYTES:].startswith(_END_OF_ZIP), "an archive without a comment ends in its last record"
-    body = archive[:-2] + struct.pack("<H", _COMMENT_BYTES)
-    return body + _MARK + hashlib.sha256(body).hexdigest().encode()
+def _sealed(archive: io.BytesIO) -> io.BytesIO:
+    """Return a zip archive after giving it the checksum of all of it as its comment."""
+    with archive.getbuffer() as body:  # in place: a copy would cost as much as the checksum
+        assert body[-_END_BYTES:].tobytes().startswith(_END_OF_ZIP), "without a comment it ends in its last record"
+        body[-2:] = struct.pack("<H", _COMMENT_BYTES)
+        checksum = hashlib.sha256(body).hexdigest().encode()
+    archive.seek(0, io.SEEK_END)
+    archive.write(_MARK + checksum)
+    return archive
 
 
 def _check_seal(path: Path, data: bytes) -> None:
-    body, comment = data[:-_COMMENT_BYTES], data[-_COMMENT_BYTES:]
+    body, comment = memoryview(data)[:-_COMMENT_BYTES], data[-_COMMENT_BYTES:]
     if not comment.startswith(_MARK):
         raise FastCNNError(f"{path} is cut short, or not a checkpoint of this fastcnn: it does not end in a checksum")
     if comment[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():

@@ -54,7 +54,7 @@ def sealed(path: Path, state: object) -> Path:
     """Write whatever it is as `checkpoint.save` would: an attacker can make a checksum as well as we can."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    path.write_bytes(checkpoint._sealed(buffer.getvalue()))
+    path.write_bytes(checkpoint._sealed(buffer).getvalue())
     return path
 
 
@@ -218,6 +218,6 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path, state: State) -
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    (tmp_path / "last.pt").write_bytes(checkpoint._sealed(packed.getvalue()))
+    (tmp_path / "last.pt").write_bytes(checkpoint._sealed(packed).getvalue())
     with pytest.raises(FastCNNError, match="it is compressed"):
         checkpoint.load(tmp_path / "last.pt")

@@ -150,7 +150,7 @@ def checkpoint_file(*, sealed: bool) -> Callable[[Path, Path], tuple[bytes, Read
         def read(data: bytes) -> None:
             if sealed:
                 with contextlib.suppress(AssertionError):  # it has no end to put a checksum behind
-                    data = checkpoint._sealed(data)
+                    data = checkpoint._sealed(io.BytesIO(data)).getvalue()
             path.write_bytes(data)
             restore(checkpoint.load(path))
 
