@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +178,29 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seconds.due(5)
     seconds.saved()
     assert not seconds.due(6)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_fifty_kills() -> None:
+    """Real ones, in every stage of runs as a user starts them: `scripts/kill_test.py`."""
+    import kill_test
+
+    kills, differences = kill_test.run(50, seed=2, num_photos=240)
+    print(dict(kills))
+    assert sum(kills.values()) >= 50
+    assert min(kills[stage] for stage in kill_test.STAGES) >= 5
+    assert differences == []
+
+
+def test_stages_that_lie_in_one_another_are_counted_once() -> None:
+    watch = metrics.Stopwatch()
+    with watch.stage("train"):
+        time.sleep(0.02)
+        with watch.stage("checkpoint"):
+            time.sleep(0.05)
+    assert watch.seconds["train"] < watch.seconds["checkpoint"]
+    assert sum(watch.seconds.values()) <= watch.total()
 
 
 # Told to stop

@@ -79,7 +79,8 @@ def names(photos: Path, folder: Path) -> tuple[bytes, Read]:
     def read(data: bytes) -> None:
         root = folder / "named"
         shutil.rmtree(root, ignore_errors=True)
-        for name in data.split(b"\n"):
+        root.mkdir()
+        for name in filter(None, data.split(b"\n")):
             path = Path(os.fsdecode(os.fsencode(root) + b"/" + name.replace(b"\0", b"").replace(b"..", b"")))
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
