@@ -33,7 +33,7 @@ from bench.machine import slug
 from bench.record import FORMAT, Record, Row, read, without_paths
 from fastcnn import runtime
 from fastcnn.errors import CheckError, FastCNNError, UsageError
-from fastcnn.train import Interrupted
+from fastcnn.resume import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENT = CheckError.exit_code

@@ -4,11 +4,14 @@ A cache is a folder named by the hash of what determines pixels (data folder, im
 
     cache.json     the header: format version and those values
     pixels.bin     rows of (size, size, 3) uint8, only ever appended to
-    photos.jsonl   a journal, a line a photo: path, size, mtime, row, CRC-32 of the row, or the reason why it has none
+    photos.jsonl   a journal, a line a photo: path, size, mtime, row, CRC-32 of the row, or the reason why it has none,
+                   and the CRC-32 of the line
+    lock           held by the run that builds
 
 A photo is found again by path, size and modification time, so that photos added later are decoded alone and an
 interrupted build goes on where it stopped. A line that is cut short or damaged, or a row whose checksum is wrong, only
-means that its photo is decoded again.
+means that its photo is decoded again; a header that is not the one expected means that all are. Files from elsewhere
+can do no more harm than that: all of it is plain data.
 
 A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and pixels.bin and rows are left out.
 """
@@ -16,9 +19,11 @@ A set whose pixels fit nowhere has a cache of verdicts alone: its header says so
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 import time
 import zlib
@@ -32,14 +37,15 @@ import numpy as np
 import numpy.typing as npt
 
 import pipelines
+from fastcnn import files
 from fastcnn.config import user_cache_folder
-from fastcnn.errors import FastCNNError, fall_back
+from fastcnn.errors import FastCNNError, fall_back, warn
 from fastcnn.index import Index
 from pipelines.workers import Workers, shared
 from pipelines.workers import end_early as end_early
 from pipelines.workers import start_early as start_decoder
 
-FORMAT = 1
+FORMAT = 2
 RESIZE = "squash-bilinear-antialias"
 CHUNK = 512  # photos between two writes: what a killed build loses at most
 
@@ -64,6 +70,8 @@ class Cache:
     num_decoded: int
     """Photos that this build decoded; the rest were there."""
     decode_seconds: float
+    inode: int | None = None
+    """Of pixels.bin, which `images` keeps from being used again: another file of that name has other rows."""
 
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
@@ -93,6 +101,8 @@ class Cache:
             return
         try:
             with path.open("rb", buffering=0) as file:
+                if self.inode is not None and os.fstat(file.fileno()).st_ino != self.inode:
+                    raise FastCNNError(f"{path} was replaced while it was used: run again")
                 for i in np.argsort(rows):  # in the disk's order
                     if not _read_row(file, rows[i], out[i]):
                         raise FastCNNError(f"{path} became shorter while it was used: run again")
@@ -136,10 +146,12 @@ def build(
     start = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, note):
-            (folder / "cache.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+        with _locked(folder, note) as writable:
+            _check_header(folder, header, writable)
             journal = _read_journal(folder / "photos.jsonl")
             missing = _missing(index, journal, folder, image_size, keep_pixels)
+            if len(missing) and not writable:
+                raise PermissionError(errno.EROFS, "it is read-only, and photos are missing in it")
             _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
             # A chunk is written while the next is decoded.
             with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
@@ -163,9 +175,11 @@ def build(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
         ) from None
     entries = [journal[path] for path in index.paths]
+    images, inode = _map(folder, image_size)
     return Cache(
         folder=folder,
-        images=_map(folder, image_size),
+        images=images,
+        inode=inode,
         rows=np.array([entry["row"] for entry in entries], np.int64),
         reasons=tuple(entry["reason"] for entry in entries),
         damage=tuple(str(entry.get("damage", "")) for entry in entries),
@@ -221,29 +235,40 @@ def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     """Return a mapping a cache: key, root, image_size, decoder, photos, bytes, modified (seconds since the epoch)."""
     caches = []
     for folder in sorted(_cache_folders(cache_dir)):
-        header = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-        files = [path.stat() for path in folder.iterdir()]
+        header = _read_header(folder)
+        stats = [path.stat() for path in folder.iterdir()]
         journal = _read_journal(folder / "photos.jsonl")
         caches.append(
             {
                 "key": folder.name,
-                **{name: header.get(name) for name in ("root", "image_size", "decoder")},
+                **{name: header.get(name, "?") for name in ("root", "image_size", "decoder")},
                 "photos": sum(not entry["reason"] for entry in journal.values()),
-                "bytes": sum(stat.st_size for stat in files),
-                "modified": max(stat.st_mtime for stat in files),
+                "bytes": sum(stat.st_size for stat in stats),
+                "modified": max(stat.st_mtime for stat in stats),
             }
         )
     return caches
 
 
 def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
-    """Delete one cache, or all; return the bytes freed. Only folders that hold a cache are touched."""
+    """Delete one cache, or all; return the bytes freed. Only folders that hold a cache are touched.
+
+    Raises FastCNNError where a run is building one of them, or it cannot be deleted.
+    """
     freed = 0
     for folder in _cache_folders(cache_dir):
         if key is None or folder.name == key:
-            freed += sum(path.stat().st_size for path in folder.iterdir())
-            shutil.rmtree(folder)
+            try:
+                with _locked(folder, _refuse_to_wait):
+                    freed += sum(path.stat().st_size for path in folder.iterdir())
+                    shutil.rmtree(folder)
+            except OSError as error:
+                raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
     return freed
+
+
+def _refuse_to_wait(text: str) -> None:
+    raise FastCNNError("another run is decoding photos into this cache: clear it when that is done")
 
 
 def _header(
@@ -271,8 +296,8 @@ def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Hold the cache's lock. The system gives it up when its holder dies."""
+def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the cache's lock. The system gives it up when its holder dies. Yield False where nothing can be written."""
     import filelock
 
     lock = filelock.FileLock(folder / "lock")
@@ -281,10 +306,45 @@ def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
     except filelock.Timeout:
         note("another run is decoding these photos: waiting for it")
         lock.acquire()
+    except NotImplementedError:
+        raise OSError(errno.ENOSYS, "its file system has no locks") from None
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        yield False
+        return
     try:
-        yield
+        yield True
     finally:
         lock.release()
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    """Return what cache.json says, as far as it is the plain data that it should be."""
+    try:
+        header = json.loads((folder / "cache.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(header, dict):
+        return {}
+    return {name: value for name, value in header.items() if isinstance(value, str | int)}
+
+
+def _check_header(folder: Path, header: dict[str, Any], writable: bool) -> None:
+    """Write the header of a new cache. What stands under another one is no cache of these photos, and is deleted."""
+    found = _read_header(folder)
+    if found == header:
+        return
+    if not writable:
+        raise PermissionError(errno.EROFS, "it is read-only, and no cache of these photos")
+    old = [path for name in ("photos.jsonl", "pixels.bin") if (path := folder / name).exists()]
+    if old or found:
+        other = next((name for name in header if found.get(name) != header[name]), "format") if found else ""
+        why = f"its {other} is another" if other else "its header is damaged"
+        warn(f"the cache {folder} cannot be used ({why}): decoding every photo again")
+    for path in old:  # unlinked, not cut: whoever is reading them goes on reading
+        path.unlink()
+    files.write(folder / "cache.json", json.dumps(header, indent=1))
 
 
 def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
@@ -292,11 +352,23 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
     journal = {}
     with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
         for line in lines:
+            body, _, checksum = line.rstrip(b"\n}").rpartition(_SUM)
+            if checksum != str(zlib.crc32(body)).encode():
+                continue
             with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(line)
+                entry = json.loads(body + b"}")
                 if _is_entry(entry):
                     journal[entry["path"]] = entry
     return journal
+
+
+_SUM = b', "sum": '
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    """Return an entry as a line that ends in the checksum of what stands before that."""
+    body = json.dumps(entry).encode()[:-1]
+    return body + _SUM + str(zlib.crc32(body)).encode() + b"}\n"
 
 
 def _is_entry(entry: object) -> bool:
@@ -308,28 +380,45 @@ def _missing(
     index: Index, journal: dict[str, dict[str, Any]], folder: Path, image_size: int, keep_pixels: bool
 ) -> npt.NDArray[np.intp]:
     """Return the positions of the photos that have no entry, or one that does not hold any more."""
-    pixels = np.empty((image_size, image_size, 3), np.uint8)
-
-    def holds(i: int, file: io.FileIO | None) -> bool:
-        entry = journal.get(index.paths[i])
+    missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are to be compared
+    for i, photo in enumerate(index.paths):
+        entry = journal.get(photo)
         if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
-            return False
-        if entry["reason"]:
-            return entry["row"] < 0 and entry["reason"] not in _TRANSIENT
-        if not keep_pixels:
-            return True
-        row = entry["row"]
-        return (
-            file is not None
-            and 0 <= row < num_rows
-            and _read_row(file, row, pixels)
-            and zlib.crc32(pixels.data) == entry["crc"]
-        )
+            missing.append(i)
+        elif keep_pixels and not entry["reason"]:
+            kept.append((entry["row"], i, entry["crc"]))
+        elif entry["row"] != -1 or entry["reason"] in _TRANSIENT:
+            missing.append(i)
+    damaged = _damaged(folder / "pixels.bin", sorted(kept), image_size)
+    if damaged:
+        warn(f"the pixels of {len(damaged):,} photos in the cache {folder} are damaged: decoding them again")
+    return np.array(sorted(missing + damaged), np.intp)
 
-    path = folder / "pixels.bin"
-    num_rows = path.stat().st_size // pixels.nbytes if path.exists() else 0
-    with path.open("rb", buffering=0) if num_rows else contextlib.nullcontext() as file:
-        return np.array([i for i in range(len(index)) if not holds(i, file)], np.intp)
+
+def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) -> list[int]:
+    """Return the positions of those (row, position, checksum) whose pixels are not what they were."""
+
+    def check(part: Sequence[tuple[int, int, int]]) -> list[int]:
+        pixels = np.empty((image_size, image_size, 3), np.uint8)
+        num_rows = path.stat().st_size // pixels.nbytes
+        with path.open("rb", buffering=0) as file:
+            return [
+                i
+                for row, i, checksum in part
+                if not (0 <= row < num_rows and _read_row(file, row, pixels) and zlib.crc32(pixels.data) == checksum)
+            ]
+
+    if not kept:
+        return []
+    if not path.exists():
+        return [i for _, i, _ in kept]
+    with ThreadPoolExecutor() as threads:  # reading and summing let go of the interpreter
+        return [i for part in threads.map(check, _parts(kept)) for i in part]
+
+
+def _parts(kept: Sequence[tuple[int, int, int]]) -> Iterator[Sequence[tuple[int, int, int]]]:
+    for start in range(0, len(kept), CHUNK):
+        yield kept[start : start + CHUNK]
 
 
 @contextlib.contextmanager
@@ -386,10 +475,10 @@ def _append(
             entry["damage"] = verdict.warning
         row += bool(kept)
         journal[index.paths[i]] = entry
-        lines.append(json.dumps(entry) + "\n")
+        lines.append(_line(entry))
     with (folder / "photos.jsonl").open("ab") as file:
         # A cut line before these must not swallow the first of them.
-        file.write(b"\n" + "".join(lines).encode())
+        file.write(b"\n" + b"".join(lines))
 
 
 def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
@@ -402,13 +491,15 @@ def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
     return row
 
 
-def _map(folder: Path, size: int) -> npt.NDArray[np.uint8]:
-    """Return the rows as (R, size, size, 3) uint8, memory-mapped."""
+def _map(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
+    """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the file's inode."""
     path = folder / "pixels.bin"
     rows = path.stat().st_size // (size * size * 3) if path.exists() else 0
     if rows == 0:
-        return np.zeros((0, size, size, 3), np.uint8)
-    return np.memmap(path, np.uint8, "r", shape=(rows, size, size, 3))
+        return np.zeros((0, size, size, 3), np.uint8), None
+    with path.open("rb") as file:
+        images = np.memmap(file, np.uint8, "r", shape=(rows, size, size, 3))
+        return images, os.fstat(file.fileno()).st_ino
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -112,6 +112,8 @@ def _metavar(kind: Any) -> str:
     return (
         "SIZE"
         if "Bytes" in text
+        else "STEPS|TIME"
+        if "Interval" in text
         else "LIST"
         if "tuple" in text
         else "N"
@@ -155,7 +157,7 @@ def train(
     if resume:
         if recipe or config_file or run_dir:
             raise UsageError("--resume goes on as before: leave out --recipe, --config and --run-dir")
-        from fastcnn.train import resumed_config
+        from fastcnn.resume import resumed_config
 
         run = resumed_config(resume, given)
     else:

@@ -26,12 +26,18 @@ Loader = Literal["auto", "resident", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
 Export = Literal["torchscript", "onnx", "pt2"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
+OnNan = Literal["stop", "skip"]
 
 Bytes = NewType("Bytes", int)
 """A number of bytes, given as one, or as 500MB, 2GB, 1.5GiB."""
 
+Interval = NewType("Interval", str)
+"""How often, in steps as 200 or in time as 30s, 5m, 1h: see `parse_interval`."""
+
 NUM_BLOCKS = 5
 MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
+MAX_YAML_DEPTH = 3  # a list in the mapping, and one more for the message to name the option
+MAX_YAML_BYTES = 2**18  # a configuration has a hundredth of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,8 @@ class Config:
     """A run or checkpoint whose weights to begin with; its output layer only where the number of classes agrees."""
     clip_norm: float | None = None
     """Largest norm of a step's gradient; left out, no limit."""
+    on_nan: OnNan = "stop"
+    """What a step whose loss is not a finite number does: end the run, or be left out and counted."""
     ema: float = 0.0
     """Decay of the moving average of the weights that is evaluated and exported, as 0.999; 0 for none."""
     seed: int = 0
@@ -131,6 +139,8 @@ class Config:
     """Where decoded photos are kept; left out, the user's cache folder."""
     deterministic: bool = False
     """Repeat to the bit: fp32 and deterministic algorithms (on a CPU with the same --threads)."""
+    checkpoint_every: Interval | None = Interval("5m")
+    """How often last.pt is saved within an epoch, in steps as 200 or in time as 30s; none only at an epoch's end."""
     report: bool = True
     """Draw the pictures and the page of the run folder at the end."""
     export: tuple[Export, ...] = ()
@@ -272,6 +282,8 @@ def read_recipe(name: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the values of a configuration file: YAML with a mapping of option names to values."""
     try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UsageError(f"{path} is too large for a configuration: expected at most {MAX_YAML_BYTES:,} bytes")
         return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the configuration {path}: {error}") from None
@@ -282,14 +294,24 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     import yaml
 
     try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # before anything is made of it
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError("it is nested too deeply")
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # values that do not fit their tags raise whatever they like
         line = " ".join(str(error).split())
         raise UsageError(f"{name} is not a YAML file: {line}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UsageError(f"{name}: expected a mapping of option names to values, got {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise UsageError(f"{name}: expected names of options, got a {type(key).__name__} for one")
     return values
 
 
@@ -345,6 +367,7 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
         return _coerce(name, next(k for k in get_args(kind) if k is not type(None)), value)
     if origin is Literal:
         choices = get_args(kind)
+        _check_scalar(name, value)
         if value not in choices:
             raise UsageError(
                 f"{option_name(name)}: expected one of {', '.join(choices)}, "
@@ -370,12 +393,27 @@ def parse_bytes(text: str) -> int | None:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) or None
 
 
+def parse_interval(text: str) -> tuple[int | None, float | None]:
+    """Return (steps, None) for 200, (None, seconds) for 30s, 5m or 1.5h, (None, None) for anything else or nothing."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d*)?) *(steps|[smh]?)", text.strip().lower(), re.ASCII)
+    if match is None or not float(match[1]):
+        return None, None
+    if match[2] in ("steps", ""):
+        return (None, None) if "." in match[1] else (int(match[1]), None)
+    return None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 def _coerce_scalar(name: str, kind: type, value: Any) -> Any:
+    _check_scalar(name, value)
     if kind is Bytes:
         count = parse_bytes(str(value)) if not isinstance(value, bool) else None
         if count is None:
             raise UsageError(f"{option_name(name)}: expected bytes as 2GB, 500MB or 1.5GiB, got '{value}'")
         return count
+    if kind is Interval:
+        if isinstance(value, bool) or parse_interval(str(value)) == (None, None):
+            raise UsageError(f"{option_name(name)}: expected steps as 200, or a time as 30s or 5m, got '{value}'")
+        return str(value).strip()
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
     text = str(value).strip()
     try:
@@ -392,3 +430,11 @@ def _coerce_scalar(name: str, kind: type, value: Any) -> Any:
     except (ValueError, KeyError, OverflowError):
         pass
     raise UsageError(f"{option_name(name)}: expected {expected}, got '{value}'")
+
+
+def _check_scalar(name: str, value: object) -> None:
+    """Raise UsageError for what YAML has beside scalars. It is not shown: it may print longer than memory is."""
+    if not isinstance(value, bool | int | float | str | Path | None):
+        raise UsageError(f"{option_name(name)}: expected one value, got a {type(value).__name__}")
+    if isinstance(value, int) and abs(value) >= 2**64:  # with more digits than Python prints, perhaps
+        raise UsageError(f"{option_name(name)}: expected a smaller number")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 
 import pipelines
 from fastcnn import cache as caches
+from fastcnn import files
 from fastcnn import index as indexes
 from fastcnn import loader as loaders
 from fastcnn.cache import Cache
@@ -169,10 +169,7 @@ def prepare(
 
 def write_bad(path: Path, bad: dict[str, str]) -> None:
     """Write path and reason of every photo left out as CSV."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "reason"])
-        writer.writerows(bad.items())
+    files.write_csv(path, [("path", "reason"), *bad.items()])
 
 
 def _report_bad(bad: dict[str, str], count: int, max_bad: float, where: str) -> None:

@@ -239,9 +239,9 @@ def worth_compiling(num_steps: int, seconds: float, prediction: dict[str, float]
     return saving > cost, why
 
 
-def time_step(engine: Engine, step: Step) -> float:
+def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
     """Return the seconds that an engine takes for a step, leaving everything as it was."""
-    num_steps = min(20, step.num_steps)
+    num_steps = min(num_steps, step.num_steps)
     device = step.state()[0].device
 
     def synchronize() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastcnn.augment import resized
 from fastcnn.engines import Eager, Engine, Step
+from fastcnn.errors import FastCNNError, first_line
 from fastcnn.loader import Feed
 from fastcnn.metrics import Score, Sums
 from fastcnn.model import SmallCNN
@@ -121,7 +122,22 @@ class _evaluating:  # noqa: N801  (read as a function)
 
 
 def restore(state: dict[str, Any]) -> SmallCNN:
-    """Return the network of a checkpoint, with its weights, ready to be evaluated."""
-    model = SmallCNN(**state["network"])
-    model.load_state_dict(state["model"])
+    """Return the network of a checkpoint, with its weights, ready to be evaluated.
+
+    Raises FastCNNError where it and its weights are not of one network; nothing of any size is made before that.
+    """
+    network, config = state["network"], {**state["config"], "num_classes": len(state["classes"])}
+    try:
+        other = next((name for name in network if network[name] != config.get(name)), None)
+        if other:
+            raise ValueError(f"'{other}' is {network[other]} for the network and {config.get(other)} elsewhere")
+        with torch.device("meta"):  # shapes alone
+            expected = SmallCNN(**network).state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in state["model"].items()}:
+            raise ValueError("its weights are of another network")
+        model = SmallCNN(**network)
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise FastCNNError(f"the checkpoint cannot be used: {first_line(error)}") from None
     return model.eval()

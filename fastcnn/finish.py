@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcnn import checkpoint, pictures, report, runtime, scorecard
+from fastcnn import checkpoint, files, pictures, report, runtime, scorecard
 from fastcnn import session as sessions
 from fastcnn import tracker as tracking
 from fastcnn.console import Console
@@ -39,16 +39,16 @@ def finish(
     """
     folder, config = session.run_dir, session.config
     judged = "test" if len(feeds["test"]) else "val"
-    story, files, evaluation = None, dict[str, bytes](), None
+    story, drawn, evaluation = None, dict[str, bytes](), None
     if judged == "test" or config.report:
         with watch.stage("eval"):
-            best = checkpoint.load(folder / "best.pt", session.step.number.device)
+            best = checkpoint.load(folder / "best.pt")
             session.model.load_state_dict(best["model"])
             session.step.parameters.refresh()
             evaluation = sessions.judge(session, feeds[judged])
     if config.report and evaluation:
         with watch.stage("report"):
-            story, files = _draw(session, data, judged, evaluation)
+            story, drawn = _draw(session, data, judged, evaluation)
     summary = _summary(session, data, feeds, watch, evaluation if judged == "test" else None)
     _write(folder, summary)  # whatever comes now, the figures are kept
     with watch.stage("export"):
@@ -56,7 +56,7 @@ def finish(
     summary["seconds"] = _seconds(watch)
     if story:
         try:
-            report.write(folder, story, files, summary, config.to_dict())
+            report.write(folder, story, drawn, summary, config.to_dict())
         except OSError as error:
             warn(f"the run is finished, but its report cannot be written: {error}")
     outcome = Outcome(
@@ -67,6 +67,7 @@ def finish(
         exported=exported,
     )
     summary |= tracking.finish(trackers, outcome)
+    summary["finished"] = True
     _write(folder, summary)
     return summary
 
@@ -77,6 +78,7 @@ def _summary(
     config, device = session.config, session.step.number.device
     steady = session.rows[1:] or session.rows
     return {
+        "finished": False,  # until all that a run leaves is there
         "engine": config.engine,
         "engine_reason": session.why,
         "decoder": config.decoder,
@@ -92,6 +94,7 @@ def _summary(
         "num_bad": len(data.bad),
         "num_damaged": len(data.damaged),
         "num_decoded": data.cache.num_decoded,
+        "skipped_steps": int(session.step.skipped),
         "val_accuracy": session.best["val/accuracy"],
         "val_loss": session.best["val/loss"],
         "test_accuracy": test.score.accuracy if test else None,
@@ -111,9 +114,7 @@ def _seconds(watch: Stopwatch) -> dict[str, float]:
 
 
 def _write(folder: Path, summary: dict[str, Any]) -> None:
-    partial = folder / ".partial-result.json"
-    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / "result.json")
+    files.write(folder / "result.json", json.dumps(summary, indent=1) + "\n")
 
 
 def _draw(
@@ -169,6 +170,6 @@ def _export(session: Session, console: Console) -> tuple[list[Path], str | None]
         for name in session.config.export:
             try:
                 exported.append(export_run(session.run_dir, format=name, note=console.line))
-            except FastCNNError as error:
-                return exported, str(error)
+            except (FastCNNError, OSError, RuntimeError) as error:  # torch makes a full disk a RuntimeError
+                return exported, str(error) if isinstance(error, FastCNNError) else f"no export: {first_line(error)}"
     return exported, None

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn import files
 from fastcnn.errors import DataError, nearest, warn
 
 Split = Literal["train", "val", "test"]
@@ -188,11 +189,8 @@ def split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
 
 def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:
     """Write path, label and split of every photo as CSV."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split"])
-        for photo, label, part in zip(index.paths, index.labels, splits, strict=True):
-            writer.writerow([photo, index.classes[label], part])
+    labels = (index.classes[label] for label in index.labels)
+    files.write_csv(path, [("path", "label", "split"), *zip(index.paths, labels, splits, strict=True)])
 
 
 def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
@@ -213,10 +211,11 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
             raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
         if photo not in position:
             raise DataError(
-                f"{path}, line {line}: no usable photo {photo} in {index.root}; was the split made from another folder?"
+                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; "
+                "was the split made from another folder?"
             )
         if index.classes[index.labels[position[photo]]] != label:
-            raise DataError(f"{path}, line {line}: {photo} is not of class '{label}'")
+            raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
         splits[position[photo]] = part
     if not {"train", "val"} <= set(splits):
         raise DataError(f"{path} names no photos for training or none for validation")

@@ -163,6 +163,19 @@ def _left_in_control_group() -> list[int]:
 _CGROUP_1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device, or the machine, has no memory left."""
+    # torch has no class of its own for the machine's memory.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory that was in use at once: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from fastcnn.augment import Augment
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
 from fastcnn.engines import Engine
-from fastcnn.errors import FastCNNError, warn
+from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.evaluate import Evaluation, Evaluator
 from fastcnn.feed import Chances
 from fastcnn.loader import Feed
@@ -48,6 +48,12 @@ class Session:
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     """Figures of the best epoch so far."""
 
+    @property
+    def steps_done(self) -> int:
+        """Steps that an interrupted epoch has behind it; 0 where the next epoch begins."""
+        step = self.step
+        return int(step.feed.cursor) // step.batch_size % step.num_steps
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Let the model hold what is evaluated and exported: the moving average of its weights, where there is one."""
         average = self.step.average
@@ -67,6 +73,7 @@ class Session:
             "epoch": self.epoch,
             "cursor": int(step.feed.cursor),
             "step": int(step.number),
+            "skipped": int(step.skipped),
             "sums": step.sums.values,
             "best": self.best,
             "rows": self.rows,
@@ -75,9 +82,31 @@ class Session:
         }
         checkpoint.save(self.run_dir / name, state)
 
+    def save_best(self) -> None:
+        """Write `best.pt`: as `last.pt`, but for the model, which is what is evaluated and exported."""
+        with self.averaged():
+            self.save("best.pt")
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where a checkpoint of this run was saved."""
+        """Go back to where a checkpoint of this run was saved. Raises FastCNNError where it is none of this run."""
+        try:
+            self._restore(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise FastCNNError(
+                f"{self.run_dir / 'last.pt'} does not belong to this run ({first_line(error)}): begin a new one"
+            ) from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         step = self.step
+        epochs, done = divmod(state["step"], step.num_steps)
+        if (epochs, len(state["rows"]), done * step.batch_size) != (
+            state["epoch"],
+            state["epoch"],
+            state["cursor"] % (step.num_steps * step.batch_size),
+        ):
+            raise ValueError(f"{state['step']} steps, {state['epoch']} epochs and {len(state['rows'])} rows of figures")
+        if state["step"] > len(step.rates):
+            raise ValueError(f"{state['step']} steps of {len(step.rates)}")
         self.model.load_state_dict(state["model"])
         step.parameters.refresh()
         saved = {**state["optimizer"], **state["loss_scale"], "average": state["average"]}
@@ -86,9 +115,10 @@ class Session:
         with torch.no_grad():
             for key, tensor in current.items():
                 if tensor is not None and saved.get(key) is not None:
-                    tensor.copy_(saved[key])
-            step.sums.values.copy_(state["sums"])
+                    _copy(key, tensor, saved[key])
+            _copy("sums", step.sums.values, state["sums"])
         step.number.fill_(state["step"])
+        step.skipped.fill_(state["skipped"])
         step.feed.cursor.fill_(state["cursor"])
         self.epoch, self.rows, self.best = state["epoch"], list(state["rows"]), dict(state["best"])
         torch.set_rng_state(state["rng"].cpu())
@@ -96,12 +126,25 @@ class Session:
             torch.cuda.set_rng_state(state["device_rng"].cpu())
 
 
+def _copy(name: str, tensor: Tensor, value: Tensor) -> None:
+    if tensor.shape != value.shape:
+        raise ValueError(f"{name} is {tuple(value.shape)} there and {tuple(tensor.shape)} here")
+    tensor.copy_(value)
+
+
 def start(
-    config: Config, folder: Path, classes: tuple[str, ...], feed: Feed, labels: npt.NDArray[np.int64] | None = None
+    config: Config,
+    folder: Path,
+    classes: tuple[str, ...],
+    feed: Feed,
+    labels: npt.NDArray[np.int64] | None = None,
+    *,
+    fresh: bool = True,
 ) -> Session:
     """Return a session at its beginning: seeded weights, an optimizer, a step over `feed`.
 
     labels: (N,) of the training photos; left out, the feed's, which has them all where it is resident.
+    fresh: False where a checkpoint is to be restored, so that `--init-from` is not needed any more.
     """
     labels = feed.labels.cpu().numpy() if labels is None else labels
     device = feed.images.device
@@ -116,7 +159,7 @@ def start(
         dropout=config.dropout,
         image_size=config.image_size,
     )
-    if config.init_from:
+    if config.init_from and fresh:
         begin_with(model, config.init_from)
     model = model.to(device)
     dtype = runtime.DTYPES[config.precision]
@@ -144,6 +187,7 @@ def start(
         class_weights=class_weights(labels, len(classes)) if config.balance == "weights" else None,
         limit=config.limit_train_batches,
         clip_norm=config.clip_norm,
+        skip_nan=config.on_nan == "skip",
         average=average_weights(config.ema, num_steps) if config.ema else None,
     )
     session = Session(config, folder, classes, model, step)

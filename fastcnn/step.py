@@ -71,6 +71,7 @@ class TrainingStep:
         class_weights: (num_classes,) what the classes' losses count for, on average 1; None is 1 for all.
         limit: steps an epoch at most; None is all.
         clip_norm: the gradient's largest norm; None leaves it.
+        skip_nan: leave a step whose loss is no finite number out and go on; False updates nothing from it on.
         average: (T,) weight of each step's values in their moving average; None keeps none.
     """
 
@@ -88,11 +89,13 @@ class TrainingStep:
         class_weights: Tensor | None = None,
         limit: int | None = None,
         clip_norm: float | None = None,
+        skip_nan: bool = False,
         average: Tensor | None = None,
     ) -> None:
         device = feed.images.device
         self.parameters, self.optimizer, self.feed, self.normalise = parameters, optimizer, feed, normalise
         self.batch_size, self.clip_norm, self.label_smoothing = batch_size, clip_norm, label_smoothing
+        self.skip_nan = skip_nan
         self.augment = augment or Augment((), feed.images.shape[1])
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.rates = rates.to(device)
@@ -105,7 +108,8 @@ class TrainingStep:
         self.weights = torch.ones(batch_size, device=device)
         self.one_hot = torch.eye(parameters.model.output.out_features, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
-        self.frozen = torch.zeros((), device=device)  # 1 from the first loss that is no number: no more updates
+        # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
+        self.skipped = torch.zeros((), device=device)
         self.sums = Sums(device)
         self.forward: Callable[..., tuple[Tensor, Tensor]] = forward  # an engine may put a compiled one here
 
@@ -114,6 +118,7 @@ class TrainingStep:
         feed = self.feed
         photos = feed.permutation.index_select(0, feed.cursor + self.offsets)
         batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos))
+        buffers = [buffer.clone() for buffer in self.parameters.compute.buffers()] if self.skip_nan else []
         losses, guesses = self.forward(
             self.parameters.compute,
             self.normalise,
@@ -125,8 +130,13 @@ class TrainingStep:
         loss = losses.mean()
         objective = loss if self.loss_scale is None else loss * self.loss_scale.scale
         self.parameters.set_gradients(torch.autograd.grad(objective, self.parameters.inputs))
-        self._update(loss.detach())
-        self.sums.add(losses.detach(), guesses == batch.labels, self.weights)
+        skip = self._update(loss.detach())
+        losses, weights = losses.detach(), self.weights
+        if self.skip_nan:
+            losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
+            for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
+                buffer.copy_(torch.where(skip > 0, before, buffer))  # else batch norms never recover
+        self.sums.add(losses, guesses == batch.labels, weights)
         feed.cursor.add_(self.batch_size)
         self.number.add_(1)
 
@@ -143,7 +153,7 @@ class TrainingStep:
             self.average,
             self.feed.cursor,
             self.number,
-            self.frozen,
+            self.skipped,
             self.sums.values,
         ]
         return [tensor for tensor in tensors if tensor is not None]
@@ -154,10 +164,16 @@ class TrainingStep:
         own, other = self.one_hot.index_select(0, batch.labels), self.one_hot.index_select(0, batch.others)
         return torch.lerp(other, own, batch.share[:, None])
 
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, loss: Tensor) -> Tensor:
+        """Update the weights; return 1 where the step is left out because of its loss, else 0."""
         parameters, optimizer, gradient = self.parameters, self.optimizer, self.parameters.gradient
-        torch.maximum(self.frozen, torch.ne(loss - loss, 0).to(self.frozen.dtype), out=self.frozen)
-        skip = self.frozen
+        if self.skip_nan and self.loss_scale is None:
+            loss = loss + 0 * gradient.sum()  # a gradient that overflows would spoil the weights for good
+        left_out = torch.ne(loss - loss, 0).to(self.skipped.dtype)
+        if not self.skip_nan:
+            left_out = torch.maximum(left_out, self.skipped.clamp(max=1))
+        self.skipped.add_(left_out)
+        skip = left_out
         if self.loss_scale is not None:
             gradient.div_(self.loss_scale.scale)
             overflow = (~gradient.isfinite().all()).to(skip.dtype)
@@ -170,3 +186,4 @@ class TrainingStep:
         parameters.refresh()
         if self.average is not None and self.average_weights is not None:
             self.average.lerp_(parameters.values, self.average_weights.index_select(0, self.number))
+        return left_out

@@ -100,7 +100,7 @@ def opened(run: Run) -> Iterator[list[Tracker]]:
     try:
         yield trackers
     except BaseException as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
         for tracker in trackers:
             tracker.close(code)
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,30 +15,24 @@ from typing import Any
 import torch
 import yaml
 
-from fastcnn import checkpoint, dataset, index, runs, runtime, signals
+from fastcnn import dataset, engines, files, finite, index, memory, runs, runtime, signals
 from fastcnn import session as sessions
 from fastcnn import tracker as tracking
-from fastcnn.config import Config, field_types, option_name, resolve
+from fastcnn.config import Config, parse_interval
 from fastcnn.console import Console
 from fastcnn.dataset import Dataset
 from fastcnn.engines import Engine
-from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back
+from fastcnn.errors import DataError, FastCNNError, UsageError, fall_back, first_line
 from fastcnn.evaluate import BATCH_SIZE, Evaluator
+from fastcnn.feed import Feed
 from fastcnn.finish import finish
 from fastcnn.kernels import pool
 from fastcnn.loader import LOADERS, Options
 from fastcnn.metrics import Live, Score, Stopwatch
+from fastcnn.resume import Interrupted, restore, what_is_saved
 from fastcnn.session import Session
 from fastcnn.step import TrainingStep
 from fastcnn.tracker import Run, Tracker
-
-
-class Interrupted(FastCNNError):
-    """The run was told to stop, and has saved where it was."""
-
-    def __init__(self, signum: int, run_dir: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved in {run_dir / 'last.pt'}")
-        self.exit_code = 128 + signum
 
 
 @dataclass(frozen=True)
@@ -72,17 +66,48 @@ def fit(
     Raises DataError where the photos cannot be used, Interrupted on SIGINT and SIGTERM after saving `last.pt`, and
     FastCNNError for whatever else the user can mend.
     """
-    console = console or Console(quiet=True)
+    config = _resolve(config)
+    name = Path(config.data).name or "run"
+    try:
+        with (
+            signals.raising(),
+            contextlib.nullcontext(runs.find(resume)) if resume else runs.folder(run_dir, name) as folder,
+            _said(folder),
+        ):
+            return _fit(config, folder, bool(resume), console or Console(quiet=True), import_seconds)
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        why = first_line(error)
+    # Only here, as the traceback is gone with all that it holds.
+    raise FastCNNError(memory.advice(config, why, folder / "last.pt"))
+
+
+@contextlib.contextmanager
+def _said(folder: Path) -> Iterator[None]:
+    """Turn signals and what the disk refuses into errors that say how to go on."""
+    try:
+        yield
+    except signals.Stopped as stopped:
+        raise Interrupted(stopped.signum, what_is_saved(folder)) from None
+    except OSError as error:
+        where = error.filename or folder
+        raise FastCNNError(
+            f"cannot write {where}: {error.strerror or error}; mend that; {what_is_saved(folder)}"
+        ) from None
+
+
+def _fit(config: Config, folder: Path, resume: bool, console: Console, import_seconds: float) -> Result:
+    """Do what `fit` does, in a folder that is there."""
     watch = Stopwatch()
     watch.seconds["import"] = import_seconds
-    config = _resolve(config)
     device = torch.device(config.device)
     tf32 = config.precision == "tf32"
-    name = Path(config.data).name or "run"
-    with (
-        contextlib.nullcontext(runs.find(resume)) if resume else runs.folder(run_dir, name) as folder,
-        runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32),
-    ):
+    own_split = folder / "split.csv"
+    begun = resume and (folder / "last.pt").is_file()
+    if not begun:
+        _write_config(folder, config)  # so that a run that is killed before its first step can be resumed as well
+    with runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
         with console.progress("decoding", "photos") as progress:
             data = dataset.prepare(
                 config.data,
@@ -95,7 +120,7 @@ def fit(
                 memory_limit=config.memory_limit,
                 val_fraction=config.val_fraction,
                 seed=config.seed,
-                split=folder / "split.csv" if resume else config.split,
+                split=own_split if resume and own_split.is_file() else config.split,
                 max_bad=config.max_bad,
                 max_pixels=config.max_pixels,
                 strict=config.strict,
@@ -103,30 +128,18 @@ def fit(
                 note=console.line,
                 stopwatch=watch,
             )
-        config = dataclasses.replace(config, decoder=data.decoder, loader=data.loader)
+        config = dataclasses.replace(config, decoder=data.decoder)
         with watch.stage("compile"):
             _load_kernels(device, strict=config.strict)
         _report_cache(console, data)
-        with watch.stage("upload"):
-            feeds = {
-                split: LOADERS[config.loader](
-                    data.index, data.cache, data.photos(split), _options(config, device, split)
-                )
-                for split in ("train", "val", "test")
-            }
-        if len(feeds["train"]) < config.batch_size:
+        if len(data.photos("train")) < config.batch_size:
             raise DataError(
-                f"{len(feeds['train'])} training photos do not fill one batch of {config.batch_size}: "
+                f"{len(data.photos('train'))} training photos do not fill one batch of {config.batch_size}: "
                 "lower --batch-size or add photos"
             )
-        session = sessions.start(
-            config, folder, data.index.classes, feeds["train"], data.index.labels[data.photos("train")]
-        )
-        if resume:
-            _restore(session, console)
-        with watch.stage("compile"):
-            engine = sessions.make_engine(session)
-            evaluator = sessions.make_evaluator(session, feeds["val"])
+        if resume and not begun:
+            console.line("nothing was saved yet: beginning again")
+        data, (feeds, session, engine, evaluator) = _set_up(config, folder, data, watch, console, begun)
         if session.why:
             console.line(f"engine {session.config.engine}: {session.why}")
         _write_inputs(session, data)
@@ -147,7 +160,7 @@ def fit(
         )
         with tracking.opened(run) as trackers:
             with signals.received() as stop:
-                _train(session, engine, evaluator, watch, trackers, console, stop)
+                _train(session, data, engine, evaluator, watch, trackers, console, stop)
             summary = finish(session, data, feeds, watch, trackers, console)
     _report(console, summary, session.run_dir)
     if summary["export_error"]:
@@ -155,36 +168,42 @@ def fit(
     return Result(session.run_dir, session.rows, summary)
 
 
-RESUMABLE = ("epochs", "device", "wandb")  # what may change when a run goes on
+Ready = tuple[dict[str, Feed], Session, Engine, Evaluator]
 
 
-def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
-    """Return the configuration to go on with a run by: its own, with other `epochs` or another `device`.
-
-    Raises UsageError for any other change, FastCNNError where there is no such run or no `last.pt` in it.
-    """
-    refused = ["DATA" if name == "data" else option_name(name) for name in changes if name not in RESUMABLE]
-    if refused:
-        raise UsageError(
-            f"--resume goes on as before: {', '.join(refused)} cannot change, "
-            f"only {', '.join(option_name(name) for name in RESUMABLE)}"
-        )
-    folder = runs.find(run)
-    state = checkpoint.load(folder / "last.pt")
-    saved = {name: value for name, value in state["config"].items() if name in field_types()}
-    config = resolve(saved, changes)
-    if config.epochs <= state["epoch"] and (folder / "result.json").is_file():
-        raise UsageError(f"--resume: {run} has its {state['epoch']} epochs: give more with --epochs")
-    return config
+def _set_up(
+    config: Config, folder: Path, data: Dataset, watch: Stopwatch, console: Console, begun: bool
+) -> tuple[Dataset, Ready]:
+    """Return the data and what trains on them; photos that `--loader auto` found no room for are mapped."""
+    try:
+        return data, _make_ready(config, folder, data, watch, console, begun)
+    except (RuntimeError, MemoryError) as error:
+        if config.loader != "auto" or data.loader != "resident" or not runtime.is_out_of_memory(error):
+            raise
+        why = f"resident ran out of memory ({first_line(error)})"
+    memory.release()
+    fall_back(f"loader mapped: {why}", strict=config.strict)
+    data = dataclasses.replace(data, loader="mapped", loader_reason=why)
+    return data, _make_ready(config, folder, data, watch, console, begun)
 
 
-def _restore(session: Session, console: Console) -> None:
-    state = checkpoint.load(session.run_dir / "last.pt", session.step.feed.images.device)
-    if tuple(state["classes"]) != session.classes:
-        raise DataError(f"{session.run_dir} was trained on other classes than there are now: begin a new run")
-    session.restore(state)
-    done = _steps_done(session.step)
-    console.line(f"going on after epoch {session.epoch}" + (f" and {done} steps" if done else ""))
+def _make_ready(config: Config, folder: Path, data: Dataset, watch: Stopwatch, console: Console, begun: bool) -> Ready:
+    config, device = dataclasses.replace(config, loader=data.loader), torch.device(config.device)
+    with watch.stage("upload"):
+        feeds = {
+            split: LOADERS[config.loader](data.index, data.cache, data.photos(split), _options(config, device, split))
+            for split in ("train", "val", "test")
+        }
+    labels = data.index.labels[data.photos("train")]
+    session = sessions.start(config, folder, data.index.classes, feeds["train"], labels, fresh=not begun)
+    if begun:
+        restore(session, console)
+    with watch.stage("compile"):
+        engine = sessions.make_engine(session)
+        evaluator = sessions.make_evaluator(session, feeds["val"])
+        if device.type != "cpu":  # an eager engine has run nothing yet: does the step fit?
+            engines.time_step(engine, session.step, 1)
+    return feeds, session, engine, evaluator
 
 
 def _resolve(config: Config) -> Config:
@@ -228,6 +247,7 @@ def _load_kernels(device: torch.device, *, strict: bool) -> None:
 
 def _train(
     session: Session,
+    data: Dataset,
     engine: Engine,
     evaluator: Evaluator,
     watch: Stopwatch,
@@ -237,9 +257,10 @@ def _train(
 ) -> None:
     """Run the epochs that are left. `stop` holds the signal that asks the run to end, once one came."""
     config, step = session.config, session.step
+    saving = Saving(config.checkpoint_every)
     while session.epoch < config.epochs and not _is_stale(session, console):
         epoch, start = session.epoch + 1, time.perf_counter()
-        done = _steps_done(step)
+        done, skipped, save_seconds = session.steps_done, int(step.skipped), watch.seconds.get("checkpoint", 0.0)
         step.parameters.compute.train()
         with (
             watch.stage("train"),
@@ -248,15 +269,23 @@ def _train(
         ):
             if not done:
                 step.sums.reset()
-            for queued, live in _run_epoch(step, engine, done):
+            for queued, live in _run_epoch(step, engine, done, saving):
                 rate = (live.count - done * config.batch_size) / (time.perf_counter() - start)
                 progress(queued, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
-                if stop and queued < step.num_steps:  # an epoch whose steps are done is finished first
-                    session.save("last.pt")
-                    raise Interrupted(stop[0], session.run_dir)
+                if not math.isfinite(live.loss):
+                    finite.check(session, data, epoch, skipped, queued)
+                # An epoch whose steps are done is finished first.
+                if (stop or saving.due(queued)) and queued < step.num_steps:
+                    finite.check(session, data, epoch, skipped, queued)
+                    with watch.stage("checkpoint"):
+                        session.save("last.pt")
+                    saving.saved()
+                    if stop:
+                        raise Interrupted(stop[0], what_is_saved(session.run_dir))
             train = step.sums.read()  # the epoch's one synchronisation
-            train_seconds = time.perf_counter() - start
-        _check_finite(session)
+            save_seconds -= watch.seconds.get("checkpoint", 0.0)
+            train_seconds = time.perf_counter() - start + save_seconds
+        finite.check(session, data, epoch, skipped, step.num_steps)
         with watch.stage("eval"), session.averaged():
             val = evaluator().score
         session.epoch = epoch
@@ -275,19 +304,36 @@ def _train(
         if is_best:
             session.best = row
         with watch.stage("checkpoint"):
+            session.save("last.pt")  # first: whatever comes now, best.pt can be made of it
             if is_best:
-                with session.averaged():
-                    session.save("best.pt")
-            session.save("last.pt")
+                session.save_best()
+        saving.saved()
         for tracker in trackers:
             tracker.epoch(row)
         if stop:
-            raise Interrupted(stop[0], session.run_dir)
+            raise Interrupted(stop[0], what_is_saved(session.run_dir))
 
 
-def _steps_done(step: TrainingStep) -> int:
-    """Return the steps that an interrupted epoch has behind it; 0 where the next epoch begins."""
-    return int(step.feed.cursor) // step.batch_size % step.num_steps
+class Saving:
+    """When `last.pt` is to be saved within an epoch."""
+
+    def __init__(self, every: str | None) -> None:
+        self.steps, self.seconds = parse_interval(every or "")
+        self.saved()
+
+    def saved(self) -> None:
+        """Begin to count anew."""
+        self.last = time.perf_counter()
+
+    def due(self, done: int) -> bool:
+        """Return whether it is time, `done` steps into an epoch."""
+        if self.steps:
+            return done % self.steps == 0
+        return self.seconds is not None and time.perf_counter() - self.last >= self.seconds
+
+    def limit(self, portion: int, done: int) -> int:
+        """Return how many of the next steps may be queued before it is time."""
+        return min(portion, self.steps - done % self.steps) if self.steps else portion
 
 
 def _is_stale(session: Session, console: Console) -> bool:
@@ -299,29 +345,19 @@ def _is_stale(session: Session, console: Console) -> bool:
     return True
 
 
-def _run_epoch(step: TrainingStep, engine: Engine, done: int) -> Iterator[tuple[int, Score]]:
+def _run_epoch(step: TrainingStep, engine: Engine, done: int, saving: Saving) -> Iterator[tuple[int, Score]]:
     """Run an epoch's steps in portions of about a tenth of a second; yield the steps queued and the score so far."""
     portion, live = 1, Live(step.sums)
     while done < step.num_steps:
         start = time.perf_counter()
         portion = min(portion, step.num_steps - done)
-        step.feed.drive(engine.run, portion)
+        now = saving.limit(portion, done)
+        step.feed.drive(engine.run, now)
         live.mark()
-        done += portion
+        done += now
         yield done, live.score
         if time.perf_counter() - start < 0.1:
             portion *= 2
-
-
-def _check_finite(session: Session) -> None:
-    step = session.step
-    if not step.frozen:
-        return
-    raise FastCNNError(
-        f"the loss of step {int(step.optimizer.num_updates) + 1} is not a finite number (learning rate "
-        f"{float(step.optimizer.lr):g}): nothing was updated from there on; "
-        "try a lower --lr, --clip-norm 1 or --precision fp32"
-    )
 
 
 def _rank(row: dict[str, float]) -> tuple[float, float]:
@@ -331,11 +367,15 @@ def _rank(row: dict[str, float]) -> tuple[float, float]:
 
 
 def _write_inputs(session: Session, data: Dataset) -> None:
-    folder, config = session.run_dir, session.config
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+    folder = session.run_dir
+    _write_config(folder, session.config)
     index.write_split(folder / "split.csv", data.index, data.splits)
     dataset.write_bad(folder / "bad_images.csv", data.bad)
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    files.write(folder / runs.CONFIG, text)
 
 
 def _report_cache(console: Console, data: Dataset) -> None:

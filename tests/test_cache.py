@@ -3,17 +3,18 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import pipelines
 from fastcnn import cache, dataset
@@ -211,18 +212,82 @@ def flip(path: Path, position: int, bit: int) -> None:
     path.write_bytes(content)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(position=st.integers(0, 10**6), bit=st.integers(0, 7), journal=st.booleans())
-def test_a_flipped_bit_never_gives_a_wrong_pixel(
-    data: Path, tmp_path: Path, position: int, bit: int, journal: bool
-) -> None:
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["pixels.bin", "photos.jsonl", "cache.json"])
+def test_a_flipped_bit_never_gives_a_wrong_pixel(data: Path, tmp_path: Path, name: str, count: int) -> None:
     index = scan(data)
     folder = build(index, tmp_path).folder
-    right = expected(index)
-    flip(folder / ("photos.jsonl" if journal else "pixels.bin"), position, bit)
-    built = build(index, tmp_path)
-    for i in np.flatnonzero(built.usable):
-        assert (built.images[built.rows[i]] == right[i]).all()
+    content = {path: path.read_bytes() for path in folder.iterdir()}
+    chance, noticed = random.Random(0), 0
+    for _ in range(count):
+        for path, whole in content.items():
+            path.write_bytes(whole)
+        flip(folder / name, chance.randrange(len(content[folder / name])), chance.randrange(8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastCNNWarning)  # "damaged: decoding them again"
+            built = build(index, tmp_path)
+        assert_right(built, index)
+        noticed += built.num_decoded > 0
+    print(f"{name}: {count} bits, {noticed} noticed, the others harmless")
+
+
+def test_damaged_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    flip(build(index, tmp_path).folder / "pixels.bin", 5000, 3)
+    with pytest.warns(FastCNNWarning, match=r"the pixels of 1 photos in the cache .* are damaged: decoding them again"):
+        built = build(index, tmp_path)
+    assert built.num_decoded == 1
+    assert_right(built, index)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"root": "/elsewhere"}, "its root is another"),
+        ({"image_size": 40}, "its image_size is another"),
+        ({"decoder": "turbo-1"}, "its decoder is another"),
+        ({"format": cache.FORMAT + 1}, "its format is another"),
+        (b"{", "its header is damaged"),
+        (b"[" * 100_000, "its header is damaged"),
+        (None, "its header is damaged"),
+    ],
+)
+def test_a_cache_under_another_header_is_built_anew_and_it_says_so(
+    data: Path, tmp_path: Path, change: dict[str, object] | bytes | None, why: str
+) -> None:
+    """A cache of another folder, size, decoder or version, put in this one's place, gives none of its pixels."""
+    index = scan(data)
+    header = build(index, tmp_path).folder / "cache.json"
+    if change is None:
+        header.unlink()
+    elif isinstance(change, bytes):
+        header.write_bytes(change)
+    else:
+        header.write_text(json.dumps({**json.loads(header.read_text()), **change}))
+    with pytest.warns(FastCNNWarning, match=f"cannot be used .{why}.: decoding every photo again"):
+        built = build(index, tmp_path)
+    assert built.num_decoded == len(index)
+    assert_right(built, index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: Path) -> None:
+    """`fastcnn cache clear` and a new build, while a run still reads: its rows mean other photos by then."""
+    index = scan(data)
+    old = build(index, tmp_path)
+    cache.clear(tmp_path / "cache")
+    with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
+        old.pixels(np.arange(3))
+    build(index.take(np.arange(len(index)) > 2), tmp_path)
+    with pytest.raises(FastCNNError, match="was replaced while it was used: run again"):
+        old.pixels(np.arange(3))
+
+
+def test_a_cache_that_is_being_built_is_not_cleared(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    with filelock.FileLock(folder / "lock"), pytest.raises(FastCNNError, match="another run is decoding"):
+        cache.clear(tmp_path / "cache")
+    assert build(scan(data), tmp_path).num_decoded == 0
 
 
 def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:

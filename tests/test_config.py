@@ -74,6 +74,9 @@ def test_recipe_seed_is_the_defaults() -> None:
         ("augment", "none", ()),
         ("augment", [], ()),
         ("export", "torchscript", ("torchscript",)),
+        ("checkpoint_every", 200, "200"),
+        ("checkpoint_every", " 30s ", "30s"),
+        ("checkpoint_every", "none", None),
         ("device", "cuda:1", "cuda:1"),
     ],
 )
@@ -146,3 +149,21 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | 
 def test_any_value_is_taken_or_refused(values: dict[str, Any]) -> None:
     with contextlib.suppress(FastCNNError):
         resolve(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "seconds"),
+    [
+        ("200", 200, None),
+        ("200 steps", 200, None),
+        ("30s", None, 30),
+        ("1.5m", None, 90),
+        ("2H", None, 7200),
+        *((wrong, None, None) for wrong in ("", "0", "0s", "1.5", "-3", "often", "3d", "1e3", "nan")),
+    ],
+)
+def test_intervals(text: str, steps: int | None, seconds: float | None) -> None:
+    assert config.parse_interval(text) == (steps, seconds)
+    if (steps, seconds) == (None, None) and text:
+        with pytest.raises(UsageError, match="--checkpoint-every: expected steps as 200, or a time as 30s or 5m"):
+            Config(checkpoint_every=text)

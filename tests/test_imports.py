@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"errors"},
-    {"config"},
+    {"config", "files"},
     {
         "index",
         "augment",
@@ -36,7 +36,8 @@ LEVELS = [
     {"evaluate", "predict", "skew", "triton", "card"},
     {"verify", "rescore", "session", "serve"},
     {"export"},
-    {"finish"},
+    {"finish", "memory", "resume"},
+    {"finite"},
     {"train", "data", "doctor"},
     {"cli"},
 ]

@@ -158,44 +158,6 @@ def test_it_learns(photos: Path) -> None:
     assert fit(config).metrics[-1]["train/accuracy"] > 0.7
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut short"])
-def test_a_broken_checkpoint_is_one_line(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(FastCNNError) as caught:
-        checkpoint.load(tmp_path / "last.pt")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, ...]:
-            return Path.touch, (tmp_path / "owned",)
-
-    torch.save({"format": 1, "model": Evil()}, tmp_path / "last.pt")
-    with pytest.raises(FastCNNError):
-        checkpoint.load(tmp_path / "last.pt")
-    assert not (tmp_path / "owned").exists()
-
-
-def test_checkpoints_of_a_newer_version(tmp_path: Path) -> None:
-    torch.save({"format": checkpoint.FORMAT + 1}, tmp_path / "last.pt")
-    with pytest.raises(FastCNNError, match="upgrade"):
-        checkpoint.load(tmp_path / "last.pt")
-
-
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "last.pt", {"epoch": 1})
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(FastCNNError, match="No space left"):
-        checkpoint.save(tmp_path / "last.pt", {"epoch": 2})
-    assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["last.pt"]
-
-
 @pytest.mark.cuda
 def test_a_run_on_a_gpu(photos: Path) -> None:
     summary = fit(Config(data=str(photos), device="cuda", **SMALL)).summary

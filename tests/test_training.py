@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcnn import Config, checkpoint, fit, train
+from fastcnn import Config, checkpoint, fit, resume, train
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
 from fastcnn.feed import shuffled
 from fastcnn.session import class_weights
@@ -50,9 +50,9 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "_run_epoch", stopping)
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(resume.Interrupted):
             fit(config, run_dir="cut")
-    resumed = fit(train.resumed_config("cut", {}), resume="cut")
+    resumed = fit(resume.resumed_config("cut", {}), resume="cut")
     assert resumed.run_dir == Path("cut")
     for name in ("last.pt", "best.pt"):
         one, other = (checkpoint.load(folder / name) for folder in (whole.run_dir, resumed.run_dir))
@@ -66,17 +66,17 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
 def test_a_finished_run_goes_on_with_more_epochs(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(UsageError, match="has its 2 epochs: give more with --epochs"):
-        train.resumed_config("run", {})
-    fit(train.resumed_config("run", {"epochs": 3}), resume="run")
+        resume.resumed_config("run", {})
+    fit(resume.resumed_config("run", {"epochs": 3}), resume="run")
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2", "3"]
     assert rows(tmp_path / "run")[:2] == rows(run_dir)
 
 
 def test_a_resumed_run_changes_nothing_else(run_dir: Path) -> None:
     with pytest.raises(UsageError, match="--lr cannot change"):
-        train.resumed_config(run_dir, {"lr": 1})
+        resume.resumed_config(run_dir, {"lr": 1})
     with pytest.raises(FastCNNError, match="no run nothing"):
-        train.resumed_config("nothing", {})
+        resume.resumed_config("nothing", {})
 
 
 def test_patience_ends_a_run_early(photos: Path) -> None:

@@ -1,0 +1,195 @@
+"""Kills training runs with SIGKILL at random moments of every stage, and compares how they end with a run left alone.
+
+    python scripts/kill_test.py --kills 50
+
+A run is killed ten times, goes on after each with --resume (or the same command, where there is no run yet), and must
+end with the weights, figures and chosen best of the uninterrupted run, to the bit. Prints the kills by stage; exit 1
+where a run differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+STAGES = ("scan", "decode", "train", "checkpoint", "export")
+PLAN = ("scan", "decode", "decode", "train", "checkpoint", "scan", "train", "checkpoint", "export", "export")
+OPTIONS = {
+    "epochs": 3,
+    "image-size": 64,
+    "filters": 8,
+    "batch-size": 16,
+    "schedule": "onecycle",
+    "augment": "flip,mixup",
+    "ema": 0.9,
+    "dropout": 0.2,
+    "threads": 1,
+    "checkpoint-every": 2,
+    "export": "torchscript",
+    "wandb": "disabled",
+}
+FLAGS = ("--deterministic", "--no-report")
+
+
+def main() -> None:
+    """Parse the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--photos", type=int, default=240)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    options, rest = parser.parse_known_args()
+    if options.child is not None:
+        train(options.child, rest)
+    kills, differences = run(options.kills, options.seed, options.photos)
+    print(f"{sum(kills.values())} kills, {dict(kills)}; {len(differences)} runs differ")
+    for difference in differences:
+        print(difference)
+    sys.exit(bool(differences))
+
+
+def run(num_kills: int, seed: int, num_photos: int) -> tuple[Counter[str], list[str]]:
+    """Return how often a run was killed in each stage, and what differs from the uninterrupted run."""
+    from make_dataset import make  # type: ignore[import-not-found]
+
+    chance, kills, differences = random.Random(seed), Counter[str](), list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make(work / "photos", classes=4, photos=num_photos, seed=0)
+        whole = work / "whole"
+        lasted = finish(work, whole, work / "whole-cache")
+        expected = outcome(whole)
+        for number in itertools.count():
+            if sum(kills.values()) >= num_kills and min(kills[stage] for stage in STAGES) >= num_kills // 10:
+                break
+            cut, cache = work / f"cut-{number}", work / f"cache-{number}"
+            for target in PLAN:
+                stage = kill(work, cut, cache, target, lasted[target], chance)
+                if stage:
+                    kills[stage] += 1
+                    print(f"run {number + 1}: killed in {stage}", flush=True)
+            finish(work, cut, cache)
+            found = outcome(cut)
+            differences += [f"run {number + 1}: {what}" for what in expected if expected[what] != found[what]]
+    return kills, differences
+
+
+def command(work: Path, run_dir: Path, cache: Path) -> list[str]:
+    """Return what a person types: to begin, or to go on with what is there."""
+    if (run_dir / "config.yaml").is_file():
+        return ["train", "--resume", str(run_dir)]
+    options = [*FLAGS, *(f"--{name}={value}" for name, value in OPTIONS.items())]
+    return ["train", str(work / "photos"), "--run-dir", str(run_dir), "--cache-dir", str(cache), *options]
+
+
+@contextlib.contextmanager
+def started(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
+    """Yield a command that runs, and the stages that it enters and leaves, as they come."""
+    reading, writing = os.pipe()
+    words = [sys.executable, __file__, "--child", str(writing), *arguments]
+    with (
+        subprocess.Popen(
+            words, pass_fds=[writing], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as child,
+        os.fdopen(reading) as stages,
+    ):
+        os.close(writing)
+        yield child, (line.strip() for line in stages)
+
+
+def finish(work: Path, run_dir: Path, cache: Path) -> dict[str, float]:
+    """Let a run end; return the seconds of each stage's longest time."""
+    lasted: dict[str, float] = {}
+    with started(command(work, run_dir, cache)) as (child, stages):
+        last, since = "", time.perf_counter()
+        for stage in stages:
+            now = time.perf_counter()
+            lasted[last] = max(lasted.get(last, 0.0), now - since)
+            last, since = stage, now
+        output = child.stdout.read() if child.stdout else ""
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command(work, run_dir, cache))} ended with {child.returncode}: {output}")
+    return lasted
+
+
+def kill(work: Path, run_dir: Path, cache: Path, target: str, lasted: float, chance: random.Random) -> str:
+    """Begin or go on, kill within a stage, and return the stage that was hit; "" where the run ended first."""
+    entries = chance.randint(1, 3) if target in ("train", "checkpoint") else 1
+    with started(command(work, run_dir, cache)) as (child, stages):
+        last = ""
+        for stage in stages:
+            last = stage
+            entries -= stage == target
+            if not entries:
+                time.sleep(chance.uniform(0, lasted / 2))
+                break
+        child.kill()
+        for stage in stages:  # what it entered while this slept
+            last = stage
+        return last if child.wait() < 0 and last in STAGES else ""
+
+
+def outcome(run_dir: Path) -> dict[str, object]:
+    """Return what a run ends in, without what the clock decides."""
+    import torch
+
+    from fastcnn import checkpoint
+
+    found: dict[str, object] = {}
+    for name in ("last.pt", "best.pt"):
+        state = checkpoint.load(run_dir / name)
+        for key in ("model", "optimizer"):
+            found[f"{name}: {key}"] = [(k, v.numpy().tobytes()) for k, v in state[key].items()]
+        for key in ("average", "sums", "rng"):
+            found[f"{name}: {key}"] = state[key].numpy().tobytes()
+        for key in ("epoch", "step", "cursor", "skipped"):
+            found[f"{name}: {key}"] = state[key]
+        found[f"{name}: best"] = state["best"]["epoch"]
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        clock = ("seconds", "images_per_second")
+        found["metrics.csv"] = [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]
+    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    for key in ("finished", "best_epoch", "val_accuracy", "val_loss", "num_train", "num_val"):
+        found[f"result.json: {key}"] = result[key]
+    exported = torch.jit.load(str(run_dir / "model.torchscript"))
+    found["model.torchscript"] = [(k, v.numpy().tobytes()) for k, v in exported.state_dict().items()]
+    return found
+
+
+def train(descriptor: int, arguments: list[str]) -> None:
+    """Be the command under test: as a user's, but that it tells the stages it is in and writes the cache often."""
+    from fastcnn import cache, cli, metrics
+
+    plain = metrics.Stopwatch.stage
+    around = ["-"]
+
+    @contextlib.contextmanager
+    def told(self: metrics.Stopwatch, name: str) -> Iterator[None]:
+        around.append(name)
+        os.write(descriptor, f"{name}\n".encode())
+        try:
+            with plain(self, name):
+                yield
+        finally:
+            around.pop()
+            os.write(descriptor, f"{around[-1]}\n".encode())
+
+    metrics.Stopwatch.stage = told  # type: ignore[method-assign]
+    cache.CHUNK = 16
+    cli.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
