@@ -1,0 +1,132 @@
+"""The activations in Triton, beside those of `fastcnn.model.ACTIVATIONS`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def relu_slope(y):
+    return tl.where(y > 0, 1.0, 0.0)
+
+
+@triton.jit
+def leaky_relu(x):
+    return tl.where(x < 0, 0.01 * x, x)
+
+
+@triton.jit
+def leaky_relu_slope(y):
+    return tl.where(y > 0, 1.0, 0.01)
+
+
+@triton.jit
+def elu(x):
+    return tl.where(x > 0, x, tl.exp(tl.where(x > 0, 0.0, x)) - 1)
+
+
+@triton.jit
+def elu_slope(y):
+    return tl.where(y > 0, 1.0, y + 1)
+
+
+SELU_SCALE = tl.constexpr(1.0507009873554804934)
+SELU_ALPHA = tl.constexpr(1.6732632423543772848)
+
+
+@triton.jit
+def selu(x):
+    return SELU_SCALE * tl.where(x > 0, x, SELU_ALPHA * (tl.exp(tl.where(x > 0, 0.0, x)) - 1))
+
+
+@triton.jit
+def selu_slope(y):
+    return tl.where(y > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA)
+
+
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2 * tl.abs(x))
+    size = (1 - e) / (1 + e)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def tanh_slope(y):
+    return 1 - y * y
+
+
+SQRT_HALF = tl.constexpr(0.70710678118654752440)
+DENSITY = tl.constexpr(0.39894228040143267794)  # of the standard normal distribution, at 0
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def gelu_slope(x):
+    return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1 + e)
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def silu_slope(x):
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+@triton.jit
+def mish(x):
+    e = tl.exp(tl.where(x < 20, x, 20.0))  # tanh(softplus(x)) is w / (w + 2), and 1 from there on
+    w = e * (e + 2)
+    return x * (w / (w + 2))
+
+
+@triton.jit
+def mish_slope(x):
+    e = tl.exp(tl.where(x < 20, x, 20.0))
+    w = e * (e + 2)
+    slope = 4 * e * (e + 1) / ((w + 2) * (w + 2))
+    return w / (w + 2) + x * tl.where(x < 20, slope, 0.0)
+
+
+class Activation(NamedTuple):
+    """An activation and its derivative, both of fp32 tiles."""
+
+    value: Any
+    slope: Any
+    """Of the activation's value where it is monotone, else of its argument."""
+    monotone: bool
+    """Non-decreasing: the maximum of a window may be taken first."""
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(relu, relu_slope, True),
+    "gelu": Activation(gelu, gelu_slope, False),
+    "silu": Activation(silu, silu_slope, False),
+    "mish": Activation(mish, mish_slope, False),
+    "elu": Activation(elu, elu_slope, True),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_slope, True),
+    "selu": Activation(selu, selu_slope, True),
+    "tanh": Activation(tanh, tanh_slope, True),
+}
