@@ -1,8 +1,8 @@
 """Triton kernels of a block's backward. The gradient of the full-size map is never written.
 
-One value in four of it is not zero, and the index says which: a tile of it is made in registers each time one is
-needed, from the pooled gradient. Sums over pixels are taken in two stages, each in a fixed order: every program writes
-its own, and one more kernel adds them up. So they repeat to the bit.
+One value in four of it is not zero, and the index says which: tiles of it are made in registers from the pooled
+gradient. Sums over pixels are taken in two stages, each in a fixed order: every program writes its own, and one more
+kernel adds them up. So they repeat to the bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.kernels.forward import normalised, photo_row
-from fastcnn.kernels.tiles import dot, narrow, pixels
+from fastcnn.kernels.tiles import dot, narrow, pixels, windows
 
 
 @triton.jit
@@ -42,36 +42,32 @@ def first_weight_gradient(
     MONOTONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write each program's (3, 2, 16, OUT) products of photo rows and gradients, and (OUT,) sums of gradients."""
+    """Write each program's (3, 16, OUT) products of photo rows and gradients, and (OUT,) sums of gradients."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    a0 = tl.zeros((16, CHANNELS), tl.float32)
-    a1, b0, b1, c0, c1 = a0, a0, a0, a0, a0
+    a = tl.zeros((16, CHANNELS), tl.float32)
+    b, c = a, a
     total = tl.zeros((CHANNELS,), tl.float32)
     first = tl.program_id(0) * per_program
     for tile in range(first, tl.minimum(first + per_program, num_tiles)):
-        photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
-        g, which = gradient(
-            d_pooled, d_moments, moments, pooled, slopes, index, photo, row, column, valid, channel,
-            height, width, num_values, OUT, SLOPE, MONOTONE,
+        g, which, _, _ = gradient(
+            tile, d_pooled, d_moments, moments, pooled, slopes, index, channel, num_values,
+            num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, MONOTONE,
         )  # fmt: skip
         total += tl.sum(g, 0)
-        kind = d_pooled.dtype.element_ty
-        parts = unpooled(g, which, kind)
-        for y in tl.static_range(4):
-            z = photo_row(images, photos, moves, colours, photo, 2 * row + y - 1, column, valid, height, width)
-            z = tl.trans(z.to(kind))
-            a0, a1 = product(a0, z, parts, y, 0, PRECISION), product(a1, z, parts, y, 1, PRECISION)
-            b0, b1 = product(b0, z, parts, y - 1, 0, PRECISION), product(b1, z, parts, y - 1, 1, PRECISION)
-            c0, c1 = product(c0, z, parts, y - 2, 0, PRECISION), product(c1, z, parts, y - 2, 1, PRECISION)
+        g = unpooled(g, which, pooled.dtype.element_ty)
+        photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
+        z = photo_row(images, photos, moves, colours, photo, row - 1, column, valid, height, width)
+        a = dot(tl.trans(z.to(g.dtype)), g, a, PRECISION)
+        z = photo_row(images, photos, moves, colours, photo, row, column, valid, height, width)
+        b = dot(tl.trans(z.to(g.dtype)), g, b, PRECISION)
+        z = photo_row(images, photos, moves, colours, photo, row + 1, column, valid, height, width)
+        c = dot(tl.trans(z.to(g.dtype)), g, c, PRECISION)
     start, known = partial + tl.program_id(0) * length + channel, channel < OUT
     places = start[None, :] + tl.arange(0, 16)[:, None] * OUT
-    tl.store(places, a0, known[None, :])
-    tl.store(places + 16 * OUT, a1, known[None, :])
-    tl.store(places + 32 * OUT, b0, known[None, :])
-    tl.store(places + 48 * OUT, b1, known[None, :])
-    tl.store(places + 64 * OUT, c0, known[None, :])
-    tl.store(places + 80 * OUT, c1, known[None, :])
-    tl.store(start + 96 * OUT, total, known)
+    tl.store(places, a, known[None, :])
+    tl.store(places + 16 * OUT, b, known[None, :])
+    tl.store(places + 32 * OUT, c, known[None, :])
+    tl.store(start + 48 * OUT, total, known)
 
 
 @triton.jit
@@ -83,14 +79,11 @@ def finish_first(
     is_weight, is_bias = place < 27 * OUT, (place >= 27 * OUT) & (place < 28 * OUT)
     channel, tap = place // 27, place % 27
     y, x, colour = tap // 9, tap // 3 % 3, tap % 3
-    left = ((y * 2) * 16 + x * 4) * OUT + channel  # windows' left pixels: the tap is x to the right of the tile's edge
-    right = ((y * 2 + 1) * 16 + (x + 1) * 4) * OUT + channel
-    own = column_sums(partial, left + colour * OUT, is_weight, num_programs, length, PROGRAMS)
-    own += column_sums(partial, right + colour * OUT, is_weight, num_programs, length, PROGRAMS)
-    one = column_sums(partial, left + 3 * OUT, is_weight, num_programs, length, PROGRAMS)
-    one += column_sums(partial, right + 3 * OUT, is_weight, num_programs, length, PROGRAMS)
+    start = (y * 16 + x * 4) * OUT + channel
+    own = column_sums(partial, start + colour * OUT, is_weight, num_programs, length, PROGRAMS)
+    one = column_sums(partial, start + 3 * OUT, is_weight, num_programs, length, PROGRAMS)
     found = own * tl.load(colours + 3 + colour) + one * tl.load(colours + 6 + colour)
-    found += column_sums(partial, 96 * OUT + place - 27 * OUT, is_bias, num_programs, length, PROGRAMS)
+    found += column_sums(partial, 48 * OUT + place - 27 * OUT, is_bias, num_programs, length, PROGRAMS)
     tl.store(d_parameters + place, narrow(found, d_parameters.dtype.element_ty), is_weight | is_bias)
 
 
@@ -106,6 +99,7 @@ def weight_gradient(
     pooled,
     slopes,
     index,
+    d_winner,  # (N, height, width, OUT) gradient of what won, before the activation: for input_gradient
     partial,
     length,
     num_values,
@@ -128,35 +122,31 @@ def weight_gradient(
     across = tl.cdiv(OUT, CHANNELS)
     channel = tl.program_id(1) % across * CHANNELS + tl.arange(0, CHANNELS)
     into = tl.program_id(1) // across * CHUNK + tl.arange(0, CHUNK)
+    known, leads = channel < OUT, tl.program_id(1) // across == 0
     a = tl.zeros((CHUNK, CHANNELS), tl.float32)
     b, c, d, e, f, g, h, i = a, a, a, a, a, a, a, a
     total = tl.zeros((CHANNELS,), tl.float32)
     first = tl.program_id(0) * per_program
     for tile in range(first, tl.minimum(first + per_program, num_tiles)):
-        photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
-        values, which = gradient(
-            d_pooled, d_moments, moments, pooled, slopes, index, photo, row, column, valid, channel,
-            height, width, num_values, OUT, SLOPE, MONOTONE,
+        values, which, place, valid = gradient(
+            tile, d_pooled, d_moments, moments, pooled, slopes, index, channel, num_values,
+            num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, MONOTONE,
         )  # fmt: skip
         total += tl.sum(values, 0)
-        parts = unpooled(values, which, x.dtype.element_ty)
-        for y in tl.static_range(4):
-            for w in tl.static_range(4):
-                z = normalised(
-                    x, moments_in, gamma, beta, photo, 2 * row + y - 1, 2 * column + w - 1, valid, into,
-                    2 * height, 2 * width, INTO,
-                )  # fmt: skip
-                z = tl.trans(z)
-                a = product(a, z, parts, y, w, PRECISION)
-                b = product(b, z, parts, y, w - 1, PRECISION)
-                c = product(c, z, parts, y, w - 2, PRECISION)
-                d = product(d, z, parts, y - 1, w, PRECISION)
-                e = product(e, z, parts, y - 1, w - 1, PRECISION)
-                f = product(f, z, parts, y - 1, w - 2, PRECISION)
-                g = product(g, z, parts, y - 2, w, PRECISION)
-                h = product(h, z, parts, y - 2, w - 1, PRECISION)
-                i = product(i, z, parts, y - 2, w - 2, PRECISION)
-    start, known = partial + tl.program_id(0) * length, channel < OUT
+        there = (valid & leads)[:, None] & known[None, :]
+        tl.store(d_winner + place[:, None] * OUT + channel[None, :], narrow(values, d_winner.dtype.element_ty), there)
+        values = unpooled(values, which, x.dtype.element_ty)
+        photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
+        a = product(a, values, x, moments_in, gamma, beta, photo, row - 1, column - 1, valid, into, height, width, INTO, PRECISION)
+        b = product(b, values, x, moments_in, gamma, beta, photo, row - 1, column, valid, into, height, width, INTO, PRECISION)
+        c = product(c, values, x, moments_in, gamma, beta, photo, row - 1, column + 1, valid, into, height, width, INTO, PRECISION)
+        d = product(d, values, x, moments_in, gamma, beta, photo, row, column - 1, valid, into, height, width, INTO, PRECISION)
+        e = product(e, values, x, moments_in, gamma, beta, photo, row, column, valid, into, height, width, INTO, PRECISION)
+        f = product(f, values, x, moments_in, gamma, beta, photo, row, column + 1, valid, into, height, width, INTO, PRECISION)
+        g = product(g, values, x, moments_in, gamma, beta, photo, row + 1, column - 1, valid, into, height, width, INTO, PRECISION)
+        h = product(h, values, x, moments_in, gamma, beta, photo, row + 1, column, valid, into, height, width, INTO, PRECISION)
+        i = product(i, values, x, moments_in, gamma, beta, photo, row + 1, column + 1, valid, into, height, width, INTO, PRECISION)
+    start = partial + tl.program_id(0) * length
     places, there = start + channel[None, :] * (9 * INTO) + into[:, None], known[None, :]
     tl.store(places, a, there)
     tl.store(places + INTO, b, there)
@@ -167,7 +157,17 @@ def weight_gradient(
     tl.store(places + 6 * INTO, g, there)
     tl.store(places + 7 * INTO, h, there)
     tl.store(places + 8 * INTO, i, there)
-    tl.store(start + 9 * INTO * OUT + channel, total, known & (tl.program_id(1) // across == 0))
+    tl.store(start + 9 * INTO * OUT + channel, total, known & leads)
+
+
+@triton.jit
+def product(
+    total, values, x, moments, gamma, beta, photo, row, column, valid, into, height, width,
+    INTO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return total + the inputs at some pixels times the gradients: (inputs' channels, gradients' channels)."""
+    z = normalised(x, moments, gamma, beta, photo, row, column, valid, into, 2 * height, 2 * width, INTO)
+    return dot(tl.trans(z), values, total, PRECISION)
 
 
 @triton.jit
@@ -177,15 +177,10 @@ def input_gradient(
     gamma,
     weight,
     d_x,
-    d_pooled,
-    d_moments,
-    moments,
-    pooled,
-    slopes,
+    d_winner,
     index,
     partial,
     length,
-    num_values,
     num_rows,
     height,
     width,
@@ -197,58 +192,41 @@ def input_gradient(
     CHUNK: tl.constexpr,
     INTO: tl.constexpr,
     OUT: tl.constexpr,
-    SLOPE: tl.constexpr,
-    MONOTONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write the gradient of x, and each program's part of those of its batch norm: what `finish_block` says."""
     into = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = into < INTO
     # Of z = (x - mean) * deviation' * gamma + beta: sums of dz and of dz * (x - mean).
-    sums, products = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
-    mean, scale = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32) + 1
-    deviation, gain = scale, scale
+    sums = tl.zeros((CHANNELS,), tl.float32)
+    products, mean, deviation, gain = sums, sums, sums + 1, sums + 1
     if moments_in is not None:
         mean, deviation = tl.load(moments_in + into, known, 0.0), tl.load(moments_in + INTO + into, known, 0.0)
         gain = tl.load(gamma + into, known, 0.0)
-        scale = deviation * gain
     first = tl.program_id(0) * per_program
     for tile in range(first, tl.minimum(first + per_program, num_tiles)):
         photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
-        a = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
-        b, c, d = a, a, a
-        for chunk in range(0, OUT, CHUNK):
-            channel = chunk + tl.arange(0, CHUNK)
-            taps = weight + channel[:, None] * (9 * INTO) + into[None, :]
-            # Windows above, level and below, and of each the pixels within reach: 4x4 in all.
-            for up in tl.static_range(3):
-                for side in tl.static_range(3):
-                    g, which = gradient(
-                        d_pooled, d_moments, moments, pooled, slopes, index, photo, row + up - 1, column + side - 1,
-                        valid, channel, height, width, num_values, OUT, SLOPE, MONOTONE,
-                    )  # fmt: skip
-                    for pixel in tl.static_range(4):
-                        y, w = 2 * up - 1 + pixel // 2, 2 * side - 1 + pixel % 2
-                        if y >= 0 and y < 4 and w >= 0 and w < 4:
-                            part = narrow(tl.where(which == pixel, g, 0.0), weight.dtype.element_ty)
-                            a = tap_back(a, part, taps, known, 2 - y, 2 - w, INTO, PRECISION)
-                            b = tap_back(b, part, taps, known, 2 - y, 3 - w, INTO, PRECISION)
-                            c = tap_back(c, part, taps, known, 3 - y, 2 - w, INTO, PRECISION)
-                            d = tap_back(d, part, taps, known, 3 - y, 3 - w, INTO, PRECISION)
-        place = (photo * (2 * height) + 2 * row) * (2 * width) + 2 * column
+        dz = tl.zeros((4 * ROWS * COLUMNS, CHANNELS), tl.float32)
+        for step in range(0, 9 * OUT, CHUNK):
+            tap, channel = step // OUT, step % OUT + tl.arange(0, CHUNK)
+            y, w = row + 1 - tap // 3, column + 1 - tap % 3  # whose tap this pixel was
+            there = valid & (y >= 0) & (y < 2 * height) & (w >= 0) & (w < 2 * width)
+            place, corner = (photo * height + y // 2) * width + w // 2, y % 2 * 2 + w % 2
+            g = tl.load(d_winner + place[:, None] * OUT + channel[None, :], there[:, None], 0.0)
+            won = winners(index, place, there, channel, OUT) == corner[:, None]
+            taps = weight + channel[:, None] * (9 * INTO) + tap * INTO + into[None, :]
+            dz = dot(tl.where(won, g, 0.0).to(g.dtype), tl.load(taps, known[None, :], 0.0), dz, PRECISION)
+        place = ((photo * (2 * height) + row) * (2 * width) + column)[:, None] * INTO + into[None, :]
         there = valid[:, None] & known[None, :]
-        for pixel in tl.static_range(4):
-            dz = a if pixel == 0 else b if pixel == 1 else c if pixel == 2 else d
+        if moments_in is not None:
             dz = tl.where(there, dz, 0.0)
-            at = (place + pixel // 2 * (2 * width) + pixel % 2)[:, None] * INTO + into[None, :]
-            if moments_in is not None:
-                sums += tl.sum(dz, 0)
-                off = tl.load(x + at, there, 0.0).to(tl.float32) - mean[None, :]
-                products += tl.sum(dz * off, 0)
-            tl.store(d_x + at, narrow(dz * scale[None, :], d_x.dtype.element_ty), there)
+            sums += tl.sum(dz, 0)
+            products += tl.sum(dz * (tl.load(x + place, there, 0.0).to(tl.float32) - mean[None, :]), 0)
+            dz *= (deviation * gain)[None, :]
+        tl.store(d_x + place, narrow(dz, d_x.dtype.element_ty), there)
     if moments_in is not None:
         start = partial + tl.program_id(0) * length + (9 * INTO * OUT + OUT) + into
-        tl.store(start, -scale * sums, known)
+        tl.store(start, -deviation * gain * sums, known)
         tl.store(start + INTO, gain * products, known)
         tl.store(start + 2 * INTO, deviation * products, known)
         tl.store(start + 3 * INTO, sums, known)
@@ -278,31 +256,31 @@ def finish_block(
 
 @triton.jit
 def gradient(
+    tile,
     d_pooled,
     d_moments,
     moments,
     pooled,
     slopes,
     index,
-    photo,
-    row,
-    column,
-    valid,
     channel,
+    num_values,
+    num_rows,
     height,
     width,
-    num_values,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     OUT: tl.constexpr,
     SLOPE: tl.constexpr,
     MONOTONE: tl.constexpr,
 ):
-    """Return (pixels, channels) gradient of windows' winners before the activation, and which of the four they were.
+    """Return (windows, channels) gradient of the winners before the activation, which they were; (windows,) places.
 
     d_moments: (2, OUT) of the mean and the 1 / deviation that were taken over `num_values` pooled values; None is 0.
     """
-    inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    photo, row, column, valid = windows(tile, num_rows, height, width, ROWS, COLUMNS)
     place, known = (photo * height + row) * width + column, channel < OUT
-    there = inside[:, None] & known[None, :]
+    there = valid[:, None] & known[None, :]
     values = place[:, None] * OUT + channel[None, :]
     g = tl.load(d_pooled + values, there, 0.0).to(tl.float32)
     if d_moments is not None or MONOTONE:
@@ -316,35 +294,23 @@ def gradient(
         g *= SLOPE(y)
     else:
         g *= tl.load(slopes + values, there, 0.0).to(tl.float32)
-    four = tl.load(index + place[:, None] * (OUT // 4) + channel[None, :] // 4, there, 0).to(tl.int32)
-    return tl.where(there, g, 0.0), (four >> (2 * (channel % 4))[None, :]) & 3
+    return tl.where(there, g, 0.0), winners(index, place, valid, channel, OUT), place, valid
+
+
+@triton.jit
+def winners(index, place, there, channel, OUT: tl.constexpr):
+    """Return (places, channels) which of the four of its window won: two bits of a byte for four channels."""
+    known = there[:, None] & (channel < OUT)[None, :]
+    four = tl.load(index + place[:, None] * (OUT // 4) + channel[None, :] // 4, known, 0).to(tl.int32)
+    return (four >> (2 * (channel % 4))[None, :]) & 3
 
 
 @triton.jit
 def unpooled(g, which, kind: tl.constexpr):
-    """Return four tiles: the gradient at each pixel of the windows."""
-    return (
-        narrow(tl.where(which == 0, g, 0.0), kind),
-        narrow(tl.where(which == 1, g, 0.0), kind),
-        narrow(tl.where(which == 2, g, 0.0), kind),
-        narrow(tl.where(which == 3, g, 0.0), kind),
-    )
-
-
-@triton.jit
-def product(total, z, parts, PY: tl.constexpr, PX: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + z times the gradient at a pixel of the windows, where there is such a pixel."""
-    if PY >= 0 and PY < 2 and PX >= 0 and PX < 2:
-        total = dot(z, parts[PY * 2 + PX], total, PRECISION)
-    return total
-
-
-@triton.jit
-def tap_back(total, part, taps, known, KY: tl.constexpr, KX: tl.constexpr, INTO: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + a gradient times the weights of a tap, where there is such a tap."""
-    if KY >= 0 and KY < 3 and KX >= 0 and KX < 3:
-        total = dot(part, tl.load(taps + (KY * 3 + KX) * INTO, known[None, :], 0.0), total, PRECISION)
-    return total
+    """Return (4 windows, channels) gradient at the pixels of the windows, in the order of `pixels`."""
+    corner = tl.arange(0, 4)[:, None, None]
+    spread = tl.where(which[None, :, :] == corner, g[None, :, :], 0.0)
+    return narrow(tl.reshape(spread, (4 * g.shape[0], g.shape[1])), kind)
 
 
 @triton.jit

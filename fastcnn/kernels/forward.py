@@ -1,8 +1,7 @@
 """Triton kernels of a block's forward: convolution, activation, 2x2 max pool and the statistics of what comes out.
 
-A program takes tiles of pooled pixels. The four sums of a pooling window stay in registers; the winner, which of the
-four it was and, of an activation that is not monotone, its slope there are all that is written. A window and its 3x3
-neighbourhoods cover 4x4 pixels: each is read once and multiplied by the taps that reach it.
+A program takes tiles of pooling windows. The four sums of a window stay in a thread's registers; the winner, which of
+the four it was and, of an activation that is not monotone, its slope there are all that is written.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastcnn.kernels.tiles import dot, narrow, pixels
+from fastcnn.kernels.tiles import dot, narrow, pixels, windows
 
 
 @triton.jit
 def first_forward(
     images,  # (M, 2 height, 2 width, 3) uint8
     photos,  # (N,) which of them; None takes all
-    moves,  # (N, 3) int32: 1 or -1 (mirrored), columns and rows that each was moved by; None moves none
+    moves,  # (N, 3) int32: see photo_row; None moves none
     colours,  # (3, 3) fp32: see first_weights
     weight,
     bias,
@@ -42,23 +41,19 @@ def first_forward(
 ):
     """The block that reads photos: normalised, flipped and shifted as they are loaded."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    count, mean, spread = 0.0, tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    count = tl.zeros((CHANNELS,), tl.float32)
+    mean, spread = count, count
     first = tl.program_id(0) * per_program
     for tile in range(first, tl.minimum(first + per_program, num_tiles)):
         photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
-        a = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
-        b, c, d = a, a, a
-        for y in tl.static_range(4):
-            z = photo_row(images, photos, moves, colours, photo, 2 * row + y - 1, column, valid, height, width)
-            z = z.to(weight.dtype.element_ty)
-            a = first_tap(a, z, weight, colours, channel, y, 0, OUT, PRECISION)
-            b = first_tap(b, z, weight, colours, channel, y, 1, OUT, PRECISION)
-            c = first_tap(c, z, weight, colours, channel, y - 1, 0, OUT, PRECISION)
-            d = first_tap(d, z, weight, colours, channel, y - 1, 1, OUT, PRECISION)
+        sums = tl.zeros((4 * ROWS * COLUMNS, CHANNELS), tl.float32)
+        for y in range(3):
+            z = photo_row(images, photos, moves, colours, photo, row + y - 1, column, valid, height, width)
+            taps = first_weights(weight, colours, channel, y, OUT)
+            sums = dot(z.to(weight.dtype.element_ty), taps, sums, PRECISION)
+        photo, row, column, valid = windows(tile, num_rows, height, width, ROWS, COLUMNS)
         place = (photo * height + row) * width + column
-        out = pool(
-            a, b, c, d, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE
-        )  # fmt: skip
+        out = pool(sums, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE)
         if STATISTICS:
             count, mean, spread = gathered(out, valid, count, mean, spread)
     if STATISTICS:
@@ -96,42 +91,27 @@ def block_forward(
 ):
     """A block that reads what another has pooled, and applies that one's batch norm as it loads."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    count, mean, spread = 0.0, tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    count = tl.zeros((CHANNELS,), tl.float32)
+    mean, spread = count, count
     first = tl.program_id(0) * per_program
     for tile in range(first, tl.minimum(first + per_program, num_tiles)):
         photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
-        a = tl.zeros((ROWS * COLUMNS, CHANNELS), tl.float32)
-        b, c, d = a, a, a
-        for chunk in range(0, INTO, CHUNK):
-            into = chunk + tl.arange(0, CHUNK)
-            taps = weight + channel[None, :] * (9 * INTO) + into[:, None]
-            known = (channel < OUT)[None, :]
-            for y in tl.static_range(4):
-                for w in tl.static_range(4):
-                    z = normalised(
-                        x, moments, gamma, beta, photo, 2 * row + y - 1, 2 * column + w - 1, valid, into,
-                        2 * height, 2 * width, INTO,
-                    )  # fmt: skip
-                    a = tap(a, z, taps, known, y, w, INTO, PRECISION)
-                    b = tap(b, z, taps, known, y, w - 1, INTO, PRECISION)
-                    c = tap(c, z, taps, known, y - 1, w, INTO, PRECISION)
-                    d = tap(d, z, taps, known, y - 1, w - 1, INTO, PRECISION)
+        sums = tl.zeros((4 * ROWS * COLUMNS, CHANNELS), tl.float32)
+        for step in range(0, 9 * INTO, CHUNK):
+            tap, into = step // INTO, step % INTO + tl.arange(0, CHUNK)
+            z = normalised(
+                x, moments, gamma, beta, photo, row + tap // 3 - 1, column + tap % 3 - 1, valid, into,
+                2 * height, 2 * width, INTO,
+            )  # fmt: skip
+            taps = weight + channel[None, :] * (9 * INTO) + tap * INTO + into[:, None]
+            sums = dot(z, tl.load(taps, (channel < OUT)[None, :], 0.0), sums, PRECISION)
+        photo, row, column, valid = windows(tile, num_rows, height, width, ROWS, COLUMNS)
         place = (photo * height + row) * width + column
-        out = pool(
-            a, b, c, d, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE
-        )  # fmt: skip
+        out = pool(sums, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE)
         if STATISTICS:
             count, mean, spread = gathered(out, valid, count, mean, spread)
     if STATISTICS:
         store_statistics(partial, count, mean, spread, channel, OUT)
-
-
-@triton.jit
-def tap(total, z, taps, known, KY: tl.constexpr, KX: tl.constexpr, INTO: tl.constexpr, PRECISION: tl.constexpr):
-    """Return total + z times the weights of a tap, where there is such a tap."""
-    if KY >= 0 and KY < 3 and KX >= 0 and KX < 3:
-        total = dot(z, tl.load(taps + (KY * 3 + KX) * INTO, known, 0.0), total, PRECISION)
-    return total
 
 
 @triton.jit
@@ -149,52 +129,42 @@ def normalised(x, moments, gamma, beta, photo, row, column, valid, channel, heig
 
 @triton.jit
 def photo_row(images, photos, moves, colours, photo, row, column, valid, height, width):
-    """Return (pixels, 16): four neighbours in a row, from one left of the window on, of 3 colours and a 1 each.
+    """Return (pixels, 16): the neighbours that a row of taps reaches, of 3 colours and a 1 each; a fourth is not used.
 
     Colours are whole numbers, the mean's nearest already subtracted: exact in 16 bits too. What of the normalisation
     is left over is in the weights: its scale with each colour, and its rest with the 1, which is 0 outside the photo.
+
+    moves: of each photo 1, or -1 where it is mirrored, and the column and row that come to stand in the first ones.
     """
     side = tl.arange(0, 16)
     colour = side % 4
-    x = 2 * column[:, None] - 1 + side[None, :] // 4
-    y = row[:, None]
-    inside = valid[:, None] & (y >= 0) & (y < 2 * height) & (x >= 0) & (x < 2 * width)
+    x = column[:, None] - 1 + side[None, :] // 4
+    inside = (valid & (row >= 0) & (row < 2 * height))[:, None] & (x >= 0) & (x < 2 * width)
     source = photo
     if photos is not None:
         source = tl.load(photos + photo, valid, 0)
     if moves is not None:
-        mirror = tl.load(moves + 3 * photo, valid, 1)[:, None]
-        x = mirror * x + tl.load(moves + 3 * photo + 1, valid, 0)[:, None]
-        y = y + tl.load(moves + 3 * photo + 2, valid, 0)[:, None]
+        x = tl.load(moves + 3 * photo, valid, 1)[:, None] * x + tl.load(moves + 3 * photo + 1, valid, 0)[:, None]
         x = tl.minimum(tl.maximum(x, 0), 2 * width - 1)
-        y = tl.minimum(tl.maximum(y, 0), 2 * height - 1)
-    start = source.to(tl.int64)[:, None] * (12 * height * width)
-    place = start + (y * (2 * width) + x) * 3 + colour[None, :]
-    values = tl.load(images + place, inside & (colour < 3)[None, :], 0).to(tl.float32)
+        row = row + tl.load(moves + 3 * photo + 2, valid, 0)
+        row = tl.minimum(tl.maximum(row, 0), 2 * height - 1)
+    start = (source.to(tl.int64) * (2 * height) + row) * (2 * width)
+    place = (start[:, None] + x) * 3 + colour[None, :]
+    values = tl.load(images + place, inside & (side % 4 < 3)[None, :], 0).to(tl.float32)
     middle = tl.load(colours + colour, colour < 3, -1.0)  # so that the fourth is 1
     return tl.where(inside, values - middle[None, :], 0.0)
 
 
 @triton.jit
-def first_tap(
-    total, z, weight, colours, channel, KY: tl.constexpr, PX: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return total + z times a row of taps, for windows' left (PX 0) or right pixels, where there is such a row."""
-    if KY >= 0 and KY < 3:
-        total = dot(z, first_weights(weight, colours, channel, KY, PX, OUT), total, PRECISION)
-    return total
-
-
-@triton.jit
-def first_weights(weight, colours, channel, KY: tl.constexpr, PX: tl.constexpr, OUT: tl.constexpr):
+def first_weights(weight, colours, channel, y, OUT: tl.constexpr):
     """Return (16, channels) weights of a row of taps with the normalisation in them.
 
     colours: of each colour the whole number that was subtracted, the scale, and what is left to add.
     """
     side = tl.arange(0, 16)
-    colour, tap_x = side % 4, side // 4 - PX
-    known = ((tap_x >= 0) & (tap_x < 3))[:, None] & (channel < OUT)[None, :]
-    taps = weight + channel[None, :] * 27 + KY * 9 + tap_x[:, None] * 3
+    colour, x = side % 4, side // 4
+    known = (x < 3)[:, None] & (channel < OUT)[None, :]
+    taps = weight + channel[None, :] * 27 + y * 9 + x[:, None] * 3
     scale = tl.load(colours + 3 + colour, colour < 3, 0.0)
     own = tl.load(taps + colour[:, None], known & (colour < 3)[:, None], 0.0).to(tl.float32) * scale[:, None]
     rest = tl.load(taps, known, 0.0).to(tl.float32) * tl.load(colours + 6)
@@ -205,10 +175,7 @@ def first_weights(weight, colours, channel, KY: tl.constexpr, PX: tl.constexpr, 
 
 @triton.jit
 def pool(
-    a,
-    b,
-    c,
-    d,
+    sums,
     bias,
     pooled,
     index,
@@ -226,14 +193,18 @@ def pool(
     The first of equal ones wins, and NaN wins over all, as in torch.
     """
     known = channel < OUT
-    add = tl.load(bias + channel, known, 0.0).to(tl.float32)[None, :]
-    best, which = a + add, tl.zeros(a.shape, tl.int32)
+    sums += tl.load(bias + channel, known, 0.0).to(tl.float32)[None, :]
+    corners = tl.reshape(sums, (2, 2, sums.shape[0] // 4, sums.shape[1]))
+    left, right = tl.split(tl.permute(corners, (2, 3, 0, 1)))
+    a, c = tl.split(left)
+    b, d = tl.split(right)
+    best, which = a, tl.zeros(a.shape, tl.int32)
     argument = best
     if not MONOTONE:
         best = VALUE(best)
-    best, argument, which = challenge(best, argument, which, b + add, 1, VALUE, MONOTONE)
-    best, argument, which = challenge(best, argument, which, c + add, 2, VALUE, MONOTONE)
-    best, argument, which = challenge(best, argument, which, d + add, 3, VALUE, MONOTONE)
+    best, argument, which = challenge(best, argument, which, b, 1, VALUE, MONOTONE)
+    best, argument, which = challenge(best, argument, which, c, 2, VALUE, MONOTONE)
+    best, argument, which = challenge(best, argument, which, d, 3, VALUE, MONOTONE)
     if MONOTONE:
         best = VALUE(best)
     best = narrow(best, pooled.dtype.element_ty)
@@ -281,7 +252,7 @@ def gathered(out, valid, count, mean, spread):
 def store_statistics(partial, count, mean, spread, channel, OUT: tl.constexpr):
     """Write a program's statistics."""
     start, known = partial + tl.program_id(0) * (3 * OUT) + channel, channel < OUT
-    tl.store(start, mean * 0 + count, known)
+    tl.store(start, count, known)
     tl.store(start + OUT, mean, known)
     tl.store(start + 2 * OUT, spread, known)
 

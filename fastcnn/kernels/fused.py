@@ -79,8 +79,10 @@ def block_backward(
     d_x = torch.empty_like(x)
     d_parameters = weight.new_empty(num_parameters)
     d_norm = x.new_empty((4, maps.into) if moments_in is not None else NOTHING, dtype=torch.float32)
-    shared = _upstream(d_pooled, d_moments, pooled, index, slopes, moments, activation, maps)
-    shared |= {"x": x, "moments_in": moments_in, "gamma": gamma, "partial": partial, "length": length}
+    upstream = _upstream(d_pooled, d_moments, pooled, index, slopes, moments, activation, maps)
+    gradients = {"weight": weight, "d_x": d_x, "OUT": maps.out, "PRECISION": upstream["PRECISION"]}
+    common = {"x": x, "moments_in": moments_in, "gamma": gamma, "partial": partial, "length": length, "index": index}
+    common |= {"d_winner": torch.empty_like(pooled), "INTO": maps.into}
     launching.run(
         "weight_gradient",
         maps,
@@ -88,7 +90,7 @@ def block_backward(
         lambda tile: Launch(
             backward.weight_gradient,
             (num_programs, -(-maps.out // tile.channels) * (maps.into // tile.chunk)),
-            {**shared, "beta": beta, **tile.covering(maps, num_programs), "CHUNK": tile.chunk, "INTO": maps.into},
+            {**upstream, **common, "beta": beta, **tile.covering(maps, num_programs), "CHUNK": tile.chunk},
             tile.warps,
         ),
     )
@@ -99,14 +101,7 @@ def block_backward(
         lambda tile: Launch(
             backward.input_gradient,
             (num_programs, -(-maps.into // tile.channels)),
-            {
-                **shared,
-                "weight": weight,
-                "d_x": d_x,
-                **tile.covering(maps, num_programs),
-                "CHUNK": tile.chunk,
-                "INTO": maps.into,
-            },
+            {**common, **gradients, **tile.covering(maps, num_programs), "CHUNK": tile.chunk},
             tile.warps,
         ),
     )
@@ -180,7 +175,7 @@ def first_block_backward(
 ) -> Tensor:
     """Return the gradients of weight and bias in one piece."""
     maps = Maps(*pooled.shape[:3], 3, pooled.shape[3])
-    num_programs, length = launching.reducers(pooled.device, maps), 97 * maps.out
+    num_programs, length = launching.reducers(pooled.device, maps), 49 * maps.out
     partial = pooled.new_empty((num_programs, length), dtype=torch.float32)
     d_parameters = pooled.new_empty(28 * maps.out)
     shared = _upstream(d_pooled, d_moments, pooled, index, slopes, moments, activation, maps)

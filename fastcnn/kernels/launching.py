@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,12 +76,31 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Start it."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps)
+        if _records is None:
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps)
+        else:
+            _records.append(self)
+
+
+_records: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Yield a list that what would be started is put into, every tile that may be chosen; nothing is started."""
+    global _records
+    _records, before = [], _records
+    try:
+        yield _records
+    finally:
+        _records = before
 
 
 def run(kind: str, maps: Maps, dtype: torch.dtype, prepare: Callable[[Tile], Launch]) -> Launch:
     """Start a kernel with the tile that is the fastest for these shapes on this GPU, and return what was started."""
     tiles = candidates(kind, maps, dtype)
+    if _records is not None:
+        _records.extend(prepare(tile) for tile in tiles[1:])
     launch = prepare(tiles[0])
     device = next(value.device for value in launch.arguments.values() if isinstance(value, torch.Tensor))
     if device.type == "cuda" and len(tiles) > 1 and not torch.are_deterministic_algorithms_enabled():

@@ -10,15 +10,34 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def pixels(tile, num_rows, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return of a tile of pooled pixels: photo, row and column of each, and whether it is one.
+def windows(tile, num_rows, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return of a tile of pooling windows: photo, row and column of each among the pooled, and whether it is one.
 
     Tiles lie over the pooled maps below each other as one tall map, so that small maps fill a tile together.
     """
+    return _placed(tile, tl.arange(0, ROWS * COLUMNS), num_rows, height, width, ROWS, COLUMNS)
+
+
+@triton.jit
+def pixels(tile, num_rows, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the same of the pixels in the windows, rows and columns being those of the full-size map.
+
+    First come the upper left pixels of all windows, then the upper right, the lower left and the lower right ones: so
+    the four of a window are multiplied by the same thread and meet in its registers.
+    """
+    number = tl.arange(0, 4 * ROWS * COLUMNS)
+    corner = number // (ROWS * COLUMNS)
+    photo, row, column, valid = _placed(
+        tile, number % (ROWS * COLUMNS), num_rows, height, width, ROWS, COLUMNS
+    )  # fmt: skip
+    return photo, 2 * row + corner // 2, 2 * column + corner % 2, valid
+
+
+@triton.jit
+def _placed(tile, number, num_rows, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     across = tl.cdiv(width, COLUMNS)
-    place = tl.arange(0, ROWS * COLUMNS)
-    row = tile // across * ROWS + place // COLUMNS
-    column = tile % across * COLUMNS + place % COLUMNS
+    row = tile // across * ROWS + number // COLUMNS
+    column = tile % across * COLUMNS + number % COLUMNS
     return row // height, row % height, column, (row < num_rows) & (column < width)
 
 
