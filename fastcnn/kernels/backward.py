@@ -118,16 +118,19 @@ def weight_gradient(
     MONOTONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write each program's (OUT, 3, 3, INTO) products of inputs and gradients, and (OUT,) sums of gradients."""
-    across = tl.cdiv(OUT, CHANNELS)
-    channel = tl.program_id(1) % across * CHANNELS + tl.arange(0, CHANNELS)
-    into = tl.program_id(1) // across * CHUNK + tl.arange(0, CHUNK)
-    known, leads = channel < OUT, tl.program_id(1) // across == 0
+    """Write (OUT, 3, 3, INTO) products of inputs and gradients, and (OUT,) sums of gradients, of a part of the tiles.
+
+    A program takes one row of taps; the three of a part are neighbours, so that what they read is in the cache.
+    """
+    across, part = tl.cdiv(OUT, CHANNELS), tl.program_id(1)
+    channel = tl.program_id(2) % across * CHANNELS + tl.arange(0, CHANNELS)
+    into = tl.program_id(2) // across * CHUNK + tl.arange(0, CHUNK)
+    tap_row, known = tl.program_id(0), channel < OUT
+    leads = (tap_row == 0) & (tl.program_id(2) // across == 0)
     a = tl.zeros((CHUNK, CHANNELS), tl.float32)
-    b, c, d, e, f, g, h, i = a, a, a, a, a, a, a, a
+    b, c = a, a
     total = tl.zeros((CHANNELS,), tl.float32)
-    first = tl.program_id(0) * per_program
-    for tile in range(first, tl.minimum(first + per_program, num_tiles)):
+    for tile in range(part * per_program, tl.minimum((part + 1) * per_program, num_tiles)):
         values, which, place, valid = gradient(
             tile, d_pooled, d_moments, moments, pooled, slopes, index, channel, num_values,
             num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, MONOTONE,
@@ -137,37 +140,19 @@ def weight_gradient(
         tl.store(d_winner + place[:, None] * OUT + channel[None, :], narrow(values, d_winner.dtype.element_ty), there)
         values = unpooled(values, which, x.dtype.element_ty)
         photo, row, column, valid = pixels(tile, num_rows, height, width, ROWS, COLUMNS)
-        a = product(a, values, x, moments_in, gamma, beta, photo, row - 1, column - 1, valid, into, height, width, INTO, PRECISION)
-        b = product(b, values, x, moments_in, gamma, beta, photo, row - 1, column, valid, into, height, width, INTO, PRECISION)
-        c = product(c, values, x, moments_in, gamma, beta, photo, row - 1, column + 1, valid, into, height, width, INTO, PRECISION)
-        d = product(d, values, x, moments_in, gamma, beta, photo, row, column - 1, valid, into, height, width, INTO, PRECISION)
-        e = product(e, values, x, moments_in, gamma, beta, photo, row, column, valid, into, height, width, INTO, PRECISION)
-        f = product(f, values, x, moments_in, gamma, beta, photo, row, column + 1, valid, into, height, width, INTO, PRECISION)
-        g = product(g, values, x, moments_in, gamma, beta, photo, row + 1, column - 1, valid, into, height, width, INTO, PRECISION)
-        h = product(h, values, x, moments_in, gamma, beta, photo, row + 1, column, valid, into, height, width, INTO, PRECISION)
-        i = product(i, values, x, moments_in, gamma, beta, photo, row + 1, column + 1, valid, into, height, width, INTO, PRECISION)
-    start = partial + tl.program_id(0) * length
-    places, there = start + channel[None, :] * (9 * INTO) + into[:, None], known[None, :]
+        row += tap_row - 1
+        z = normalised(x, moments_in, gamma, beta, photo, row, column - 1, valid, into, 2 * height, 2 * width, INTO)
+        a = dot(tl.trans(z), values, a, PRECISION)
+        z = normalised(x, moments_in, gamma, beta, photo, row, column, valid, into, 2 * height, 2 * width, INTO)
+        b = dot(tl.trans(z), values, b, PRECISION)
+        z = normalised(x, moments_in, gamma, beta, photo, row, column + 1, valid, into, 2 * height, 2 * width, INTO)
+        c = dot(tl.trans(z), values, c, PRECISION)
+    start, there = partial + part * length, known[None, :]
+    places = start + (channel[None, :] * 9 + tap_row * 3) * INTO + into[:, None]
     tl.store(places, a, there)
     tl.store(places + INTO, b, there)
     tl.store(places + 2 * INTO, c, there)
-    tl.store(places + 3 * INTO, d, there)
-    tl.store(places + 4 * INTO, e, there)
-    tl.store(places + 5 * INTO, f, there)
-    tl.store(places + 6 * INTO, g, there)
-    tl.store(places + 7 * INTO, h, there)
-    tl.store(places + 8 * INTO, i, there)
     tl.store(start + 9 * INTO * OUT + channel, total, known & leads)
-
-
-@triton.jit
-def product(
-    total, values, x, moments, gamma, beta, photo, row, column, valid, into, height, width,
-    INTO: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return total + the inputs at some pixels times the gradients: (inputs' channels, gradients' channels)."""
-    z = normalised(x, moments, gamma, beta, photo, row, column, valid, into, 2 * height, 2 * width, INTO)
-    return dot(tl.trans(z), values, total, PRECISION)
 
 
 @triton.jit

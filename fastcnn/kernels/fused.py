@@ -89,9 +89,10 @@ def block_backward(
         x.dtype,
         lambda tile: Launch(
             backward.weight_gradient,
-            (num_programs, -(-maps.out // tile.channels) * (maps.into // tile.chunk)),
+            (3, num_programs, -(-maps.out // tile.channels) * (maps.into // tile.chunk)),
             {**upstream, **common, "beta": beta, **tile.covering(maps, num_programs), "CHUNK": tile.chunk},
             tile.warps,
+            tile.stages,
         ),
     )
     launching.run(
@@ -103,6 +104,7 @@ def block_backward(
             (num_programs, -(-maps.into // tile.channels)),
             {**common, **gradients, **tile.covering(maps, num_programs), "CHUNK": tile.chunk},
             tile.warps,
+            tile.stages,
         ),
     )
     Launch(
@@ -190,6 +192,7 @@ def first_block_backward(
             (num_programs, -(-maps.out // tile.channels)),
             {**shared, **tile.covering(maps, num_programs)},
             tile.warps,
+            tile.stages,
         ),
     )
     arguments = {"partial": partial, "colours": colours, "d_parameters": d_parameters, "num_programs": num_programs}
@@ -238,7 +241,7 @@ def _forward(
         sizes: dict[str, Any] = tile.covering(maps, most)
         chunks = {} if first else {"CHUNK": tile.chunk, "INTO": maps.into}
         grid = tile.num_programs(maps, most), -(-maps.out // tile.channels)
-        return Launch(kernel, grid, {**inputs, **outputs, **constants, **sizes, **chunks}, tile.warps)
+        return Launch(kernel, grid, {**inputs, **outputs, **constants, **sizes, **chunks}, tile.warps, tile.stages)
 
     launch = launching.run("first_forward" if first else "block_forward", maps, pooled.dtype, prepare)
     if statistics:

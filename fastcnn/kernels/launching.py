@@ -41,6 +41,8 @@ class Tile:
     chunk: int
     """Channels of the other side, of inputs or gradients, at a time."""
     warps: int = 4
+    stages: int = 3
+    """Iterations of a loop that are loaded ahead."""
 
     def num_tiles(self, maps: Maps) -> int:
         """Return how many of them cover the pooled maps."""
@@ -70,14 +72,15 @@ class Launch(NamedTuple):
     """A kernel with everything that it needs."""
 
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int = 4
+    stages: int = 3
 
     def run(self) -> None:
         """Start it."""
         if _records is None:
-            self.kernel[self.grid](**self.arguments, num_warps=self.warps)
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
         else:
             _records.append(self)
 
@@ -110,13 +113,35 @@ def run(kind: str, maps: Maps, dtype: torch.dtype, prepare: Callable[[Tile], Lau
 
 
 def candidates(kind: str, maps: Maps, dtype: torch.dtype) -> list[Tile]:
-    """Return the tiles to try, the one to use unmeasured first."""
+    """Return the tiles to try, the one to use unmeasured first. None of them spills (`python -m bench.kernels`)."""
     columns = min(8, triton.next_power_of_2(maps.width))
     computed, other = (maps.into, maps.out) if kind == "input_gradient" else (maps.out, maps.into)
-    channels = max(16, min(32, triton.next_power_of_2(computed)))
-    chunk = next((size for size in (32, 16) if other % size == 0), 16)
-    sizes = (32, 16) if dtype == torch.float32 else (64, 32, 16, 128)
-    return [Tile(max(1, size // columns), columns, channels, chunk) for size in sizes]
+    narrow, wide = (max(16, min(most, triton.next_power_of_2(computed))) for most in (32, 64))
+    chunk = 32 if other % 32 == 0 else 16
+    tiles = [
+        Tile(max(1, windows // columns), columns, narrow, chunk, warps, stages)
+        for windows, warps, stages in (SIZES_32 if dtype == torch.float32 else SIZES_16)[kind]
+    ]
+    if wide > narrow and dtype != torch.float32:
+        tiles.append(Tile(max(1, 16 // columns), columns, wide, chunk, 8, 2))
+    return tiles
+
+
+# Windows, warps and stages.
+SIZES_16 = {
+    "first_forward": [(32, 4, 3), (16, 4, 3), (64, 8, 3)],
+    "first_weight_gradient": [(16, 4, 2), (32, 8, 2), (16, 4, 1)],
+    "block_forward": [(32, 4, 3), (16, 4, 3), (64, 8, 3)],
+    "weight_gradient": [(16, 4, 2), (32, 8, 2), (16, 4, 1)],
+    "input_gradient": [(32, 4, 3), (16, 4, 3), (64, 8, 3)],
+}
+SIZES_32 = {
+    "first_forward": [(16, 8, 2), (8, 4, 1)],
+    "first_weight_gradient": [(16, 8, 2), (8, 4, 1)],
+    "block_forward": [(16, 8, 2), (8, 4, 1)],
+    "weight_gradient": [(8, 4, 1)],
+    "input_gradient": [(16, 8, 2), (8, 4, 1)],
+}
 
 
 def precision(dtype: torch.dtype) -> str:
