@@ -60,8 +60,9 @@ def tanh(x):
 
 
 @triton.jit
-def tanh_slope(y):
-    return 1 - y * y
+def tanh_slope(x):
+    e = tl.exp(-2 * tl.abs(x))
+    return 4 * e / ((1 + e) * (1 + e))
 
 
 SQRT_HALF = tl.constexpr(0.70710678118654752440)
@@ -115,18 +116,20 @@ class Activation(NamedTuple):
 
     value: Any
     slope: Any
-    """Of the activation's value where it is monotone, else of its argument."""
     monotone: bool
-    """Non-decreasing: the maximum of a window may be taken first."""
+    """Non-decreasing: the maximum of a window is taken first."""
+    saved: bool
+    """Whether the slope is a function of the argument and kept; else it is one of the value, and made from that."""
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(relu, relu_slope, True),
-    "gelu": Activation(gelu, gelu_slope, False),
-    "silu": Activation(silu, silu_slope, False),
-    "mish": Activation(mish, mish_slope, False),
-    "elu": Activation(elu, elu_slope, True),
-    "leaky_relu": Activation(leaky_relu, leaky_relu_slope, True),
-    "selu": Activation(selu, selu_slope, True),
-    "tanh": Activation(tanh, tanh_slope, True),
+    "relu": Activation(relu, relu_slope, monotone=True, saved=False),
+    "gelu": Activation(gelu, gelu_slope, monotone=False, saved=True),
+    "silu": Activation(silu, silu_slope, monotone=False, saved=True),
+    "mish": Activation(mish, mish_slope, monotone=False, saved=True),
+    "elu": Activation(elu, elu_slope, monotone=True, saved=False),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_slope, monotone=True, saved=False),
+    "selu": Activation(selu, selu_slope, monotone=True, saved=False),
+    # 1 - y^2 has nothing left of it where y is rounded to 1.
+    "tanh": Activation(tanh, tanh_slope, monotone=True, saved=True),
 }

@@ -39,7 +39,7 @@ def first_weight_gradient(
     CHANNELS: tl.constexpr,
     OUT: tl.constexpr,
     SLOPE: tl.constexpr,
-    MONOTONE: tl.constexpr,
+    SAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write each program's (3, 16, OUT) products of photo rows and gradients, and (OUT,) sums of gradients."""
@@ -51,7 +51,7 @@ def first_weight_gradient(
     for tile in range(first, tl.minimum(first + per_program, num_tiles)):
         g, which, _, _ = gradient(
             tile, d_pooled, d_moments, moments, pooled, slopes, index, channel, num_values,
-            num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, MONOTONE,
+            num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, SAVED,
         )  # fmt: skip
         total += tl.sum(g, 0)
         g = unpooled(g, which, pooled.dtype.element_ty)
@@ -115,7 +115,7 @@ def weight_gradient(
     INTO: tl.constexpr,
     OUT: tl.constexpr,
     SLOPE: tl.constexpr,
-    MONOTONE: tl.constexpr,
+    SAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write (OUT, 3, 3, INTO) products of inputs and gradients, and (OUT,) sums of gradients, of a part of the tiles.
@@ -133,7 +133,7 @@ def weight_gradient(
     for tile in range(part * per_program, tl.minimum((part + 1) * per_program, num_tiles)):
         values, which, place, valid = gradient(
             tile, d_pooled, d_moments, moments, pooled, slopes, index, channel, num_values,
-            num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, MONOTONE,
+            num_rows, height, width, ROWS, COLUMNS, OUT, SLOPE, SAVED,
         )  # fmt: skip
         total += tl.sum(values, 0)
         there = (valid & leads)[:, None] & known[None, :]
@@ -257,7 +257,7 @@ def gradient(
     COLUMNS: tl.constexpr,
     OUT: tl.constexpr,
     SLOPE: tl.constexpr,
-    MONOTONE: tl.constexpr,
+    SAVED: tl.constexpr,
 ):
     """Return (windows, channels) gradient of the winners before the activation, which they were; (windows,) places.
 
@@ -268,17 +268,17 @@ def gradient(
     there = valid[:, None] & known[None, :]
     values = place[:, None] * OUT + channel[None, :]
     g = tl.load(d_pooled + values, there, 0.0).to(tl.float32)
-    if d_moments is not None or MONOTONE:
+    if d_moments is not None or not SAVED:
         y = tl.load(pooled + values, there, 0.0).to(tl.float32)
     if d_moments is not None:
         mean, deviation = tl.load(moments + channel, known, 0.0), tl.load(moments + OUT + channel, known, 0.0)
         d_mean, d_deviation = tl.load(d_moments + channel, known, 0.0), tl.load(d_moments + OUT + channel, known, 0.0)
         by_distance = d_deviation * deviation * deviation * deviation
         g += (d_mean[None, :] - by_distance[None, :] * (y - mean[None, :])) * (1.0 / num_values)
-    if MONOTONE:
-        g *= SLOPE(y)
-    else:
+    if SAVED:
         g *= tl.load(slopes + values, there, 0.0).to(tl.float32)
+    else:
+        g *= SLOPE(y)
     return tl.where(there, g, 0.0), winners(index, place, valid, channel, OUT), place, valid
 
 

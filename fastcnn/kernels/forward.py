@@ -36,6 +36,7 @@ def first_forward(
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     MONOTONE: tl.constexpr,
+    SAVED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -53,7 +54,7 @@ def first_forward(
             sums = dot(z.to(weight.dtype.element_ty), taps, sums, PRECISION)
         photo, row, column, valid = windows(tile, num_rows, height, width, ROWS, COLUMNS)
         place = (photo * height + row) * width + column
-        out = pool(sums, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE)
+        out = pool(sums, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE, SAVED)
         if STATISTICS:
             count, mean, spread = gathered(out, valid, count, mean, spread)
     if STATISTICS:
@@ -70,7 +71,7 @@ def block_forward(
     bias,
     pooled,  # (N, height, width, OUT)
     index,  # (N, height, width, OUT / 4) uint8: two bits each
-    slopes,  # as pooled, unless MONOTONE
+    slopes,  # as pooled, where SAVED
     partial,  # (programs, 3, OUT) count, mean and sum of squares around it
     num_rows,
     height,
@@ -86,6 +87,7 @@ def block_forward(
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     MONOTONE: tl.constexpr,
+    SAVED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -107,7 +109,7 @@ def block_forward(
             sums = dot(z, tl.load(taps, (channel < OUT)[None, :], 0.0), sums, PRECISION)
         photo, row, column, valid = windows(tile, num_rows, height, width, ROWS, COLUMNS)
         place = (photo * height + row) * width + column
-        out = pool(sums, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE)
+        out = pool(sums, bias, pooled, index, slopes, place, valid, channel, OUT, VALUE, SLOPE, MONOTONE, SAVED)
         if STATISTICS:
             count, mean, spread = gathered(out, valid, count, mean, spread)
     if STATISTICS:
@@ -187,6 +189,7 @@ def pool(
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     MONOTONE: tl.constexpr,
+    SAVED: tl.constexpr,
 ):
     """Write windows' winners, which they were and their slopes; return the winners as they were written, in fp32.
 
@@ -206,12 +209,13 @@ def pool(
     best, argument, which = challenge(best, argument, which, c, 2, VALUE, MONOTONE)
     best, argument, which = challenge(best, argument, which, d, 3, VALUE, MONOTONE)
     if MONOTONE:
+        argument = best
         best = VALUE(best)
     best = narrow(best, pooled.dtype.element_ty)
     there = valid[:, None] & known[None, :]
     values = place[:, None] * OUT + channel[None, :]
     tl.store(pooled + values, best, there)
-    if not MONOTONE:
+    if SAVED:
         tl.store(slopes + values, narrow(SLOPE(argument), slopes.dtype.element_ty), there)
     four = tl.reshape(which, (which.shape[0], which.shape[1] // 4, 4)) << (2 * tl.arange(0, 4))[None, None, :]
     quarter = tl.program_id(1) * (which.shape[1] // 4) + tl.arange(0, which.shape[1] // 4)

@@ -45,8 +45,8 @@ def block(
         statistics: whether to take the moments of what is pooled.
         eps: what is added to the variances in them.
 
-    Returns (N, H / 2, W / 2, K) pooled; (..., K / 4) uint8, two bits each; slopes as pooled where the activation is not
-    monotone; (2, K) and (K,) fp32. What is not there has length 0.
+    Returns (N, H / 2, W / 2, K) pooled; (..., K / 4) uint8, two bits each; slopes as pooled where the activation's
+    are saved; (2, K) and (K,) fp32. What is not there has length 0.
     """
     maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
     out = _outputs(x, maps, activation, statistics)
@@ -207,7 +207,7 @@ def _outputs(like: Tensor, maps: Maps, activation: str, statistics: bool) -> tup
     return (
         like.new_empty(shape),
         like.new_empty((*shape[:3], maps.out // 4), dtype=torch.uint8),
-        like.new_empty(NOTHING if ACTIVATIONS[activation].monotone else shape),
+        like.new_empty(shape if ACTIVATIONS[activation].saved else NOTHING),
         like.new_empty((2, maps.out) if statistics else NOTHING, dtype=torch.float32),
         like.new_empty(maps.out if statistics else NOTHING, dtype=torch.float32),
     )
@@ -229,6 +229,7 @@ def _forward(
         "VALUE": function.value,
         "SLOPE": function.slope,
         "MONOTONE": function.monotone,
+        "SAVED": function.saved,
         "STATISTICS": statistics,
         "PRECISION": launching.precision(pooled.dtype),
     }
@@ -283,7 +284,7 @@ def _upstream(
         "num_values": maps.count * maps.height * maps.width,
         "OUT": maps.out,
         "SLOPE": function.slope,
-        "MONOTONE": function.monotone,
+        "SAVED": function.saved,
         "PRECISION": launching.precision(pooled.dtype),
     }
 

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from fastcnn.config import user_cache_folder
+from fastcnn.kernels import tiles as geometry
 
 
 class Maps(NamedTuple):
@@ -118,6 +119,9 @@ def candidates(kind: str, maps: Maps, dtype: torch.dtype) -> list[Tile]:
     computed, other = (maps.into, maps.out) if kind == "input_gradient" else (maps.out, maps.into)
     narrow, wide = (max(16, min(most, triton.next_power_of_2(computed))) for most in (32, 64))
     chunk = 32 if other % 32 == 0 else 16
+    if geometry.INTERPRETED:  # an operation takes it as long for many values as for one
+        total = maps.count * maps.height * maps.width
+        return [Tile(max(2, triton.next_power_of_2(total // (3 * columns))), columns, narrow, chunk)]
     tiles = [
         Tile(max(1, windows // columns), columns, narrow, chunk, warps, stages)
         for windows, warps, stages in (SIZES_32 if dtype == torch.float32 else SIZES_16)[kind]
