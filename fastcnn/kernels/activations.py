@@ -34,8 +34,8 @@ def elu(x):
 
 
 @triton.jit
-def elu_slope(y):
-    return tl.where(y > 0, 1.0, y + 1)
+def elu_slope(x):
+    return tl.exp(tl.where(x > 0, 0.0, x))
 
 
 SELU_SCALE = tl.constexpr(1.0507009873554804934)
@@ -48,8 +48,8 @@ def selu(x):
 
 
 @triton.jit
-def selu_slope(y):
-    return tl.where(y > 0, SELU_SCALE, y + SELU_SCALE * SELU_ALPHA)
+def selu_slope(x):
+    return SELU_SCALE * tl.where(x > 0, 1.0, SELU_ALPHA * tl.exp(tl.where(x > 0, 0.0, x)))
 
 
 @triton.jit
@@ -119,7 +119,7 @@ class Activation(NamedTuple):
     monotone: bool
     """Non-decreasing: the maximum of a window is taken first."""
     saved: bool
-    """Whether the slope is a function of the argument and kept; else it is one of the value, and made from that."""
+    """Whether the slope is one of the argument, and kept; else it is made from the value, which must not lose it."""
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -127,9 +127,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(gelu, gelu_slope, monotone=False, saved=True),
     "silu": Activation(silu, silu_slope, monotone=False, saved=True),
     "mish": Activation(mish, mish_slope, monotone=False, saved=True),
-    "elu": Activation(elu, elu_slope, monotone=True, saved=False),
+    "elu": Activation(elu, elu_slope, monotone=True, saved=True),
     "leaky_relu": Activation(leaky_relu, leaky_relu_slope, monotone=True, saved=False),
-    "selu": Activation(selu, selu_slope, monotone=True, saved=False),
-    # 1 - y^2 has nothing left of it where y is rounded to 1.
+    "selu": Activation(selu, selu_slope, monotone=True, saved=True),
     "tanh": Activation(tanh, tanh_slope, monotone=True, saved=True),
 }

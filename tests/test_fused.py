@@ -1,0 +1,260 @@
+"""Fused blocks against float64 autograd: on a GPU where there is one, else by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_engines import make_augment, make_feed, make_model, make_step, run_epochs
+from torch import Tensor
+
+from fastcnn import engines
+from fastcnn import fused as fusing
+from fastcnn.augment import Places
+from fastcnn.engines import Graphed, NoEngine, direct_call
+from fastcnn.evaluate import Evaluator
+from fastcnn.loader import Feed
+from fastcnn.model import ACTIVATIONS, MONOTONE, SmallCNN
+from fastcnn.optim import FlatParameters
+from fastcnn.step import Normalise, TrainingStep
+
+pytest.importorskip("triton")
+
+from fastcnn.kernels import activations, fused, launching
+from fastcnn.kernels.launching import Maps, Tile
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EPS = 1e-5
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def test_every_activation_is_there() -> None:
+    assert set(activations.ACTIVATIONS) == set(ACTIVATIONS)
+    assert {name for name, one in activations.ACTIVATIONS.items() if one.monotone} == MONOTONE
+
+
+def rounded(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Values rounded as a kernel rounds what it multiplies; the gradient passes."""
+    return x if kind == torch.float32 else x + (x.detach().float().to(kind).to(x.dtype) - x.detach())
+
+
+def after(sums: Tensor, activation: str, kind: torch.dtype) -> Tensor:
+    """(N, C, H, W) -> pooled (N, H / 2, W / 2, C), as stored."""
+    pooled = F.max_pool2d(ACTIVATIONS[activation]()(sums), 2)
+    if activation in MONOTONE:  # ties of what is rounded to the same value by the activation are none before it
+        pooled = ACTIVATIONS[activation]()(F.max_pool2d(sums, 2))
+    return rounded(pooled.permute(0, 2, 3, 1), kind)
+
+
+def moments_of(pooled: Tensor) -> Tensor:
+    variance = pooled.var((0, 1, 2), unbiased=False)
+    return torch.stack([pooled.mean((0, 1, 2)), (variance + EPS).rsqrt()])
+
+
+def block_by_torch(inputs: Sequence[Tensor | None], activation: str, kind: torch.dtype) -> Tensor:
+    x, moments, gamma, beta, weight, bias = inputs
+    assert x is not None
+    assert weight is not None
+    z = x
+    if moments is not None and gamma is not None and beta is not None:
+        z = (x - moments[0]) * (moments[1] * gamma) + beta
+        low = [t.detach().float() for t in (x, moments, gamma, beta)]  # rounded from fp32 sums, as the kernel has them
+        fp32 = (low[0] - low[1][0]) * (low[1][1] * low[2]) + low[3]
+        z = z if kind == torch.float32 else z + (fp32.to(kind).to(z.dtype) - z.detach())
+    return after(F.conv2d(z.permute(0, 3, 1, 2), weight, bias, padding=1), activation, kind)
+
+
+def first_by_torch(
+    images: Tensor, weight: Tensor, bias: Tensor, colours: Tensor, activation: str, kind: torch.dtype
+) -> Tensor:
+    """Whole numbers and a one; the normalisation in the weights, rounded there."""
+    middle, scale, rest = colours.to(weight.dtype)
+    numbers = torch.cat([images - middle, torch.ones_like(images[..., :1], dtype=weight.dtype)], 3)
+    own = rounded(weight * scale[:, None, None], kind)
+    one = rounded((weight * rest[:, None, None]).sum(1, keepdim=True), kind)
+    sums = F.conv2d(numbers.permute(0, 3, 1, 2), torch.cat([own, one], 1), bias, padding=1)
+    return after(sums, activation, kind)
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    apart, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
+    return float(apart / size if size > 0 else apart)
+
+
+class Case:
+    """A block of random shape, input and arithmetic."""
+
+    def __init__(self, seed: int) -> None:
+        pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.kind = [torch.float32, torch.bfloat16, torch.float32, torch.float16][seed % 4]
+        self.activation = list(ACTIVATIONS)[pick.randrange(len(ACTIVATIONS))]
+        self.first, self.statistics = pick.random() < 0.3, pick.random() < 0.7
+        self.pattern = pick.choice(["random", "random", "constant", "ties"])
+        self.tile = Tile(pick.choice([4, 8]), pick.choice([4, 8]), pick.choice([16, 32]), 16)
+        count, height = pick.randint(1, 3), 2 * pick.randint(2, 5)
+        width = height if self.first else 2 * pick.randint(2, 5)
+        into, out = 3 if self.first else pick.choice([16, 32, 48]), pick.choice([16, 32, 48])
+
+        def draw(*shape: int) -> Tensor:
+            values = torch.randn(shape, generator=generator)
+            return (values * 2).round() / 2 if self.pattern == "ties" else values  # sums are exact, too
+
+        weight = draw(out, into, 3, 3) * (1.0 if self.pattern == "ties" else (9 * into) ** -0.5)
+        self.weight = weight.to(self.kind).to(memory_format=torch.channels_last)
+        self.bias = (draw(out) * 0.5).to(self.kind)
+        self.gradients = [draw(count, height // 2, width // 2, out).to(self.kind), draw(2, out)]
+        if self.first:
+            self.images = torch.randint(0, 256, (5, height, height, 3), dtype=torch.uint8, generator=generator)
+            if self.pattern == "constant":
+                self.images[:] = self.images[:1, :1, :1]
+            self.photos = torch.randint(0, 5, (count,), generator=generator)
+            mirror = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+            shift = torch.randint(-2, 3, (2, count), generator=generator)
+            start = torch.where(mirror < 0, height - 1, 0)
+            self.moves = torch.stack([mirror, start + shift[0], shift[1]], 1).int() if pick.random() < 0.7 else None
+            self.colours = Normalise(MEAN, STD, height).colours
+            if self.pattern == "ties":
+                self.colours = torch.tensor([[128.0] * 3, [1 / 128] * 3, [0.0] * 3])
+                self.images = self.images // 64 * 64
+            return
+        self.x = draw(count, height, width, into).to(self.kind)
+        if self.pattern == "constant":
+            self.x[:] = self.x[:1, :1, :1]
+        self.norm: tuple[Tensor, ...] | tuple[None, None, None] = (None, None, None)
+        if pick.random() < 0.7 and self.pattern != "ties":
+            gamma = draw(into) * pick.choice([1.0, 1.0, 1e-3, 20.0])
+            gamma[:3] = torch.tensor([0.0, -1.0, 5.0])
+            self.norm = torch.stack([draw(into), 0.5 + draw(into).abs()]), gamma, draw(into)
+
+    def run(self) -> dict[str, float]:
+        """Return the relative error of every result."""
+        tensors = [self.weight, self.bias] if self.first else [self.x, *self.norm, self.weight, self.bias]
+        leaves = [None if t is None else t.to(DEVICE).requires_grad_() for t in tensors]
+        own = self.activation, self.statistics, EPS
+        if self.first:
+            moves = None if self.moves is None else self.moves.to(DEVICE)
+            made = fused.first_block(
+                self.images.to(DEVICE), self.photos.to(DEVICE), moves, self.colours.to(DEVICE), *leaves, *own
+            )
+        else:
+            made = fused.block(*leaves, *own)
+        theirs, theirs_back = self.plain(tensors, torch.float64)
+        ours = [made[0], made[3]][: len(theirs)]
+        gradients = [g.to(DEVICE) for g in self.gradients[: len(theirs)]]
+        ours_back = torch.autograd.grad(ours, [t for t in leaves if t is not None], gradients)
+        names = [n for n, t in zip(self.names(), leaves, strict=True) if t is not None] + ["pooled", "moments"]
+
+        def errors(results: Sequence[Tensor]) -> dict[str, float]:
+            pairs = zip(names, results, [*theirs_back, *theirs], strict=False)
+            return {name: error(a.detach().cpu(), b.detach()) for name, a, b in pairs}
+
+        found = errors([*ours_back, *ours])
+        if self.statistics:
+            found["variance"] = error(made[4].cpu(), theirs[0].detach().var((0, 1, 2)))
+        if self.pattern == "constant":
+            found.pop("x", None)  # all pixels of a window tie, and which of them wins is a matter of the last bit
+        if self.kind == torch.float32:  # some gradients hang on the last bit of what fp32 holds, whoever computes them
+            results, back = self.plain(tensors, torch.float32)
+            plain = errors([*back, *results])
+            found = {name: e if e < BOUNDS[self.kind] or e > 3 * plain.get(name, 0) else 0.0 for name, e in found.items()}
+        return found
+
+    def plain(self, tensors: Sequence[Tensor | None], kind: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Return results and gradients by torch, in another arithmetic."""
+        exact = [None if t is None else t.detach().to(kind).requires_grad_() for t in tensors]
+        if self.first:
+            images = Places(self.images, self.photos, self.moves).read()
+            pooled = first_by_torch(images, *exact, self.colours, self.activation, self.kind)  # type: ignore[arg-type]
+        else:
+            pooled = block_by_torch(exact, self.activation, self.kind)
+        results = [pooled, moments_of(pooled)] if self.statistics else [pooled]
+        gradients = [g.to(kind) for g in self.gradients[: len(results)]]
+        return results, torch.autograd.grad(results, [t for t in exact if t is not None], gradients)
+
+    def names(self) -> list[str]:
+        """Return what the inputs are called."""
+        return ["weight", "bias"] if self.first else ["x", "moments_in", "gamma", "beta", "weight", "bias"]
+
+    def __str__(self) -> str:
+        shown = {k: v for k, v in vars(self).items() if isinstance(v, bool | str | Tile | torch.dtype)}
+        return f"{shown} {tuple(self.weight.shape)}"
+
+
+def check(seed: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    case = Case(seed)
+    monkeypatch.setattr(launching, "candidates", lambda kind, maps, dtype: [case.tile])
+    found = case.run()
+    worst = max(found.values())
+    assert worst < BOUNDS[case.kind], f"{case}: {found}"
+    return worst
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_thirty_blocks_against_float64(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(seed, monkeypatch)
+
+
+@pytest.mark.long
+def test_three_hundred_blocks_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    worst: dict[torch.dtype, float] = {}
+    for seed in range(100, 400):
+        found = check(seed, monkeypatch)
+        kind = Case(seed).kind
+        worst[kind] = max(found, worst.get(kind, 0.0))
+    print(f"\nlargest relative errors of 300 blocks: { {str(k): f'{v:.1e}' for k, v in worst.items()} }")
+
+
+def fused_and_plain(**options: Any) -> tuple[TrainingStep, TrainingStep]:
+    """Two steps from the same weights, the first with fused blocks."""
+    steps = []
+    for _ in range(2):
+        augmentations = options.get("augmentations", ())
+        network = {"filters": (16,) * 5, **{k: v for k, v in options.items() if k != "augmentations"}}
+        steps.append(make_step(model=make_model(**network), augmentations=augmentations, device=DEVICE))
+    steps[0].forward = fusing.FusedForward(steps[0].forward)
+    return steps[0], steps[1]
+
+
+def gradients_along_a_run(num_states: int, every: int = 1, **options: Any) -> float:
+    """Return the largest relative error of the fused gradient, at states along a plain run."""
+    step, plain = fused_and_plain(**options)
+    worst = 0.0
+    for number in range(num_states * every):
+        if number % plain.num_steps == 0:
+            plain.feed.start_epoch(7, number)
+            step.feed.permutation.copy_(plain.feed.permutation)
+        if number % every == 0:
+            for a, b in zip(step.state(), plain.state(), strict=True):
+                a.copy_(b)
+            torch.manual_seed(number)
+            step()
+        torch.manual_seed(number)
+        plain()
+        if number % every == 0:
+            worst = max(worst, error(step.parameters.gradient, plain.parameters.gradient))
+            for ours, theirs in zip(step.network.buffers(), plain.network.buffers(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    return worst
+
+
+def test_gradients_from_equal_states() -> None:
+    """Block 4 is none for the kernels: it takes the plain path, with the norm before it applied and its own after."""
+    assert gradients_along_a_run(2, every=10, filters=(16, 16, 16, 8, 16), augmentations=("flip", "shift")) < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu", "batch_norm": False, "augmentations": ("flip",)}])
+def test_gradients_at_fifty_states(options: dict[str, Any]) -> None:
+    worst = gradients_along_a_run(50, **options)
+    print(f"\nlargest relative error of the fused gradient over 50 states, {options}: {worst:.2g}")
+    assert worst < 1e-4
