@@ -6,6 +6,7 @@ python -m bench.kernels [--types bf16 fp16 fp32] [--architectures 80 90] [--acti
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -48,11 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--types", nargs="+", default=["bf16", "fp16", "fp32"], choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--activations", nargs="+", default=["relu", "gelu"])
+    parser.add_argument("--quick", action="store_true", help="32x5 filters, the tiles that are used unmeasured")
     options = parser.parse_args(arguments)
     print("| kernel | sm | type | what | registers | spilled bytes | shared bytes | tensor-core instructions |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     bad = total = 0
-    for code in report(options.types, options.architectures, options.activations):
+    filters, every_tile = (FILTERS[:1], False) if options.quick else (FILTERS, True)
+    for code in report(options.types, options.architectures, options.activations, filters, every_tile=every_tile):
         total += 1
         wrong = code.spilled_bytes > 0 or needs_tensor_cores(code)
         bad += wrong
@@ -75,51 +78,53 @@ def report(
     architectures: Sequence[int] = ARCHITECTURES,
     activations: Sequence[str] = ("relu",),
     filters: Sequence[tuple[int, ...]] = FILTERS,
-    batch_norm: Sequence[bool] = (True,),
+    every_tile: bool = True,
 ) -> Iterator[Code]:
-    """Yield every kernel of these networks at 128 px, each tile that may be chosen, once."""
+    """Yield every kernel of these networks at 128 px once, by each tile that may be chosen or by the first of them."""
     seen = set()
-    for precision in precisions:
-        for activation in activations:
-            for norm in batch_norm:
-                for widths in filters:
-                    for launch in launches(widths, DTYPES[precision], activation, norm):
-                        for architecture in architectures:
-                            source, what = _source(launch)
-                            key = launch.kernel.__name__, architecture, precision, what, activation, norm
-                            if key not in seen:
-                                seen.add(key)
-                                yield _compiled(launch, source, what, architecture, precision)
+    for precision, activation, widths in itertools.product(precisions, activations, filters):
+        for launch in launches(widths, DTYPES[precision], activation, every_tile=every_tile):
+            for architecture in architectures:
+                source, what = _source(launch)
+                key = launch.kernel.__name__, architecture, precision, what
+                if key not in seen:
+                    seen.add(key)
+                    yield _compiled(launch, source, what, architecture, precision)
 
 
 def launches(
-    filters: Sequence[int], dtype: torch.dtype, activation: str = "relu", norm: bool = True, batch: int = 32, side: int = 128
+    filters: Sequence[int],
+    dtype: torch.dtype,
+    activation: str = "relu",
+    batch: int = 32,
+    side: int = 128,
+    every_tile: bool = False,
 ) -> list[Any]:
-    """Return what a training step starts, with every tile that may be chosen. Nothing is computed."""
+    """Return what a training step with batch norm starts. Nothing is computed."""
     from fastcnn.kernels import fused, launching
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    with launching.recording() as found:
+    with launching.recording(every_tile) as found:
         x, moments = empty(batch, side, side, 3, kind=torch.uint8), None
         photos, moves = empty(batch, kind=torch.int64), empty(batch, 3, kind=torch.int32)
         for number, (into, out) in enumerate(zip((3, *filters), filters, strict=False)):
             weight, bias = empty(out, into, 3, 3).to(memory_format=torch.channels_last), empty(out)
-            gamma = empty(into, kind=torch.float32) if norm else None
+            gamma = empty(into, kind=torch.float32)
             if number == 0:
                 colours = empty(3, 3, kind=torch.float32)
-                made = _direct(fused.first_block)(x, photos, moves, colours, weight, bias, activation, norm, 1e-5)
+                made = _direct(fused.first_block)(x, photos, moves, colours, weight, bias, activation, True, 1e-5)
             else:
-                made = _direct(fused.block)(x, moments, gamma, gamma, weight, bias, activation, norm, 1e-5)
+                made = _direct(fused.block)(x, moments, gamma, gamma, weight, bias, activation, True, 1e-5)
             pooled, index, slopes, out_moments, _ = made
-            gradients = pooled, out_moments if norm else None
+            gradients = pooled, out_moments
             kept = pooled, index, slopes, out_moments, activation
             if number == 0:
                 _direct(fused.first_block_backward)(*gradients, x, photos, moves, colours, *kept)
             else:
                 _direct(fused.block_backward)(*gradients, x, moments, gamma, gamma, weight, *kept)
-            x, moments = pooled, out_moments if norm else None
+            x, moments = pooled, out_moments
     return list(found)
 
 

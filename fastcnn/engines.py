@@ -321,7 +321,7 @@ def time_step(engine: Engine, step: Step) -> float:
 
 
 def _history_file() -> Path:
-    return user_cache_folder() / "engines.json"
+    return user_cache_folder() / "engines-2.json"
 
 
 def _history() -> dict[str, Any]:

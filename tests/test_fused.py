@@ -21,9 +21,7 @@ from fastcnn import fused as fusing
 from fastcnn.augment import Places
 from fastcnn.engines import Graphed, NoEngine, direct_call
 from fastcnn.evaluate import Evaluator
-from fastcnn.loader import Feed
-from fastcnn.model import ACTIVATIONS, MONOTONE, SmallCNN
-from fastcnn.optim import FlatParameters
+from fastcnn.model import ACTIVATIONS, MONOTONE
 from fastcnn.step import Normalise, TrainingStep
 
 pytest.importorskip("triton")
@@ -258,3 +256,195 @@ def test_gradients_at_fifty_states(options: dict[str, Any]) -> None:
     worst = gradients_along_a_run(50, **options)
     print(f"\nlargest relative error of the fused gradient over 50 states, {options}: {worst:.2g}")
     assert worst < 1e-4
+
+
+def test_fused_steps_repeat_to_the_bit() -> None:
+    """Sums are taken in a fixed order: two runs of a step from the same state are equal."""
+    step, _ = fused_and_plain(filters=(16,) * 5)
+    with engines.rehearsal(step):
+        step()
+        first = [tensor.clone() for tensor in step.state()]
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(first, step.state(), strict=True))
+
+
+def test_evaluation_by_fused_blocks_is_the_plain_one() -> None:
+    """With running statistics, one filled-up batch and weights that come and go by state_dict: the network is one."""
+    trained = make_model(filters=(16,) * 5)
+    for name, buffer in trained.named_buffers():
+        buffer.copy_(0.5 + torch.rand_like(buffer) if "var" in name else torch.randn_like(buffer))
+    model = make_model(filters=(16,) * 5).to(DEVICE)
+    model.load_state_dict(trained.state_dict())
+    feed, normalise = make_feed(7, DEVICE), Normalise(MEAN, STD, 32, torch.float32, DEVICE)
+    plain = Evaluator(model, feed, normalise, num_classes=4)()
+    ours = Evaluator(model, feed, normalise, engines.fused, num_classes=4)()
+    assert ours.score.count == 7
+    assert ours.score.loss == pytest.approx(plain.score.loss, rel=1e-5)
+    assert torch.equal(ours.predicted, plain.predicted)
+    torch.testing.assert_close(ours.probabilities, plain.probabilities, rtol=1e-4, atol=1e-6)
+    assert list(model.state_dict()) == list(trained.state_dict())
+
+
+def small_block() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 4, 4, 16), torch.randn(16, 16, 3, 3).to(memory_format=torch.channels_last)
+    moments = torch.stack([torch.randn(16), torch.rand(16) + 0.5])
+    tensors = [x, moments, torch.randn(16), torch.randn(16), weight, torch.randn(16)]
+    return (*(t.to(DEVICE).requires_grad_() for t in tensors), "gelu", True, EPS)
+
+
+def test_operators_are_what_torch_expects() -> None:
+    """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(fused.block, small_block(), test_utils=tests)
+    images = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8, device=DEVICE)
+    weight = torch.randn(16, 3, 3, 3, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+    bias, colours = torch.randn(16, device=DEVICE, requires_grad=True), Normalise(MEAN, STD, 4).colours.to(DEVICE)
+    torch.library.opcheck(
+        fused.first_block, (images, None, None, colours, weight, bias, "relu", True, EPS), test_utils=tests
+    )
+
+
+def test_blocks_compile_in_one_graph() -> None:
+    """Forward and backward under torch.compile give what they give without."""
+
+    def results(block: Any) -> list[Tensor]:
+        *tensors, activation, statistics, eps = small_block()
+        pooled, _, _, moments, _ = block(*tensors, activation, statistics, eps)
+        return [pooled, *torch.autograd.grad(pooled.sum() + moments.square().sum(), tensors)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: fused.block(*args), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(results(compiled), results(fused.block), strict=True):
+        assert torch.equal(ours, theirs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("names", [(), ("flip",), ("flip", "shift")])
+def test_places_say_what_is_read(names: tuple[str, ...]) -> None:
+    feed, photos = make_feed(9), torch.tensor([3, 3, 8, 0])
+    torch.manual_seed(2)
+    read = make_augment(names)(feed.images, photos, feed.labels[photos])
+    torch.manual_seed(2)
+    unread = make_augment(names)(feed.images, photos, feed.labels[photos], places=True)
+    assert isinstance(unread.images, Places)
+    assert torch.equal(unread.images.read(), read.images)  # type: ignore[arg-type]
+    changed = make_augment((*names, "cutout"))(feed.images, photos, feed.labels[photos], places=True)
+    assert isinstance(changed.images, Tensor)
+
+
+def test_what_is_not_fused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(filters=(16, 16, 8, 16, 16))
+    assert fusing.refusals(model)[:2] == ["", ""]
+    assert fusing.plain_blocks(model) == (
+        "block 3 takes the plain path: its channels, 16 to 8, are not multiples of 16; "
+        "block 4 takes the plain path: its channels, 8 to 16, are not multiples of 16"
+    )
+    assert "its side, 25, is odd" in fusing.plain_blocks(make_model(filters=(16,) * 5, image_size=50))
+    with pytest.raises(NoEngine, match="its kernel is 5x5, not 3x3"):
+        engines.fused(make_step(model=make_model(filters=(16,) * 5, kernel_size=5)))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if DEVICE.type == "cpu":
+        with pytest.raises(NoEngine, match="needs an NVIDIA GPU"):
+            engines.fused(make_step(model=make_model(filters=(16,) * 5)))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NoEngine, match="triton is not installed"):
+        engines.fused(make_step(model=make_model(filters=(16,) * 5)))
+
+
+def test_tiles_are_kept_and_damage_is_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_known", {"a": {"rows": 4}})
+    path = tmp_path / "cache" / "tiles.json"
+    assert launching._read(path) == {}
+    launching._write(path)
+    assert launching._read(path) == {"a": {"rows": 4}}
+    path.write_text("[")
+    assert launching._read(path) == {}
+
+
+def test_tiles_cover_maps_once() -> None:
+    maps, tile = Maps(3, 6, 10, 16, 16), Tile(4, 8, 16, 16)
+    assert tile.num_tiles(maps) == 5 * 2
+    for most in (1, 3, 4, 100):
+        covering = tile.covering(maps, most)
+        programs = tile.num_programs(maps, most)
+        assert programs <= most
+        assert (programs - 1) * covering["per_program"] < 10 <= programs * covering["per_program"]
+
+
+def compiled_table(*arguments: str) -> tuple[str, int]:
+    """What `python -m bench.kernels` prints, in a process of its own: without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.kernels", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.stdout, done.stderr
+    return done.stdout, done.returncode
+
+
+def test_machine_code_without_a_gpu() -> None:
+    """For one network and one GPU, the tiles that are used unmeasured: tensor cores, nothing spilled."""
+    text, code = compiled_table("--types", "bf16", "--architectures", "90", "--activations", "relu", "--quick")
+    assert code == 0, text
+    assert "| block_forward | 90 | bf16 |" in text
+    assert "11 kernels, 0 that spill or multiply 16-bit values without tensor cores" in text
+
+
+@pytest.mark.long
+def test_machine_code_of_all_shipped_tiles() -> None:
+    text, code = compiled_table()
+    print("\n" + text)
+    assert code == 0, text
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["fused", "fused+graphed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("augmentations", [(), ("flip", "shift"), ("flip", "cutout")])
+def test_fused_learns_on_a_gpu(name: str, dtype: torch.dtype, augmentations: tuple[str, ...]) -> None:
+    model = make_model(filters=(32,) * 5)
+    step = make_step(num_steps=200, device=DEVICE, dtype=dtype, model=model, augmentations=augmentations)
+    engine, used = engines.build(name, step, strict=True)
+    assert used == name
+    run_epochs(step, engine, step.num_steps)
+    first = step.sums.read().loss
+    run_epochs(step, engine, 180)
+    step.sums.reset()
+    run_epochs(step, engine, step.num_steps)
+    assert step.sums.read().loss < 0.9 * first
+
+
+@pytest.mark.cuda
+def test_captured_equals_uncaptured_on_a_gpu() -> None:
+    """To the bit: the kernels add in a fixed order, and the dense layers' kernels are the same."""
+    results = []
+    for name in ("fused", "fused+graphed"):
+        step = make_step(device=DEVICE, model=make_model(filters=(32,) * 5), augmentations=("flip", "shift"))
+        torch.cuda.manual_seed(3)
+        engine, _ = engines.build(name, step, strict=True)
+        run_epochs(step, engine, 50)
+        results.append([tensor.clone() for tensor in step.state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_fused_gradients_are_near_the_plain_ones_on_a_gpu(dtype: torch.dtype, batch_norm: bool) -> None:
+    gradients = []
+    for engine in ("eager", "fused"):
+        model = make_model(filters=(32, 64, 32, 16, 32), batch_norm=batch_norm)
+        step = make_step(device=DEVICE, dtype=dtype, model=model)
+        engines.build(engine, step, strict=True)[0].run(1)
+        gradients.append(step.parameters.gradient.clone())
+    assert F.cosine_similarity(*gradients, dim=0) > (0.9999 if dtype == torch.float32 else 0.97)
+
+
+def test_a_captured_fused_step_is_the_same_step() -> None:
+    """Rehearsed and replayed without a graph, as an engine does it: equal to the bit to the step itself."""
+    results = []
+    for capture in (False, True):
+        step, _ = fused_and_plain(filters=(16, 8, 8, 8, 8))
+        engine = Graphed(step, direct_call) if capture else engines.Eager(step)
+        engine.run(1)
+        results.append([tensor.clone() for tensor in step.state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

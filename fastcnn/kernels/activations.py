@@ -38,18 +38,14 @@ def elu_slope(x):
     return tl.exp(tl.where(x > 0, 0.0, x))
 
 
-SELU_SCALE = tl.constexpr(1.0507009873554804934)
-SELU_ALPHA = tl.constexpr(1.6732632423543772848)
-
-
 @triton.jit
 def selu(x):
-    return SELU_SCALE * tl.where(x > 0, x, SELU_ALPHA * (tl.exp(tl.where(x > 0, 0.0, x)) - 1))
+    return tl.where(x > 0, 1.0507009873554805 * x, 1.7580993408473766 * (tl.exp(tl.where(x > 0, 0.0, x)) - 1))
 
 
 @triton.jit
 def selu_slope(x):
-    return SELU_SCALE * tl.where(x > 0, 1.0, SELU_ALPHA * tl.exp(tl.where(x > 0, 0.0, x)))
+    return tl.where(x > 0, 1.0507009873554805, 1.7580993408473766 * tl.exp(tl.where(x > 0, 0.0, x)))
 
 
 @triton.jit
@@ -65,18 +61,14 @@ def tanh_slope(x):
     return 4 * e / ((1 + e) * (1 + e))
 
 
-SQRT_HALF = tl.constexpr(0.70710678118654752440)
-DENSITY = tl.constexpr(0.39894228040143267794)  # of the standard normal distribution, at 0
-
-
 @triton.jit
 def gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def gelu_slope(x):
-    return 0.5 * (1 + tl.erf(x * SQRT_HALF)) + x * DENSITY * tl.exp(-0.5 * x * x)
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
 @triton.jit

@@ -245,6 +245,7 @@ def gathered(out, valid, count, mean, spread):
     there = valid[:, None]
     more = tl.sum(valid.to(tl.float32), 0)
     own = tl.sum(tl.where(there, out, 0.0), 0) / more
+    own += tl.sum(tl.where(there, out - own[None, :], 0.0), 0) / more  # exact where all are equal
     off = tl.where(there, out - own[None, :], 0.0)
     total = count + more
     apart = own - mean
@@ -269,12 +270,13 @@ def finish_statistics(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = (channel < OUT)[None, :]
     count, total = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    about = tl.load(partial + OUT + channel, channel < OUT, 0.0)  # what all means are near to
     for start in range(0, num_programs, PROGRAMS):
         one, there = program_statistics(partial, start, num_programs, channel, known, OUT, PROGRAMS)
         many = tl.load(one, there, 0.0)
         count += tl.sum(many, 0)
-        total += tl.sum(many * tl.load(one + OUT, there, 0.0), 0)
-    mean, spread = total / count, tl.zeros((CHANNELS,), tl.float32)
+        total += tl.sum(many * (tl.load(one + OUT, there, 0.0) - about[None, :]), 0)
+    mean, spread = about + total / count, tl.zeros((CHANNELS,), tl.float32)
     for start in range(0, num_programs, PROGRAMS):
         one, there = program_statistics(partial, start, num_programs, channel, known, OUT, PROGRAMS)
         apart = tl.load(one + OUT, there, 0.0) - mean[None, :]

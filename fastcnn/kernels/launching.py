@@ -87,23 +87,24 @@ class Launch(NamedTuple):
 
 
 _records: list[Launch] | None = None
+_record_every_tile = False
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Yield a list that what would be started is put into, every tile that may be chosen; nothing is started."""
-    global _records
-    _records, before = [], _records
+def recording(every_tile: bool = False) -> Iterator[list[Launch]]:
+    """Yield a list that what would be started is put into, or all that might be; nothing is started."""
+    global _records, _record_every_tile
+    _records, _record_every_tile = [], every_tile
     try:
         yield _records
     finally:
-        _records = before
+        _records = None
 
 
 def run(kind: str, maps: Maps, dtype: torch.dtype, prepare: Callable[[Tile], Launch]) -> Launch:
     """Start a kernel with the tile that is the fastest for these shapes on this GPU, and return what was started."""
     tiles = candidates(kind, maps, dtype)
-    if _records is not None:
+    if _records is not None and _record_every_tile:
         _records.extend(prepare(tile) for tile in tiles[1:])
     launch = prepare(tiles[0])
     device = next(value.device for value in launch.arguments.values() if isinstance(value, torch.Tensor))
