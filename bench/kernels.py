@@ -168,7 +168,11 @@ def _compiled(launch: Any, source: Any, what: str, architecture: int, precision:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": launch.warps, "num_stages": launch.stages})
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

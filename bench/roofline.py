@@ -98,7 +98,8 @@ def fused_passes(
             again = x if batch_norm else 0  # for the sums of the norm before
             moved = d_winner + index + weights + x + again + norm_sums
             found.append(Pass(f"{name}: input gradient", moved, flops))
-        found.append(Pass(f"{name}: sums over programs", sums + weights))
+        unread = 12 * out * 4 * parts if number == 1 else 0  # a fourth neighbour that has no tap
+        found.append(Pass(f"{name}: sums over programs", sums - unread + weights))
         channels, side = out, side // 2
     last = batch * channels * side**2 * element_bytes
     if batch_norm:
@@ -126,8 +127,10 @@ def main() -> None:
             moved = sum(one.bytes for one in found) / batch
             flops = sum(one.flops for one in found) / batch
             rate = batch / floor_seconds(found, 4.3e12, 788e12)
-            print(f"{name}, batch {batch}: {moved / 1e6:.2f} MB and {flops / 1e9:.3f} GFLOP a photo, {len(found)} passes; "
-                  f"at most {rate:,.0f} images/s at 4.3 TB/s and 788 TFLOP/s")
+            print(
+                f"{name}, batch {batch}: {moved / 1e6:.2f} MB and {flops / 1e9:.3f} GFLOP a photo, {len(found)} passes; "
+                f"at most {rate:,.0f} images/s at 4.3 TB/s and 788 TFLOP/s"
+            )
             if name == "fused":
                 for one in found:
                     print(f"  {one.name}: {one.bytes / batch / 1e3:,.1f} KB, {one.flops / batch / 1e6:,.1f} MFLOP")

@@ -164,7 +164,9 @@ class Case:
         if self.kind == torch.float32:  # some gradients hang on the last bit of what fp32 holds, whoever computes them
             results, back = self.plain(tensors, torch.float32)
             plain = errors([*back, *results])
-            found = {name: e if e < BOUNDS[self.kind] or e > 3 * plain.get(name, 0) else 0.0 for name, e in found.items()}
+            found = {
+                name: e if e < BOUNDS[self.kind] or e > 3 * plain.get(name, 0) else 0.0 for name, e in found.items()
+            }
         return found
 
     def plain(self, tensors: Sequence[Tensor | None], kind: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -448,3 +450,74 @@ def test_a_captured_fused_step_is_the_same_step() -> None:
         engine.run(1)
         results.append([tensor.clone() for tensor in step.state()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter tells what is loaded and stored")
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_counted_bytes_are_what_the_kernels_load_and_store(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses that a kernel touches, each once, against `fused_passes`: two blocks at 16 px, within 4% a pass."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    sys.path.insert(0, str(ROOT))
+    from bench.roofline import fused_passes
+
+    touched: list[dict[str, Any]] = []
+
+    def watched(name: str) -> Any:
+        plain = getattr(InterpreterBuilder, name)
+
+        def access(self: Any, pointers: Any, *rest: Any) -> Any:
+            stores = "store" in name
+            mask = rest[1 if stores else 0].data if "masked" in name else None
+            places = pointers.data if mask is None else pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+            width = pointers.get_element_ty().primitive_bitwidth // 8
+            touched[-1].setdefault(("stored" if stores else "loaded", width), []).append(places.ravel())
+            return plain(self, pointers, *rest)
+
+        return access
+
+    for name in ("create_masked_load", "create_masked_store"):
+        monkeypatch.setattr(InterpreterBuilder, name, watched(name))
+    run = launching.Launch.run
+
+    def counted(self: launching.Launch) -> None:
+        touched.append({"name": self.kernel.fn.__name__})
+        run(self)
+
+    monkeypatch.setattr(launching.Launch, "run", counted)
+    side, batch, widths = 16, 4, (16, 32)
+    torch.manual_seed(0)
+    x, moments = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8), None
+    colours, leaves, norm = Normalise(MEAN, STD, side).colours, [], (None, None)
+    for into, out in zip((3, *widths), widths, strict=False):
+        weight = torch.randn(out, into, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+        leaves += [weight, torch.zeros(out, requires_grad=True)]
+        own = *leaves[-2:], activation, True, EPS
+        if into == 3:
+            x, _, _, moments, _ = fused.first_block(x, None, None, colours, *own)
+        else:
+            x, _, _, moments, _ = fused.block(x, moments, *norm, *own)
+        norm = torch.ones(out, requires_grad=True), torch.zeros(out, requires_grad=True)
+    torch.autograd.grad(x.sum() + moments.sum(), leaves)
+    measured: dict[str, list[int]] = {}
+    for one in touched:
+        size = sum(len(np.unique(np.concatenate(v))) * k[1] for k, v in one.items() if k != "name")
+        measured.setdefault(one["name"], []).append(size)
+    passes = {
+        one.name: one.bytes
+        for one in fused_passes(
+            widths, batch=batch, image_size=side, element_bytes=4, activation=activation, programs=3
+        )
+    }
+    for kernels, name in (
+        (["first_forward"], "block 1 fused: forward"),
+        (["first_weight_gradient"], "block 1 fused: weight gradient"),
+        (["finish_first"], "block 1 fused: sums over programs"),
+        (["block_forward"], "block 2 fused: forward"),
+        (["weight_gradient"], "block 2 fused: weight gradient"),
+        (["input_gradient"], "block 2 fused: input gradient"),
+        (["finish_block"], "block 2 fused: sums over programs"),
+    ):
+        moved = sum(sum(measured[kernel]) for kernel in kernels)
+        assert moved == pytest.approx(passes[name], rel=0.04), name

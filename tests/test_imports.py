@@ -31,6 +31,7 @@ LEVELS = [
     {"wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "fetch"},
     {"tracker", "optim", "loader", "report"},
     {"step", "dataset"},
+    {"fused"},
     {"engines"},
     {"evaluate", "predict"},
     {"export", "rescore", "session"},
