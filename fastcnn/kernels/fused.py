@@ -1,8 +1,8 @@
 """A block as one operator: convolution 3x3, activation, 2x2 max pool, statistics, and the batch norm before it.
 
-`block` reads what another block has pooled and normalises it while loading; `first_block` reads uint8 photos. Both write
-the pooled values and two bits for each that say where it came from, never a map of full size; their gradients are
-operators too, so torch.compile and CUDA graphs take them as they are. Sums are fp32 and repeat to the bit.
+`block` reads what another block has pooled and normalises it while loading; `first_block` reads uint8 photos. Both
+write the pooled values and two bits for each that say where it came from, never a map of full size; their gradients
+are operators too, so torch.compile and CUDA graphs take them as they are. Sums are fp32 and repeat to the bit.
 
 Importing this needs triton. On a CPU the kernels run under TRITON_INTERPRET=1, for tests.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 from fastcnn.kernels import backward, forward, launching
 from fastcnn.kernels.activations import ACTIVATIONS
 from fastcnn.kernels.launching import Launch, Maps, Tile
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 NOTHING = 0  # length of an output that this block does not have
 
@@ -49,6 +51,8 @@ def block(
     are saved; (2, K) and (K,) fp32. What is not there has length 0.
     """
     maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
+    assert x.is_contiguous()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
     out = _outputs(x, maps, activation, statistics)
     arguments = {"x": x, "moments": moments_in, "gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
     _forward(forward.block_forward, maps, arguments, out, activation, statistics, eps)
@@ -148,6 +152,8 @@ def first_block(
     """
     count = len(images) if photos is None else len(photos)
     maps = Maps(count, images.shape[1] // 2, images.shape[2] // 2, 3, weight.shape[0])
+    assert images.is_contiguous()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
     out = _outputs(weight, maps, activation, statistics)
     arguments = {
         "images": images,
@@ -176,7 +182,7 @@ def first_block_backward(
     activation: str,
 ) -> Tensor:
     """Return the gradients of weight and bias in one piece."""
-    maps = Maps(*pooled.shape[:3], 3, pooled.shape[3])
+    maps = Maps(pooled.shape[0], pooled.shape[1], pooled.shape[2], 3, pooled.shape[3])
     num_programs, length = launching.reducers(pooled.device, maps), 49 * maps.out
     partial = pooled.new_empty((num_programs, length), dtype=torch.float32)
     d_parameters = pooled.new_empty(28 * maps.out)
@@ -201,9 +207,9 @@ def first_block_backward(
     return d_parameters
 
 
-def _outputs(like: Tensor, maps: Maps, activation: str, statistics: bool) -> tuple[Tensor, ...]:
+def _outputs(like: Tensor, maps: Maps, activation: str, statistics: bool) -> Outputs:
     """Return what a block writes, empty: pooled, index, slopes, moments, variance."""
-    shape = maps.count, maps.height, maps.width, maps.out
+    shape = maps.photos, maps.height, maps.width, maps.out
     return (
         like.new_empty(shape),
         like.new_empty((*shape[:3], maps.out // 4), dtype=torch.uint8),
@@ -217,7 +223,7 @@ def _forward(
     kernel: Any,
     maps: Maps,
     inputs: dict[str, Any],
-    out: tuple[Tensor, ...],
+    out: Outputs,
     activation: str,
     statistics: bool,
     eps: float,
@@ -276,12 +282,12 @@ def _upstream(
     function = ACTIVATIONS[activation]
     return {
         "d_pooled": d_pooled.contiguous(),
-        "d_moments": d_moments,
+        "d_moments": None if d_moments is None else d_moments.contiguous(),  # of a sum, it is one number expanded
         "moments": moments,
         "pooled": pooled,
         "slopes": slopes,
         "index": index,
-        "num_values": maps.count * maps.height * maps.width,
+        "num_values": maps.photos * maps.height * maps.width,
         "OUT": maps.out,
         "SLOPE": function.slope,
         "SAVED": function.saved,
@@ -300,7 +306,7 @@ def _(
     activation: str,
     statistics: bool,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
     return _outputs(x, maps, activation, statistics)
 
@@ -316,7 +322,7 @@ def _(
     activation: str,
     statistics: bool,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     count = len(images) if photos is None else len(photos)
     maps = Maps(count, images.shape[1] // 2, images.shape[2] // 2, 3, weight.shape[0])
     return _outputs(weight, maps, activation, statistics)

@@ -21,7 +21,7 @@ from fastcnn.kernels import tiles as geometry
 class Maps(NamedTuple):
     """The shapes of a block: its photos, and height and width of what it has pooled."""
 
-    count: int
+    photos: int
     height: int
     width: int
     into: int
@@ -47,7 +47,7 @@ class Tile:
 
     def num_tiles(self, maps: Maps) -> int:
         """Return how many of them cover the pooled maps."""
-        return -(-maps.count * maps.height // self.rows) * -(-maps.width // self.columns)
+        return -(-maps.photos * maps.height // self.rows) * -(-maps.width // self.columns)
 
     def num_programs(self, maps: Maps, most: int) -> int:
         """Return how many programs share them, `most` or fewer, so that none has nothing to do."""
@@ -55,10 +55,10 @@ class Tile:
         return -(-num_tiles // -(-num_tiles // most))
 
     def covering(self, maps: Maps, most: int) -> dict[str, int]:
-        """Return the arguments by which `most` programs at most cover the pooled maps, each by tiles next to each other."""
+        """Return the arguments by which `most` programs at most cover the pooled maps, each its own run of tiles."""
         num_tiles = self.num_tiles(maps)
         return {
-            "num_rows": maps.count * maps.height,
+            "num_rows": maps.photos * maps.height,
             "height": maps.height,
             "width": maps.width,
             "num_tiles": num_tiles,
@@ -121,7 +121,7 @@ def candidates(kind: str, maps: Maps, dtype: torch.dtype) -> list[Tile]:
     narrow, wide = (max(16, min(most, triton.next_power_of_2(computed))) for most in (32, 64))
     chunk = 32 if other % 32 == 0 else 16
     if geometry.INTERPRETED:  # an operation takes it as long for many values as for one
-        total = maps.count * maps.height * maps.width
+        total = maps.photos * maps.height * maps.width
         return [Tile(max(2, triton.next_power_of_2(total // (3 * columns))), columns, narrow, chunk)]
     tiles = [
         Tile(max(1, windows // columns), columns, narrow, chunk, warps, stages)
@@ -161,7 +161,7 @@ def most_programs(device: torch.device) -> int:
 
 def reducers(device: torch.device, maps: Maps) -> int:
     """Return how many programs share a gradient of weights: each writes one of its own, so no more than useful."""
-    return max(1, min(num_processors(device), maps.count * maps.height * maps.width // 64))
+    return max(1, min(num_processors(device), maps.photos * maps.height * maps.width // 64))
 
 
 @functools.cache
