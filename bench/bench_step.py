@@ -1,8 +1,8 @@
 """The training step: images a second by engine, batch, filters and precision, over plain loops on the same shapes.
 
 Beside the rates stand their shares: FLOP/s over the machine's matrix rate, bytes/s over its copy bandwidth, both
-measured in this process, and time over the counted floor (`bench/roofline.py`), the fused kernels' own for theirs. Compiling and capturing are apart, as
-`build_seconds`.
+measured in this process, and time over the counted floor (`bench/roofline.py`): the fused kernels' own for theirs.
+Compiling and capturing are apart, as `build_seconds`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def bench_first_block(race: Race, batch: int) -> None:
 
     images = random_feed(device, batch, size).images
     normalise = Normalise(MEAN, STD, size, torch.bfloat16, device)
-    conv = torch.nn.Conv2d(3, 32, 3, padding=1).to(device, torch.bfloat16, memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(3, 32, 3, padding=1).to(device, torch.bfloat16)
+    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert conv.bias is not None
     weights = [conv.weight, conv.bias]
     x, gradient = normalise(images), torch.randn(batch, 32, size // 2, size // 2, device=device).to(torch.bfloat16)

@@ -2,9 +2,9 @@
 
 `passes` counts library convolutions with perfect pointwise fusion around them, `fused_passes` the kernels of
 `fastcnn/kernels`: each pass reads its inputs and writes its outputs once, and nothing is kept between passes. What
-neighbouring programs of a kernel read again, the edges of tiles and rows of taps, is for the cache and not counted. A pass takes the longer
-of its bytes over the bandwidth and its FLOPs
-over the matrix rate; passes follow each other. Launches, latencies and the optimizer's few hundred KB are left out.
+neighbouring programs of a kernel read again, the edges of tiles and rows of taps, is for the cache and not counted.
+A pass takes the longer of its bytes over the bandwidth and its FLOPs over the matrix rate; passes follow each other.
+Launches, latencies and the optimizer's few hundred KB are left out.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def main() -> None:
             flops = sum(one.flops for one in found) / batch
             rate = batch / floor_seconds(found, 4.3e12, 788e12)
             print(
-                f"{name}, batch {batch}: {moved / 1e6:.2f} MB and {flops / 1e9:.3f} GFLOP a photo, {len(found)} passes, "
-                f"at most {rate:,.0f} images/s at 4.3 TB/s and 788 TFLOP/s"
+                f"{name}, batch {batch}: {moved / 1e6:.2f} MB and {flops / 1e9:.3f} GFLOP a photo in {len(found)} "
+                f"passes; at most {rate:,.0f} images/s at 4.3 TB/s and 788 TFLOP/s"
             )
             if name == "fused":
                 for one in found:
