@@ -1,8 +1,8 @@
 """The training step: images a second by engine, batch, filters and precision, over plain loops on the same shapes.
 
 Beside the rates stand their shares: FLOP/s over the machine's matrix rate, bytes/s over its copy bandwidth, both
-measured in this process, and time over the counted floor (`bench/roofline.py`). Compiling and capturing are apart, as
-`build_seconds`.
+measured in this process, and time over the counted floor (`bench/roofline.py`): the fused kernels' own for theirs.
+Compiling and capturing are apart, as `build_seconds`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench import machine
 from bench.conftest import SCALES, Race
 from bench.profile import count_events
-from bench.roofline import floor_seconds, passes
-from bench.steps import make_step, random_feed, run_steps
+from bench.roofline import floor_seconds, fused_passes, passes
+from bench.steps import MEAN, STD, make_step, random_feed, run_steps
 from bench.timing import Apart, clocked
-from fastcnn import engines, runtime
+from fastcnn import engines, fused, runtime
+from fastcnn.step import Normalise
 
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
     **engines.ENGINES,
@@ -33,6 +36,8 @@ ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """List the combinations, the reference first: where time runs out, what is left is the least asked for."""
+    if "engine" not in metafunc.fixturenames:
+        return
     device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
     best = runtime.pick_precision("auto", device, deterministic=False, strict=False)
     networks, batches = SCALES[name]["networks"], SCALES[name]["batches"]
@@ -121,17 +126,56 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     score = step.sums.read()
     assert score.count == batch * num_steps * (rounds + 1)
     assert math.isfinite(score.loss)
-    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
+    race.note(**shares(engine, filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
     if on_gpu(device) and batch == min(race.scale["batches"]):
         race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
 
 
+@pytest.mark.parametrize("batch", [32, 2048])
+def bench_first_block(race: Race, batch: int) -> None:
+    """Ours, forward and backward of the first block alone, from uint8 photos, against cuDNN's from normalised ones."""
+    device, size = race.device, 128
+    if not on_gpu(device) or fused.unavailable(device):
+        pytest.skip(fused.unavailable(device) or "needs an NVIDIA GPU")
+    from fastcnn.kernels.fused import first_block
+
+    images = random_feed(device, batch, size).images
+    normalise = Normalise(MEAN, STD, size, torch.bfloat16, device)
+    conv = torch.nn.Conv2d(3, 32, 3, padding=1).to(device, torch.bfloat16)
+    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert conv.bias is not None
+    weights = [conv.weight, conv.bias]
+    x, gradient = normalise(images), torch.randn(batch, 32, size // 2, size // 2, device=device).to(torch.bfloat16)
+    gradient = gradient.to(memory_format=torch.channels_last)
+
+    def ours() -> Sequence[Tensor]:
+        pooled = first_block(images, None, None, normalise.colours, *weights, "relu", True, 1e-5)[0]
+        return [pooled, *torch.autograd.grad(pooled, weights, gradient.permute(0, 2, 3, 1))]
+
+    def theirs() -> Sequence[Tensor]:
+        pooled = F.relu(F.max_pool2d(conv(x), 2))
+        moments = torch.var_mean(pooled.detach().float(), (0, 2, 3))
+        return [pooled, *torch.autograd.grad(pooled, weights, gradient), *moments]
+
+    for a, b in zip((ours()[1], ours()[2]), (theirs()[1], theirs()[2]), strict=True):
+        assert F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.98
+    race.benchmark.group = "block"
+    race(
+        f"first block, forward and backward, bf16, 32 filters, batch {batch}",
+        ours,
+        {"cuDNN": clocked(theirs, device)},
+        images=batch,
+        batch=batch,
+    )
+
+
 def shares(
-    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
+    engine: str, filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
 ) -> dict[str, float]:
     """Return a step's FLOP/s and bytes/s as shares of the machine's own rates, and the counted floor's of its time."""
     rates = machine.rates(device)
-    counted = passes(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
+    count = fused_passes if engine.startswith("fused") else passes
+    counted = count(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
     matrix = rates["fp32_flop_per_second" if precision == "fp32" else "bf16_flop_per_second"]
     flops, moved = sum(one.flops for one in counted), sum(one.bytes for one in counted)
     return {

@@ -260,7 +260,7 @@ def export(run: str, formats: str, half: Any, output: str | None, triton: str | 
         path = export_run(run, format=name, output=output, half=half, note=click.echo)
     if triton:
         from fastcnn import runs
-        from fastcnn.triton import repository_name, write_repository
+        from fastcnn.triton_server import repository_name, write_repository
 
         folder = write_repository(path, triton, repository_name(runs.find(run)))
         click.echo(f"model repository {triton}: {folder.name}")

@@ -1,4 +1,4 @@
-"""How a step is run: as it is, compiled, captured whole in a CUDA graph and replayed, or both.
+"""How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or both.
 
 An engine takes a step, a function without arguments whose tensors stand in `step.state()`, and runs it a number of
 times. Making one runs the step a few times and puts everything back as it was.
@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastcnn import fused as fusing
 from fastcnn.config import user_cache_folder
 from fastcnn.errors import fall_back, first_line
+from fastcnn.model import SmallCNN
 
 REHEARSALS = 3  # cudnn tries its algorithms, the compiler compiles, allocators fill: all before a capture
 
@@ -31,6 +33,10 @@ class Step(Protocol):
 
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
+
+    @property
+    def network(self) -> SmallCNN:
+        """What computes, in the type that it computes in."""
 
     def __call__(self) -> None:
         """Do one step."""
@@ -180,14 +186,50 @@ def compiled_and_graphed(step: Step) -> Graphed:
         raise
 
 
+def fused(step: Step) -> Eager:
+    """Return the step with the network's blocks fused. Raises NoEngine where none can be, or not on this device."""
+    reason = fusing.unavailable(step.state()[0].device)
+    refusals = fusing.refusals(step.network)
+    if reason or all(refusals):
+        raise NoEngine(reason or f"block 1: {refusals[0]}")
+    plain = step.forward
+    step.forward = fusing.FusedForward(plain)
+    try:
+        with rehearsal(step):
+            step()
+    except Exception as error:  # whatever triton's compiler or the GPU trips over
+        step.forward = plain
+        raise NoEngine(first_line(error)) from None
+    return Eager(step)
+
+
+def fused_and_graphed(step: Step) -> Graphed:
+    """Return the step with fused blocks captured in a CUDA graph."""
+    plain = step.forward
+    fused(step)
+    try:
+        return graphed(step)
+    except NoEngine:
+        step.forward = plain
+        raise
+
+
 ENGINES: dict[str, Callable[[Step], Engine]] = {
     "eager": Eager,
     "compiled": compiled,
+    "fused": fused,
     "graphed": graphed,
     "compiled+graphed": compiled_and_graphed,
+    "fused+graphed": fused_and_graphed,
 }
 
-NEXT_BEST = {"compiled+graphed": "graphed", "graphed": "eager", "compiled": "eager"}
+NEXT_BEST = {
+    "compiled+graphed": "graphed",
+    "fused+graphed": "graphed",
+    "graphed": "eager",
+    "compiled": "eager",
+    "fused": "eager",
+}
 
 
 def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
@@ -206,36 +248,58 @@ def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
 def choose(step: Step, num_steps: int, signature: str, *, strict: bool = False) -> tuple[Engine, str, str]:
     """Return the engine that ends a run of `num_steps` soonest, its name, and why.
 
-    On a CPU that is eager. On a GPU the graphed engine is ready in about a second; its step is timed, and compiling is
-    worth it where the predicted saving over the run exceeds the predicted cost. Both predictions are what an earlier
-    run of the same `signature` measured (a second compilation is cheaper: inductor keeps its results on disk), else
-    `PRIOR`.
+    On a CPU that is eager. On a GPU the graphed engine is ready in about a second; its step is timed, and each of
+    `PRIOR` is built and timed too where the predicted saving over the run exceeds the predicted cost. Both predictions
+    are what an earlier run of the same `signature` measured (a second compilation is cheaper: inductor and triton keep
+    their results on disk), else those of `PRIOR`. What was built stays where it is the fastest.
     """
-    if step.state()[0].device.type != "cuda":
+    device = step.state()[0].device
+    if device.type != "cuda":
         return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
     engine, name = build("graphed", step, strict=strict)
     seconds = time_step(engine, step)
-    worth, why = worth_compiling(num_steps, seconds, {**PRIOR, **_history().get(signature, {})})
-    if name != "graphed" or not worth:
-        return engine, name, why
-    start = time.perf_counter()
-    engine, name = build("compiled+graphed", step, strict=strict)
-    if name == "compiled+graphed":
-        cost = time.perf_counter() - start
-        _remember(signature, {"compile_seconds": cost, "saving": 1 - time_step(engine, step) / seconds})
-    return engine, name, why
+    if name == "eager":
+        return engine, name, "nothing can be captured here"
+    best, plain, reasons = seconds, step.forward, [f"{seconds * 1e6:,.0f} us a step when captured"]
+    for other, prior in PRIOR.items():
+        found = _history().get(signature, {}).get(other, {})
+        worth, why = worth_building(other, num_steps, best, {**prior, **found}, seconds)
+        reasons.append(why)
+        if not worth:
+            continue
+        step.forward, before, start = plain, step.forward, time.perf_counter()
+        try:
+            candidate = ENGINES[other](step)
+        except NoEngine as error:
+            reasons.append(f"no {other} here: {error}")
+            step.forward = before
+            continue
+        cost, its_seconds = time.perf_counter() - start, time_step(candidate, step)
+        _remember(signature, other, {"build_seconds": cost, "saving": 1 - its_seconds / seconds})
+        if its_seconds < best:
+            engine, name, best = candidate, other, its_seconds
+        else:
+            step.forward = before
+    return engine, name, "; ".join(reasons)
 
 
-PRIOR = {"compile_seconds": 60.0, "saving": 0.4}  # DESIGN's estimate; not measured yet
+PRIOR = {  # DESIGN's estimates; not measured yet
+    "fused+graphed": {"build_seconds": 30.0, "saving": 0.7},
+    "compiled+graphed": {"build_seconds": 60.0, "saving": 0.4},
+}
+"""What to try after the graphed engine: seconds to build it, and the share of the graphed step that it saves."""
 
 
-def worth_compiling(num_steps: int, seconds: float, prediction: dict[str, float]) -> tuple[bool, str]:
-    """Return whether compiling pays over steps of so many seconds, and the sum in words."""
-    cost, saving = prediction["compile_seconds"], num_steps * seconds * prediction["saving"]
-    why = (
-        f"{seconds * 1e6:,.0f} us a step; compiling would take about {cost:,.0f} s "
-        f"and save {saving:,.1f} s over {num_steps:,} steps"
-    )
+def worth_building(
+    name: str, num_steps: int, best: float, prediction: dict[str, float], seconds: float | None = None
+) -> tuple[bool, str]:
+    """Return whether an engine pays over the run, and the sum in words.
+
+    best: seconds of a step by the best engine so far; seconds: by the one that the prediction's saving is of.
+    """
+    predicted = (best if seconds is None else seconds) * (1 - prediction["saving"])
+    cost, saving = prediction["build_seconds"], num_steps * (best - predicted)
+    why = f"{name} would take about {cost:,.0f} s and save {max(saving, 0):,.1f} s over {num_steps:,} steps"
     return saving > cost, why
 
 
@@ -257,7 +321,7 @@ def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
 
 
 def _history_file() -> Path:
-    return user_cache_folder() / "engines.json"
+    return user_cache_folder() / "engines-2.json"
 
 
 def _history() -> dict[str, Any]:
@@ -268,10 +332,12 @@ def _history() -> dict[str, Any]:
     return history if isinstance(history, dict) else {}
 
 
-def _remember(signature: str, figures: dict[str, float]) -> None:
+def _remember(signature: str, engine: str, figures: dict[str, float]) -> None:
     with contextlib.suppress(OSError):  # only the next prediction would be better for it
         path = _history_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps({**_history(), signature: figures}, indent=1), encoding="utf-8")
+        history = _history()
+        history[signature] = {**history.get(signature, {}), engine: figures}
+        temporary.write_text(json.dumps(history, indent=1), encoding="utf-8")
         temporary.replace(path)

@@ -73,6 +73,11 @@ class EvaluationStep:
         self.predicted.index_copy_(0, places.clamp(max=count), guesses)
         feed.cursor.add_(self.batch_size)
 
+    @property
+    def network(self) -> SmallCNN:
+        """What computes."""
+        return self.model
+
     def state(self) -> list[Tensor]:
         """Return every tensor that outlives a call and is changed by it."""
         return [self.predicted, self.probabilities, self.feed.cursor, self.sums.values]

@@ -70,6 +70,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.activation = ACTIVATIONS[activation]()
+        self.name = activation
         self.pool = nn.MaxPool2d(2)
         self.norm = BatchNorm(out_channels) if batch_norm else nn.Identity()
         self.pool_first = activation in MONOTONE if pool_first is None else pool_first

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastcnn import checkpoint, engines, runs, runtime
+from fastcnn import checkpoint, engines, fused, runs, runtime
 from fastcnn.augment import Augment
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
 from fastcnn.engines import Engine
-from fastcnn.errors import FastCNNError, first_line, warn
+from fastcnn.errors import FastCNNError, fall_back, first_line, warn
 from fastcnn.evaluate import Evaluation, Evaluator
 from fastcnn.feed import Chances
 from fastcnn.loader import Feed
@@ -240,6 +240,9 @@ def make_engine(session: Session) -> Engine:
         engine, name, session.why = engines.choose(step, num_steps, signature, strict=config.strict)
     else:
         engine, name = engines.build(config.engine, step, strict=config.strict)
+        plain = fused.plain_blocks(step.network) if name.startswith("fused") else ""
+        if plain:
+            fall_back(plain, strict=config.strict)
     session.config = dataclasses.replace(config, engine=cast(EngineName, name))
     return engine
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastcnn.augment import Augment, Batch
 from fastcnn.loader import Feed
 from fastcnn.metrics import Sums
+from fastcnn.model import SmallCNN
 from fastcnn.optim import FlatParameters, LossScale, Optimizer
 
 
@@ -29,6 +30,10 @@ class Normalise:
         self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(image_size)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).repeat(image_size)
         self.dtype, self.image_size = dtype, image_size
+        # The same in a form that 16 bits hold: whole numbers to subtract, scales, and what is left to add.
+        middle = [min(max(round(255 * m), 0), 255) for m in mean]
+        rest = [(c / 255 - m) / s for c, m, s in zip(middle, mean, std, strict=True)]
+        self.colours = torch.tensor([middle, [1 / (255 * s) for s in std], rest], device=device)  # (3, 3) fp32
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the normalised images. The arithmetic is fp32; the result is rounded once."""
@@ -117,7 +122,8 @@ class TrainingStep:
         """Train on the batch at the feed's cursor and move the cursor behind it."""
         feed = self.feed
         photos = feed.permutation.index_select(0, feed.cursor + self.offsets)
-        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos))
+        places = getattr(self.forward, "takes_places", False)
+        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), places)
         buffers = [buffer.clone() for buffer in self.parameters.compute.buffers()] if self.skip_nan else []
         losses, guesses = self.forward(
             self.parameters.compute,
@@ -139,6 +145,11 @@ class TrainingStep:
         self.sums.add(losses, guesses == batch.labels, weights)
         feed.cursor.add_(self.batch_size)
         self.number.add_(1)
+
+    @property
+    def network(self) -> SmallCNN:
+        """What computes."""
+        return self.parameters.compute
 
     def state(self) -> list[Tensor]:
         """Return every tensor that outlives a call and is changed by it."""

@@ -42,6 +42,7 @@ def main() -> None:
         config = Config(augment=(name,))
         torch.manual_seed(1)
         changed = Augment(config.augmentations, args.size)(photos, everything, everything).images
+        assert isinstance(changed, torch.Tensor)  # read, not where it lies
         path = args.out / f"{name}.jpg"
         sheet(photos.numpy(), changed.numpy()).save(path, quality=88)
         print(f"{path}: {config.augment[0]}")

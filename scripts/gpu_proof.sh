@@ -18,12 +18,15 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 
 mkdir -p "$out"
-for package in pytest pytest_benchmark nvidia.dali simplejpeg yaml click rich wandb matplotlib torchvision; do
+for package in pytest pytest_benchmark triton nvidia.dali simplejpeg yaml click rich wandb matplotlib torchvision; do
   "$python" -c "import $package" 2>/dev/null || echo "$package: not installed; what needs it is left out"
 done
 if "$python" -c 'import pytest' 2>/dev/null; then
   # The project's own settings make every warning an error; another torch than the pinned one may have its own.
-  "$python" -m pytest -q -m cuda -W default -p no:cacheprovider tests/test_{engines,train,loader}.py \
+  "$python" -m pytest -q -m cuda -W default -p no:cacheprovider tests/test_{engines,train,loader,fused}.py \
     | tee "$out/cuda_tests.txt" || { [ "${PIPESTATUS[0]}" -eq 5 ] || exit 1; }
+fi
+if "$python" -c 'import triton' 2>/dev/null; then
+  "$python" -m bench.kernels --quick --types bf16 | tee "$out/kernels.md"
 fi
 "$python" -m bench --out "$out" ${arguments[@]+"${arguments[@]}"}

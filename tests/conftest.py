@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 # The machine may be busy: no deadlines. The same examples each time, so that CI is red only for a reason.
 hypothesis.settings.register_profile("fastcnn", deadline=None, derandomize=True)
@@ -19,6 +20,10 @@ hypothesis.settings.load_profile("fastcnn")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Without a GPU the kernels are run by Triton's interpreter, which has to be asked for before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -26,8 +31,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, visibly, what this machine lacks."""
-    import torch
-
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_triton import read_config
+from test_triton_server import read_config
 
-from fastcnn import artefact, export_run, triton
+from fastcnn import artefact, export_run, triton_server
 from fastcnn.artefact import Artefact
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -161,7 +161,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(torchscript: Path, tmp_path: Path) -> Iterator[str]:
-    folder = triton.write_repository(torchscript, tmp_path, "animals")
+    folder = triton_server.write_repository(torchscript, tmp_path, "animals")
     config = read_config(folder / "config.pbtxt")
     labels = (folder / config.output[0].label_filename).read_text().splitlines()
     handler = type("Handler", (Server,), {"model": artefact.open(torchscript), "config": config, "labels": labels})
