@@ -391,7 +391,8 @@ def _missing(
             missing.append(i)
     damaged = _damaged(folder / "pixels.bin", sorted(kept), image_size)
     if damaged:
-        warn(f"the pixels of {len(damaged):,} photos in the cache {folder} are damaged: decoding them again")
+        some = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
+        warn(f"the pixels of {some} in the cache {folder} are damaged: decoding them again")
     return np.array(sorted(missing + damaged), np.intp)
 
 

@@ -90,7 +90,7 @@ def _check_seal(path: Path, data: bytes) -> None:
     if not comment.startswith(_MARK):
         raise FastCNNError(f"{path} is cut short, or not a checkpoint of this fastcnn: it does not end in a checksum")
     if comment[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():
-        raise FastCNNError(f"{path} is damaged: its checksum is wrong, so nothing of it is used; take a copy of it")
+        raise FastCNNError(f"{path} is damaged: its checksum is wrong; put a copy in its place, or begin a new run")
 
 
 def _check_archive(data: bytes) -> None:

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _fail(" ".join(error.format_message().split()), UsageError.exit_code)
     except FastCNNError as error:
         code = _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted", 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        code = _fail("interrupted", getattr(error.__cause__ or error, "exit_code", 130))
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         code = 1

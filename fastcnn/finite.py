@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastcnn import files
 from fastcnn.dataset import Dataset
 from fastcnn.errors import FastCNNError, warn
 from fastcnn.feed import shuffled
 from fastcnn.index import printable
-from fastcnn.resume import what_is_saved
 from fastcnn.session import Session
 
 
@@ -23,7 +24,7 @@ def check(session: Session, data: Dataset, epoch: int, before: int, done: int) -
     if step.skip_nan:
         if done == step.num_steps:
             if skipped >= step.num_steps:
-                raise FastCNNError(f"no step of epoch {epoch} had a finite loss: {_TRY}; {what_is_saved(folder)}")
+                raise FastCNNError(f"no step of epoch {epoch} had a finite loss: {_TRY}{_before(folder)}")
             warn(f"{skipped:,} of {done:,} steps of epoch {epoch} were skipped: their loss is not a finite number")
         return
     number = int(step.number) - skipped  # from it on, every step is counted
@@ -35,8 +36,15 @@ def check(session: Session, data: Dataset, epoch: int, before: int, done: int) -
         f"the loss of step {number + 1} (epoch {epoch}) is not a finite number, at learning rate "
         f"{float(step.rates[number]):g} and with {', '.join(map(printable, names[:3]))}"
         + (f" and {len(names) - 3} more ({folder / 'not_finite.csv'})" if len(names) > 3 else "")
-        + f"; nothing was updated from there on; {_TRY}, or --on-nan skip; {what_is_saved(folder)}"
+        + f"; nothing was updated from there on; {_TRY}, or --on-nan skip{_before(folder)}"
     )
 
 
 _TRY = "try a lower --lr, --clip-norm 1 or --precision fp32"
+
+
+def _before(folder: Path) -> str:
+    """Return what there is to go on from."""
+    if not (folder / "last.pt").is_file():
+        return ""
+    return f"; {folder / 'last.pt'} is from before: --resume goes on from it, --init-from {folder} begins a new run"

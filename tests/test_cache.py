@@ -234,7 +234,7 @@ def test_a_flipped_bit_never_gives_a_wrong_pixel(data: Path, tmp_path: Path, nam
 def test_damaged_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
     index = scan(data)
     flip(build(index, tmp_path).folder / "pixels.bin", 5000, 3)
-    with pytest.warns(FastCNNWarning, match=r"the pixels of 1 photos in the cache .* are damaged: decoding them again"):
+    with pytest.warns(FastCNNWarning, match=r"the pixels of 1 photo in the cache .* are damaged: decoding them again"):
         built = build(index, tmp_path)
     assert built.num_decoded == 1
     assert_right(built, index)

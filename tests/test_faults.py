@@ -203,6 +203,14 @@ def test_stages_that_lie_in_one_another_are_counted_once() -> None:
     assert sum(watch.seconds.values()) <= watch.total()
 
 
+def test_a_run_goes_on_with_another_loader(config: Config, whole: Path, photos: Path) -> None:
+    """What a run that ran out of memory is told to do; all loaders train the same."""
+    fit(Config(**{**config.to_dict(), "epochs": 1, "schedule": "constant"}), run_dir="cut")
+    fit(Config(**{**config.to_dict(), "epochs": 2, "schedule": "constant"}), run_dir="two")
+    assert_equal(go_on("cut", epochs=2, loader="mapped"), Path("two"))
+    assert result(Path("cut"))["loader"] == "mapped"
+
+
 # Told to stop
 
 
@@ -325,7 +333,7 @@ def test_a_loss_that_is_no_number_stops_the_run(photos: Path, monkeypatch: pytes
         f"and with {names[0]}, {names[1]}, {names[2]} and 13 more (run/not_finite.csv)"
     )
     assert "try a lower --lr, --clip-norm 1 or --precision fp32, or --on-nan skip" in said
-    assert said.endswith("saved in run/last.pt: fastcnn train --resume run goes on")
+    assert said.endswith("; run/last.pt is from before: --resume goes on from it, --init-from run begins a new run")
     assert "\n" not in said
     assert state["step"] == STEPS
     assert all(value.isfinite().all() for value in state["model"].values())
