@@ -197,7 +197,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def versions() -> dict[str, str]:
     """Return the versions of what determines a run's figures."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("fastcnn", "numpy", "pillow", "simplejpeg", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+    for package in ("fastcnn", "numpy", "pillow", "simplejpeg", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     if torch.version.cuda:
