@@ -430,7 +430,9 @@ def test_the_first_bad_loss_freezes_the_weights() -> None:
 
 def test_a_run_that_diverges_says_where(photos: Path) -> None:
     config = Config(data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, lr=1e30)
-    with pytest.raises(FastCNNError, match=r"the loss of step \d+ is not a finite number.* try a lower --lr"):
+    with pytest.raises(
+        FastCNNError, match=r"the loss of step \d+ \(epoch \d\) is not a finite number.* try a lower --lr"
+    ):
         fit(config)
 
 
