@@ -11,7 +11,7 @@ from fastcnn import files
 from fastcnn.errors import FastCNNError, nearest
 
 RUNS = Path("runs")
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", ".lock"
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def folder(asked: str | Path | None, name: str) -> Iterator[Path]:
         yield made
     except BaseException:
         with contextlib.suppress(OSError):  # not empty
-            rest = [path for path in made.iterdir() if path.name != CONFIG and not files.is_partial(path)]
+            rest = [path for path in made.iterdir() if path.name != CONFIG and not _is_rest(path)]
             for path in [] if rest else list(made.iterdir()):
                 path.unlink()
             made.rmdir()
@@ -39,7 +39,7 @@ def _make(folder: str | Path | None, name: str) -> Path:
         if folder is not None:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            if not all(map(files.is_partial, folder.iterdir())):
+            if not all(map(_is_rest, folder.iterdir())):
                 going_on = f", or go on with --resume {folder}" if (folder / CONFIG).is_file() else ""
                 raise FastCNNError(f"the run folder {folder} is not empty: choose another with --run-dir{going_on}")
             return folder
@@ -51,6 +51,32 @@ def _make(folder: str | Path | None, name: str) -> Path:
     except OSError as error:
         raise FastCNNError(f"cannot make the run folder: {error}; choose another with --run-dir") from None
     raise AssertionError
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other commands from training in a run's folder. The system gives it free when its holder dies."""
+    import filelock
+
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise FastCNNError(f"another command is training in {folder}: wait until it ends, or stop it") from None
+    except (OSError, NotImplementedError):  # whatever cannot be written is said by what is written next
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes nothing that is open
+            (folder / LOCK).unlink()
+        lock.release()
+
+
+def _is_rest(path: Path) -> bool:
+    """Return whether a file is what a killed run left before it had written anything."""
+    return path.name == LOCK or files.is_partial(path)
 
 
 def find(name: str | Path) -> Path:

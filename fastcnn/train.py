@@ -72,6 +72,7 @@ def fit(
         with (
             signals.raising(),
             contextlib.nullcontext(runs.find(resume)) if resume else runs.folder(run_dir, name) as folder,
+            runs.held(folder),
             _said(folder),
         ):
             return _fit(config, folder, bool(resume), console or Console(quiet=True), import_seconds)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_a_run_killed_before_its_first_step_was_saved_begins_again(config: Confi
 def test_a_run_killed_while_its_folder_was_made_leaves_it_free(config: Config, whole: Path) -> None:
     Path("cut").mkdir()
     Path("cut/.config.yaml.partial").write_text("half")
+    Path("cut/.lock").touch()
     assert_equal(fit(config, run_dir="cut").run_dir, whole)
 
 
@@ -293,6 +295,14 @@ def test_two_runs_decode_the_photos_once(photos: Path, whole: Path) -> None:
     assert sum("decoded 120 photos" in text for text in said) == 1
     one, other = (checkpoint.load(Path(name, "last.pt"))["model"] for name in "ab")
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_is_trained_by_one_command(whole: Path) -> None:
+    shutil.copytree(whole, "cut")
+    with filelock.FileLock("cut/.lock"), pytest.raises(FastCNNError, match="another command is training in cut"):
+        go_on("cut", epochs=3)
+    assert len(figures(go_on("cut", epochs=3))) == 3
+    assert not Path("cut/.lock").exists()
 
 
 # No finite number
