@@ -238,7 +238,7 @@ def test_a_model_that_was_trained_on_is_not_what_was_exported(run_dir: Path, tmp
     assert report.accuracy == report.trained_accuracy == checkpoint.load(run / "best.pt")["best"]["val/accuracy"]
     state = torch.load(run / "best.pt", weights_only=True)
     state["model"]["output.bias"] += torch.arange(4)
-    torch.save(state, run / "best.pt")
+    checkpoint.save(run / "best.pt", state)
     assert "validation photos: probabilities differ" in failure(run)
 
 
@@ -247,7 +247,7 @@ def test_an_export_without_the_photos(run_dir: Path, tmp_path: Path, capfd: pyte
     shutil.copytree(run_dir, run)
     state = torch.load(run / "best.pt", weights_only=True)
     state["config"]["data"] = str(tmp_path / "gone")
-    torch.save(state, run / "best.pt")
+    checkpoint.save(run / "best.pt", state)
     assert export_run(run).is_file()
     assert "only the synthetic golden inputs are compared" in capfd.readouterr().err
 
