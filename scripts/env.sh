@@ -39,6 +39,11 @@ make_env() {
     return
   fi
   echo "Installing into .venv (the first time this downloads torch and DALI) ..."
+  # Of another interpreter: not to be mended.
+  local which='import sys; print(sys.base_prefix, sys.version)'
+  if [ "$(.venv/bin/python -c "$which" 2>/dev/null)" != "$("$python" -c "$which")" ]; then
+    rm -rf .venv
+  fi
   "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
   echo "$wanted" >"$stamp"
