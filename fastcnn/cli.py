@@ -233,8 +233,8 @@ def sweep(
         raise UsageError("--sweep-id is for --wandb")
     if as_agent and (storage or pack > 1):
         raise UsageError("--wandb: W&B keeps the trials and runs one after another: leave out --storage and --pack")
-    plan = sweepfile.read(Path(sweep_file) if sweep_file else None)
     given = {name: value for name, value in {"data": data, **options}.items() if value is not None}
+    plan = sweepfile.read(Path(sweep_file) if sweep_file else None).without(given)
     every = {**(config.read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **given}
     where = Path(folder) if folder else None
     from fastcnn.console import Console

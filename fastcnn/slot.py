@@ -6,6 +6,7 @@ a trial leaves is an ordinary run folder. A trial that takes its process with it
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -90,20 +91,20 @@ class Slot:
             self._start_process()
         assert self._connection
         self.busy = True
-        try:
+        with contextlib.suppress(OSError):  # died just now; `step` finds out
             self._connection.send(job)
-        except OSError:  # died just now; `step` finds out
-            pass
 
     @property
     def handles(self) -> list[Any]:
         """What `multiprocessing.connection.wait` is to wait for while the slot is busy."""
-        assert self._connection and self._process
+        assert self._connection
+        assert self._process
         return [self._connection, self._process.sentinel]
 
     def step(self) -> Ending | None:
         """Handle what the process has sent; return the trial's ending once it has ended."""
-        assert self._connection and self._process
+        assert self._connection
+        assert self._process
         try:
             while self._connection.poll():
                 message = self._connection.recv()

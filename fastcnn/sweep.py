@@ -14,7 +14,7 @@ from fastcnn.console import Console
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.slot import Ending, Epoch, Job, Slot
 from fastcnn.study import FOLDER, Claimed, Line, Study
-from fastcnn.sweepfile import Sweep
+from fastcnn.sweepfile import METRICS, Sweep
 
 SWEEPS = Path("sweeps")
 SAME_FAILURES = 3  # in a row, before anything else ended: then the next ones need not be tried
@@ -157,7 +157,7 @@ def run(
 
     Args:
         sweep: what is varied; see `sweepfile.read`.
-        options: of every trial, as `config.resolve` takes them; `data` is needed.
+        options: of every trial, as `config.resolve` takes them; `data` is needed, and what is varied comes before them.
         folder: of the sweep; None is `sweeps/` with its name.
         trials: how many of them there are to be in all; None is the file's run_cap, or the whole grid.
         storage: an SQLAlchemy address for Optuna, as sqlite:///sweep.db; None is a journal in the folder.
@@ -167,7 +167,6 @@ def run(
     Raises UsageError for what cannot be meant, DataError where the photos are missing, Stopped on SIGINT and SIGTERM.
     """
     console = console or Console(quiet=True)
-    sweep = sweep.without([name for name in options if name in sweep.parameters or name in sweep.fixed])
     options = {**options, **sweep.fixed}
     base = config.resolve(options)
     if not base.data:
@@ -233,16 +232,16 @@ def write_summary(study: Study, folder: Path, options: Mapping[str, Any]) -> Non
     """Write what the trials come to so far into the sweep's folder."""
     sweep, lines = study.sweep, study.lines()
     names = list(sweep.parameters)
-    figures = [name for name in ("val/accuracy", "val/loss", "train/accuracy", "train/loss", "images_per_second")]
-    header = ["trial", "state", sweep.metric, "epochs", *(n for n in figures if n != sweep.metric), *names, "reason"]
+    figures = [name for name in METRICS if name != sweep.metric]
+    header = ["trial", "state", sweep.metric, "epochs", *figures, *names, "reason"]
     rows = [
         [
             line.folder,
             line.state,
             "" if line.value is None else line.value,
             line.epochs,
-            *(line.figures.get(name, "") for name in figures if name != sweep.metric),
-            *(_shown(line.values.get(name, "")) for name in names),
+            *(line.figures.get(name, "") for name in figures),
+            *(_whole(line.values.get(name, "")) for name in names),
             line.reason,
         ]
         for line in lines
@@ -331,8 +330,8 @@ def _key(sweep: Sweep, name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _whole(value)
+
+
+def _whole(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

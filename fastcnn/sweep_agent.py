@@ -55,7 +55,7 @@ def run(
         console.line(f"{run_id}  " + " ".join(f"{name}={value}" for name, value in values.items()))
         ending = slot.run(
             Job(
-                options={**options, **values, "wandb": "online"},
+                options={**options, **values},
                 run_dir=str((folder / run_id).resolve()),
                 lock=str((folder / "locks" / run_id).resolve()),
                 # Not the agent's own service: the trial has one of its own.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -135,13 +135,14 @@ class Sweep:
             number, point[name] = divmod(number, len(parameter.values))
         return point
 
-    def without(self, names: Sequence[str]) -> Sweep:
+    def without(self, names: Collection[str]) -> Sweep:
         """Return the sweep without the parameters that an option fixes."""
-        return dataclasses.replace(
-            self,
-            parameters={name: value for name, value in self.parameters.items() if name not in names},
-            fixed={name: value for name, value in self.fixed.items() if name not in names},
-        )
+
+        def rest(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in given.items() if key.replace("-", "_") not in names}
+
+        text = {**self.text, "parameters": rest(self.text["parameters"])}
+        return dataclasses.replace(self, parameters=rest(self.parameters), fixed=rest(self.fixed), text=text)
 
 
 def shipped() -> str:
