@@ -298,7 +298,8 @@ def _listed(file: str, key: str, parameter: Parameter) -> Choice:
     if isinstance(parameter, Range) and parameter.whole:
         return Choice(values=tuple(range(int(parameter.low), int(parameter.high) + 1)))
     if isinstance(parameter, Range) and parameter.quantum and not parameter.log:
-        steps = range(math.ceil(parameter.low / parameter.quantum), math.floor(parameter.high / parameter.quantum) + 1)
+        low, high = (bound / parameter.quantum for bound in (parameter.low, parameter.high))
+        steps = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)  # 0.3 / 0.1 is 2.9999999999999996
         if steps:
             return Choice(values=tuple(_to_multiple(step * parameter.quantum, parameter.quantum) for step in steps))
     raise UsageError(f"{file}: parameters.{key}: a grid has no end of such numbers: give values, or method: random")
