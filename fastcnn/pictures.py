@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.index import printable
-from fastcnn.metrics import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fastcnn.metrics import Sample
 
 NUM_SAMPLES = 30
 RIGHT, WRONG = "#1a7f37", "#c62828"

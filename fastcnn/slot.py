@@ -186,7 +186,7 @@ def work(connection: Connection) -> None:
             said.add(text)
             connection.send(text)
 
-    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.showwarning = show
     while True:
         try:
             job = connection.recv()

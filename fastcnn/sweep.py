@@ -326,7 +326,7 @@ def _check_pack(device: str) -> None:
 
 def _key(sweep: Sweep, name: str) -> str:
     """Return a parameter's name as the file spells it."""
-    return next(key for key in sweep.text["parameters"] if key.replace("-", "_") == name)
+    return next(str(key) for key in sweep.text["parameters"] if key.replace("-", "_") == name)
 
 
 def _shown(value: Any) -> str:

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal, cast
 
 from fastcnn import config
 from fastcnn.errors import UsageError, nearest
 
+Goal = Literal["minimize", "maximize"]
+
 MAX_DEPTH = 6  # parameters, one of them, its values, a list of filters, and one more for the message
 METHODS = ("grid", "random", "bayes")
 METRICS = ("train/loss", "train/accuracy", "val/loss", "val/accuracy", "images_per_second", "seconds")
-GOALS = ("minimize", "maximize")
+GOALS: tuple[Goal, ...] = ("minimize", "maximize")
 
 _FOR_WANDB = ("apiVersion", "kind", "controller", "description", "program", "job", "image_uri", "entity", "project")
 _OURS = ("name", "method", "metric", "parameters", "early_terminate", "run_cap", "command")
@@ -105,7 +107,7 @@ class Sweep:
     name: str
     method: str
     metric: str
-    goal: str
+    goal: Goal
     target: float | None
     """The figure at which the search has what it wants."""
     parameters: Mapping[str, Parameter]
@@ -130,7 +132,7 @@ class Sweep:
     def grid_point(self, number: int) -> dict[str, int]:
         """Return, by name, which value of each parameter the grid's point has; the last parameter changes fastest."""
         point = {}
-        for name, parameter in reversed(self.parameters.items()):
+        for name, parameter in reversed(list(self.parameters.items())):
             assert isinstance(parameter, Choice)
             number, point[name] = divmod(number, len(parameter.values))
         return point
@@ -191,7 +193,7 @@ def parse(text: Mapping[str, Any], file: str, default_name: str = "sweep") -> Sw
         name=_name(text.get("name", default_name)),
         method=method,
         metric=measured,
-        goal=goal,
+        goal=cast(Goal, goal),
         target=None if target is None else _number(file, "metric.target", target),
         parameters={name: parameter for name, parameter in found.items() if name not in fixed},
         fixed=fixed,

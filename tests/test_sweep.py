@@ -141,7 +141,7 @@ def sweep_process(photos: Path, *more: str) -> subprocess.Popen[bytes]:
     options = [
         f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name not in ("filters", "report")
     ]
-    arguments = [str(photos), "--config=s.yaml", "--trials=4", "--filters=8", "--no-report", *options, *more]
+    arguments = [str(photos), "--config=s.yaml", "--trials=3", "--filters=8", "--no-report", *options, *more]
     command = [sys.executable, "-m", "fastcnn.cli", "sweep", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -152,26 +152,24 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def test_killed_and_stopped_and_gone_on_with(photos: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_stopped_and_gone_on_with(signum: signal.Signals, photos: Path) -> None:
     folder = Path("sweeps/kills")
     process = sweep_process(photos)
     wait_for(folder / "trial-0001" / "config.yaml", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-    process = sweep_process(photos)
-    wait_for(folder / "trial-0002" / "config.yaml", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     output = process.communicate()[0].decode()
-    assert process.returncode == 130, output
-    assert "the same command goes on" in output
-    assert (folder / "sweep.csv").exists()
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, output
+        assert "the same command goes on" in output
+        assert (folder / "sweep.csv").exists()
 
     process = sweep_process(photos)
     output = process.communicate()[0].decode()
     assert process.returncode == 0, output
-    assert "4 trials: 4 finished" in output
-    assert sorted(path.name for path in folder.glob("trial-*")) == [f"trial-000{i}" for i in range(4)]
+    assert "trial-0001 was left behind: going on with it" in output
+    assert "3 trials: 3 finished" in output
+    assert sorted(path.name for path in folder.glob("trial-*")) == [f"trial-000{i}" for i in range(3)]
     for run in folder.glob("trial-*"):
         with (run / "metrics.csv").open(newline="") as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
@@ -182,7 +180,7 @@ def test_killed_and_stopped_and_gone_on_with(photos: Path) -> None:
 
 def test_trials_that_all_fail_alike_are_not_gone_on_with(photos: Path) -> None:
     options = {"data": str(photos), **SMALL, "batch_size": 1000}
-    with pytest.raises(FastCNNError, match="the first 3 trials failed alike: .*do not fill one batch"):
+    with pytest.raises(FastCNNError, match=r"the first 3 trials failed alike: .*do not fill one batch"):
         sweeps.run(plan(), options)
     assert len(list(Path("sweeps/small").glob("trial-*"))) == 0, "a trial that did nothing leaves no folder"
 
