@@ -81,6 +81,7 @@ class Slot:
     def __init__(self, on_epoch: Callable[[Epoch], bool], on_warning: Callable[[str], None]) -> None:
         self.on_epoch, self.on_warning = on_epoch, on_warning
         self.busy = False
+        self._told_to_stop = False
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
 
@@ -90,7 +91,7 @@ class Slot:
         if self._process is None or not self._process.is_alive():
             self._start_process()
         assert self._connection
-        self.busy = True
+        self.busy, self._told_to_stop = True, False
         with contextlib.suppress(OSError):  # died just now; `step` finds out
             self._connection.send(job)
 
@@ -123,6 +124,8 @@ class Slot:
         code = self._process.exitcode or 0
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         self._forget()
+        if self._told_to_stop:  # before it had begun
+            return Ending(state="stopped")
         return Ending(state="failed", reason=f"its process was ended {ended}")
 
     def run(self, job: Job) -> Ending:
@@ -141,6 +144,7 @@ class Slot:
     def stop(self) -> None:
         """Tell the trial to stop, after saving where it is."""
         if self.busy and self._process and self._process.is_alive():
+            self._told_to_stop = True
             self._process.terminate()
 
     def close(self) -> None:

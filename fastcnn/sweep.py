@@ -19,6 +19,9 @@ from fastcnn.sweepfile import METRICS, Sweep
 SWEEPS = Path("sweeps")
 SAME_FAILURES = 3  # in a row, before anything else ended: then the next ones need not be tried
 NUM_SHOWN = 20  # trials in the table
+LOCAL = frozenset(
+    {"data", "cache_dir", "device", "loader", "memory_limit", "strict", "threads", "wandb", "workers"}
+)  # options that may differ between the machines that share a sweep
 
 _STATES = {"done": "finished", "pruned": "pruned", "failed": "failed"}
 
@@ -185,7 +188,7 @@ def run(
         "metric": [sweep.metric, sweep.goal],
         "early_terminate": sweep.text.get("early_terminate"),
         "parameters": {name: sweep.text["parameters"][_key(sweep, name)] for name in sweep.parameters},
-        **{config.option_name(name) if name != "data" else "DATA": value for name, value in options.items()},
+        **{config.option_name(name): value for name, value in options.items() if name not in LOCAL},
     }
     study = Study(folder, sweep, storage=storage, seed=base.seed, definition=definition)
     sweeping = Sweeping(study, folder, options, min(limits), pack, console)

@@ -131,6 +131,14 @@ def test_a_process_that_dies_takes_its_trial_alone(job: Job, place: Slot) -> Non
     assert epochs[5:] == [1]
 
 
+def test_a_trial_that_is_stopped_before_it_begins_has_not_failed(job: Job, place: Slot) -> None:
+    place.start(job)
+    place.stop()
+    while (ending := place.step()) is None:
+        time.sleep(0.01)
+    assert ending == Ending(state="stopped")
+
+
 # stopped and killed
 
 
