@@ -90,6 +90,21 @@ class Cache:
         self.read(photos, out)
         return out
 
+    def pages(self) -> npt.NDArray[np.uint8]:
+        """Return `images` as an array that may be given to torch: the same pages, copied where they are written to.
+
+        Raises FastCNNError where the file is gone, is another or is shorter.
+        """
+        path = self.folder / "pixels.bin"
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self.inode or status.st_size < self.images.nbytes:
+                    raise FastCNNError(f"{path} was replaced while it was used: run again")
+                return np.memmap(file, np.uint8, "c", shape=self.images.shape)
+        except OSError as error:
+            raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; run again") from None
+
     def read(self, photos: npt.NDArray[np.intp], out: npt.NDArray[np.uint8]) -> None:
         """Write the pixels of photos into `out` (n, size, size, 3).
 

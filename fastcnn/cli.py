@@ -88,11 +88,11 @@ def _plain_flag(arg: str) -> str:
     return config.option_name(field if value.lower() in ("true", "1") else f"no_{field}")
 
 
-def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for every field of Config but `data`."""
+def config_options(command: Callable[..., Any], without: Sequence[str] = ("data",)) -> Callable[..., Any]:
+    """Add an option for every field of Config but some."""
     defaults = config.Config()
     for field, kind in reversed(config.field_types().items()):
-        if field == "data":
+        if field in without:
             continue
         name, default = config.option_name(field), getattr(defaults, field)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -183,6 +183,80 @@ def train(
         fit(run, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)
     finally:
         cache.end_early()
+
+
+def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that all trials of a sweep may have."""
+    return config_options(command, ("data", "wandb"))
+
+
+@commands.command(cls=ConfigCommand, **HELP)
+@click.argument("data", required=False)
+@click.option("--config", "sweep_file", metavar="FILE", help="A W&B sweep file; left out, the assignment's.")
+@click.option("--trials", type=click.IntRange(1), metavar="N", help="Trials in all; left out, run_cap or the grid.")
+@click.option("--dir", "folder", metavar="DIR", help="The sweep's folder; left out, its name under sweeps/.")
+@click.option("--storage", metavar="URL", help="Where Optuna keeps the trials, as sqlite:///sweep.db; left out, DIR.")
+@click.option("--pack", type=click.IntRange(1), default=1, metavar="K", help="Trials at once, on a CPU.  [1]")
+@click.option("--wandb", "as_agent", is_flag=True, help="Run trials as an agent of a W&B sweep; needs a login.")
+@click.option("--sweep-id", metavar="ID", help="With --wandb: the sweep; left out, one is begun as FILE says.")
+@click.option("--recipe", metavar="|".join(config.recipe_names()), help="Every trial starts from a recipe.")
+@click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
+@click.option("--print-file", is_flag=True, help="Print the assignment's sweep file and stop.")
+@sweep_options
+def sweep(
+    data: str | None,
+    sweep_file: str | None,
+    trials: int | None,
+    folder: str | None,
+    storage: str | None,
+    pack: int,
+    as_agent: bool,
+    sweep_id: str | None,
+    recipe: str | None,
+    quiet: bool,
+    print_file: bool,
+    **options: Any,
+) -> None:
+    """Train many times on the photos in DATA, by a W&B sweep file, to choose hyperparameters.
+
+    The same command goes on with a sweep that was stopped, and may run several times at once. The options from --epochs
+    on are every trial's; one that FILE varies is then not varied.
+    """
+    from pathlib import Path
+
+    from fastcnn import sweepfile
+
+    if print_file:
+        click.echo(sweepfile.shipped(), nl=False)
+        return
+    if sweep_id and not as_agent:
+        raise UsageError("--sweep-id is for --wandb")
+    if as_agent and (storage or pack > 1):
+        raise UsageError("--wandb: W&B keeps the trials and runs one after another: leave out --storage and --pack")
+    given = {name: value for name, value in {"data": data, **options}.items() if value is not None}
+    plan = sweepfile.read(Path(sweep_file) if sweep_file else None).without(given)
+    every = {**(config.read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **given}
+    where = Path(folder) if folder else None
+    from fastcnn.console import Console
+
+    console = Console(quiet=quiet)
+    if as_agent:
+        from fastcnn import sweep_agent
+
+        sweep_agent.run(plan, every, sweep_id=sweep_id, trials=trials, folder=where, console=console)
+        return
+    from fastcnn import sweep as sweeps
+
+    sweeps.run(plan, every, folder=where, trials=trials, storage=storage, pack=pack, console=console)
+
+
+def _command_options(command: Sequence[str]) -> dict[str, Any]:
+    """Return what a sweep file's command says beside ${args}: options of `fastcnn train`."""
+    if "train" not in command:
+        return {}
+    words = [word for word in command[command.index("train") + 1 :] if not word.startswith("${")]
+    found = train.make_context("train", list(words)).params
+    return {name: value for name, value in found.items() if name in config.field_types() and value is not None}
 
 
 @commands.command("eval", **HELP)

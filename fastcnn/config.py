@@ -22,7 +22,7 @@ Schedule = Literal["constant", "cosine", "step", "onecycle"]
 Balance = Literal["none", "weights", "sampling"]
 Engine = Literal["auto", "eager", "compiled", "fused", "graphed", "compiled+graphed", "fused+graphed"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Loader = Literal["auto", "resident", "mapped", "stream"]
+Loader = Literal["auto", "resident", "shared", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
 Export = Literal["torchscript", "onnx", "pt2"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
@@ -123,8 +123,8 @@ class Config:
     precision: Precision = "auto"
     """Arithmetic of the network; auto is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     loader: Loader = "auto"
-    """Where pixels come from while training: the device's memory, the cache on disk, or the files, decoded each time;
-    auto is the first that has room."""
+    """Where pixels come from while training: the device's memory, memory that all runs on a CPU share, the cache on
+    disk, or the files, decoded each time; auto is resident, mapped or stream, the first that has room."""
     memory_limit: Bytes | None = None
     """Memory that the photos may take, as 2GB or 500MB; left out, 60% of what is free on a GPU, 50% of it on a CPU."""
     decoder: Decoder = "auto"
@@ -279,17 +279,17 @@ def read_recipe(name: str) -> dict[str, Any]:
     return parse_yaml((_recipes() / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
     """Return the values of a configuration file: YAML with a mapping of option names to values."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise UsageError(f"{path} is too large for a configuration: expected at most {MAX_YAML_BYTES:,} bytes")
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path), max_depth)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the configuration {path}: {error}") from None
 
 
-def parse_yaml(text: str, name: str) -> dict[str, Any]:
+def parse_yaml(text: str, name: str, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
     """Return a YAML mapping as plain data."""
     import yaml
 
@@ -299,7 +299,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
-            if depth > MAX_YAML_DEPTH:
+            if depth > max_depth:
                 raise ValueError("it is nested too deeply")
         values = yaml.safe_load(text)
     except Exception as error:  # values that do not fit their tags raise whatever they like

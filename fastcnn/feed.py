@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
@@ -74,6 +74,20 @@ class Feed:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the epoch, finished or not."""
+
+
+@dataclass(eq=False)
+class Selected(Feed):
+    """A Feed of some of `images`, which hold other photos as well."""
+
+    rows: npt.NDArray[np.int64] = field(kw_only=True)
+    """(N,) where in `images` each photo of the feed is."""
+
+    def start_epoch(self, seed: int, epoch: int, cursor: int = 0, chances: Chances | None = None) -> Feed:
+        """See `Feed.start_epoch`: the same order of the same photos."""
+        self.permutation.copy_(torch.from_numpy(self.rows[shuffled(len(self), (seed, epoch), chances)]))
+        self.cursor.fill_(cursor)
+        return self
 
 
 def shuffled(count: int, epoch: Epoch, chances: Chances | None = None) -> npt.NDArray[np.intp]:

@@ -1,4 +1,4 @@
-"""A split's photos as a Feed: resident on the device, read from the cache, or decoded from the files in use."""
+"""A split's photos as a Feed: resident on the device, shared by processes, read from the cache, or decoded in use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastcnn.cache import Cache
 from fastcnn.config import Loader
 from fastcnn.crops import crop_boxes
 from fastcnn.errors import DataError, FastCNNError
-from fastcnn.feed import Buffered, Epoch, Feed
+from fastcnn.feed import Buffered, Epoch, Feed, Selected
 from fastcnn.index import Index
 
-__all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "stream"]
+__all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "shared", "stream"]
 
 CHUNK = 256  # photos brought to a device at once: what a resident feed takes of the host's memory
 
@@ -56,6 +56,25 @@ def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: 
         labels=torch.from_numpy(index.labels[photos]).to(device),
         permutation=torch.arange(len(photos), device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def shared(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+    """Return a Feed of `photos` whose pixels are the cache's own pages: in memory once, whoever uses them.
+
+    On another device than a CPU, which has no such pages, it is a resident one.
+    """
+    if options.device.type != "cpu" or not len(cache.images):
+        return resident(index, cache, photos, options)
+    labels = torch.zeros(len(cache.images), dtype=torch.int64)
+    rows = cache.rows[photos]
+    labels[rows] = torch.from_numpy(index.labels[photos])
+    return Selected(
+        images=torch.from_numpy(cache.pages()),
+        labels=labels,
+        permutation=torch.from_numpy(rows.copy()),
+        cursor=torch.zeros(1, dtype=torch.int64),
+        rows=rows,
     )
 
 
@@ -126,6 +145,7 @@ def _boxes(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | Non
 
 LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]] = {
     "resident": resident,
+    "shared": shared,
     "mapped": mapped,
     "stream": stream,
 }

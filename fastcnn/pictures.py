@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.index import printable
-from fastcnn.metrics import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fastcnn.metrics import Sample
 
 NUM_SAMPLES = 30
 RIGHT, WRONG = "#1a7f37", "#c62828"
@@ -52,7 +53,7 @@ def curves(rows: Sequence[Mapping[str, float]], best_epoch: int) -> bytes:
         panels["loss"].legend(frameon=False)
         panels["accuracy"].legend(frameon=False)
 
-    return _png(9, 5.5, draw)
+    return png(9, 5.5, draw)
 
 
 def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> bytes:
@@ -88,7 +89,7 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> b
                 color = "white" if share > 0.55 else "#24292f" if count else "#b0b7bf"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=fontsize, color=color)
 
-    return _png(side + margin + 1.2, side + margin, draw)
+    return png(side + margin + 1.2, side + margin, draw)
 
 
 def choose_samples(
@@ -136,7 +137,7 @@ def predictions(samples: Sequence[Sample], columns: int = 3) -> bytes:
                 )  # fmt: skip
         axes.set(xlim=(0, columns * width), ylim=(num_rows * height + 0.08, 0))
 
-    return _png(columns * width, num_rows * height + 0.08, draw)
+    return png(columns * width, num_rows * height + 0.08, draw)
 
 
 def filters(weights: npt.NDArray[np.float32]) -> bytes:
@@ -161,10 +162,10 @@ def filters(weights: npt.NDArray[np.float32]) -> bytes:
         axes.set_title(f"first layer: {count} filters of {side}x{side}, each scaled to its own range", fontsize=10)
 
     width = min(columns * 0.7, 9.0)
-    return _png(width, width * len(canvas) / canvas.shape[1] + 0.35, draw)
+    return png(width, width * len(canvas) / canvas.shape[1] + 0.35, draw)
 
 
-def _png(width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
+def png(width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
     """Return a picture of that many inches. Nothing of matplotlib's state, and nothing of the user's style, is used."""
     import matplotlib
     from matplotlib import font_manager

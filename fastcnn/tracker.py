@@ -94,9 +94,9 @@ TRACKERS: dict[str, Callable[[Run], Tracker]] = {
 
 
 @contextlib.contextmanager
-def opened(run: Run) -> Iterator[list[Tracker]]:
-    """Yield a run's trackers; where it is cut short they are closed with its exit code."""
-    trackers = [make(run) for make in TRACKERS.values()]
+def opened(run: Run, more: Sequence[Callable[[Run], Tracker]] = ()) -> Iterator[list[Tracker]]:
+    """Yield a run's trackers, `more` after the rest; where it is cut short they are closed with its exit code."""
+    trackers = [make(run) for make in (*TRACKERS.values(), *more)]
     try:
         yield trackers
     except BaseException as error:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def fit(
     resume: str | Path | None = None,
     console: Console | None = None,
     import_seconds: float = 0.0,
+    trackers: Sequence[Callable[[Run], Tracker]] = (),
 ) -> Result:
     """Train as configured and return the result; everything else is in the run folder.
 
@@ -62,6 +63,7 @@ def fit(
         resume: the run to go on with from its `last.pt`, in its folder; `config` is then that of `resumed_config`.
         console: where progress is shown; None shows nothing.
         import_seconds: what importing cost before this call, for the time table.
+        trackers: where the figures go beside `tracker.TRACKERS`; what one raises ends the run, after saving it.
 
     Raises DataError where the photos cannot be used, Interrupted on SIGINT and SIGTERM after saving `last.pt`, and
     FastCNNError for whatever else the user can mend.
@@ -75,7 +77,7 @@ def fit(
             runs.held(folder),
             _said(folder),
         ):
-            return _fit(config, folder, bool(resume), console or Console(quiet=True), import_seconds)
+            return _fit(config, folder, bool(resume), console or Console(quiet=True), import_seconds, trackers)
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
@@ -98,7 +100,14 @@ def _said(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _fit(config: Config, folder: Path, resume: bool, console: Console, import_seconds: float) -> Result:
+def _fit(
+    config: Config,
+    folder: Path,
+    resume: bool,
+    console: Console,
+    import_seconds: float,
+    more_trackers: Sequence[Callable[[Run], Tracker]],
+) -> Result:
     """Do what `fit` does, in a folder that is there."""
     watch = Stopwatch()
     watch.seconds["import"] = import_seconds
@@ -159,7 +168,7 @@ def _fit(config: Config, folder: Path, resume: bool, console: Console, import_se
             },
             rows=tuple(session.rows),
         )
-        with tracking.opened(run) as trackers:
+        with tracking.opened(run, more_trackers) as trackers:
             with signals.received() as stop:
                 _train(session, data, engine, evaluator, watch, trackers, console, stop)
             summary = finish(session, data, feeds, watch, trackers, console)

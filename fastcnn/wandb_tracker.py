@@ -134,7 +134,7 @@ class WandbTracker:
             self.mode = "disabled"
             return None
         if wanted in ("auto", "online"):
-            if not (settings.api_key or settings.identity_token_file or in_netrc(base_url)):
+            if not logged_in(settings):
                 if wanted == "online":
                     self._note("not logged in (wandb login), so the run was recorded offline")
             elif not _answers(base_url):
@@ -216,6 +216,11 @@ def _teardown() -> None:
     import wandb
 
     wandb.teardown()  # no process is left, and nothing waits for one when ours exits
+
+
+def logged_in(settings: Any) -> bool:
+    """Tell whether there is something to log in to wandb's server with; `settings` are wandb's."""
+    return bool(settings.api_key or settings.identity_token_file or in_netrc(settings.base_url))
 
 
 def in_netrc(base_url: str) -> bool:

@@ -10,12 +10,12 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcnn import config
+from fastcnn import config, sweepfile
 from fastcnn.model import SmallCNN
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GUIDE = (DOCS / "assignment.md").read_text(encoding="utf-8")
-SWEEP = yaml.safe_load((DOCS / "sweep.yaml").read_text(encoding="utf-8"))
+SWEEP = yaml.safe_load(sweepfile.shipped())
 
 
 def counted(model: SmallCNN, side: int) -> tuple[int, int]:

@@ -28,9 +28,11 @@ LEVELS = [
         "runs",
         "archive",
         "twins",
+        "sweepfile",
     },
+    {"study"},
     {"artefact", "wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "page", "fetch"},
-    {"tracker", "optim", "loader", "report", "deploy"},
+    {"tracker", "optim", "loader", "report", "deploy", "sweep_pictures"},
     {"step", "dataset", "check"},
     {"fused"},
     {"engines", "check_page"},
@@ -40,6 +42,9 @@ LEVELS = [
     {"finish", "memory", "resume"},
     {"finite"},
     {"train", "data", "doctor"},
+    {"slot"},
+    {"sweep"},
+    {"sweep_agent"},
     {"cli"},
 ]
 DECODING = {
