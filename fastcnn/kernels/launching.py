@@ -136,14 +136,14 @@ def candidates(kind: str, maps: Maps, dtype: torch.dtype) -> list[Tile]:
 SIZES_16 = {
     "first_forward": [(32, 4, 3), (16, 4, 3), (64, 8, 3)],
     "first_weight_gradient": [(16, 4, 2), (32, 8, 2), (16, 4, 1)],
-    "block_forward": [(32, 4, 3), (8, 4, 2), (64, 8, 3)],
+    "block_forward": [(32, 4, 3), (64, 8, 3)],
     "weight_gradient": [(16, 4, 2), (32, 8, 2), (16, 4, 1)],
     "input_gradient": [(32, 4, 3), (16, 4, 2), (64, 8, 3)],
 }
 SIZES_32 = {
     "first_forward": [(16, 8, 2), (8, 4, 1)],
     "first_weight_gradient": [(16, 8, 2), (8, 4, 1)],
-    "block_forward": [(16, 8, 2), (8, 4, 1)],
+    "block_forward": [(16, 8, 1), (8, 8, 1), (8, 8, 2)],
     "weight_gradient": [(8, 4, 1)],
     "input_gradient": [(16, 8, 2), (8, 4, 1)],
 }
