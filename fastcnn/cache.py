@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -95,15 +95,10 @@ class Cache:
 
         Raises FastCNNError where the file is gone, is another or is shorter.
         """
-        path = self.folder / "pixels.bin"
-        try:
-            with path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self.inode or status.st_size < self.images.nbytes:
-                    raise FastCNNError(f"{path} was replaced while it was used: run again")
-                return np.memmap(file, np.uint8, "c", shape=self.images.shape)
-        except OSError as error:
-            raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; run again") from None
+        with self._opened() as file:
+            if os.fstat(file.fileno()).st_size < self.images.nbytes:
+                raise FastCNNError(f"{file.name} became shorter while it was used: run again")
+            return np.memmap(file, np.uint8, "c", shape=self.images.shape)
 
     def read(self, photos: npt.NDArray[np.intp], out: npt.NDArray[np.uint8]) -> None:
         """Write the pixels of photos into `out` (n, size, size, 3).
@@ -111,16 +106,23 @@ class Cache:
         Read, not copied from the map: pages of the map that were touched count as this process's memory, so that it
         would grow to the size of the set. Raises FastCNNError where the file is gone or too short.
         """
-        rows, path = self.rows[photos], self.folder / "pixels.bin"
+        rows = self.rows[photos]
         if not len(rows):
             return
+        with self._opened() as file:
+            for i in np.argsort(rows):  # in the disk's order
+                if not _read_row(file, rows[i], out[i]):
+                    raise FastCNNError(f"{file.name} became shorter while it was used: run again")
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[io.FileIO]:
+        """Yield the file of the pixels. Raises FastCNNError where it is gone, or another."""
+        path = self.folder / "pixels.bin"
         try:
-            with path.open("rb", buffering=0) as file:
+            with io.FileIO(path) as file:
                 if self.inode is not None and os.fstat(file.fileno()).st_ino != self.inode:
                     raise FastCNNError(f"{path} was replaced while it was used: run again")
-                for i in np.argsort(rows):  # in the disk's order
-                    if not _read_row(file, rows[i], out[i]):
-                        raise FastCNNError(f"{path} became shorter while it was used: run again")
+                yield file
         except OSError as error:
             raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; run again") from None
 
@@ -233,17 +235,10 @@ def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = N
     """
     with contextlib.suppress(OSError):
         here = str(Path(root).resolve(strict=True))
-        known = [_header_of(folder).get("root") for folder in _cache_folders(cache_dir)]
+        known = [_read_header(folder).get("root") for folder in _cache_folders(cache_dir)]
         gpu = Path("/proc/driver/nvidia").exists()  # then another decoder does it
         if pipelines.num_cores() > 1 and not gpu and here not in known:
             start_decoder({"auto": "turbo"}.get(decoder, decoder))
-
-
-def _header_of(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        header = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-        return header if isinstance(header, dict) else {}
-    return {}
 
 
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
@@ -429,12 +424,7 @@ def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) 
     if not path.exists():
         return [i for _, i, _ in kept]
     with ThreadPoolExecutor() as threads:  # reading and summing let go of the interpreter
-        return [i for part in threads.map(check, _parts(kept)) for i in part]
-
-
-def _parts(kept: Sequence[tuple[int, int, int]]) -> Iterator[Sequence[tuple[int, int, int]]]:
-    for start in range(0, len(kept), CHUNK):
-        yield kept[start : start + CHUNK]
+        return [i for part in threads.map(check, _chunks(kept)) for i in part]
 
 
 @contextlib.contextmanager
@@ -460,9 +450,12 @@ def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
     return file.readinto(out.data) == out.nbytes
 
 
-def _chunks(photos: npt.NDArray[np.intp]) -> Iterator[npt.NDArray[np.intp]]:
-    for start in range(0, len(photos), CHUNK):
-        yield photos[start : start + CHUNK]
+_Some = TypeVar("_Some", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
+
+
+def _chunks(some: _Some) -> Iterator[_Some]:
+    for start in range(0, len(some), CHUNK):
+        yield some[start : start + CHUNK]
 
 
 def _append(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcnn import files as whole
 from fastcnn.errors import FastCNNError
 from fastcnn.index import printable
 
@@ -21,14 +22,10 @@ def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path], run:
     many photos of each class there were. Raises FastCNNError where it cannot be written.
     """
     path = folder / f"{files[0].stem}_card.md"
-    partial = folder / f".partial-{path.name}"
     try:
-        partial.write_text(page(metadata, files, count_photos(run) if run else None), encoding="utf-8", newline="\n")
-        partial.replace(path)
+        whole.write(path, page(metadata, files, count_photos(run) if run else None))
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -1,4 +1,4 @@
-"""The commands. Options are made from the fields of Config; nothing here imports torch before a command needs it."""
+"""The commands; nothing here imports torch before one needs it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
+from typing import Any, NoReturn, TextIO, get_args
 
 import click
 
 from fastcnn import config
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
+from fastcnn.options import ConfigCommand, ExportCommand, config_options
 
 TOKENS: dict[str, Any] = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --batch_size is --batch-size
 HELP: dict[str, Any] = {"context_settings": {**TOKENS, "help_option_names": ["-h", "--help"], "max_content_width": 110}}
@@ -68,60 +69,6 @@ class Commands(click.Group):
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             raise UsageError(f"no command '{args[0]}'{nearest(args[0], self.list_commands(ctx))}; see fastcnn --help")
         return super().resolve_command(ctx, args)
-
-
-class ConfigCommand(click.Command):
-    """A command with an option for every field of Config."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, after turning W&B's --batch_norm=False into --no-batch-norm."""
-        return super().parse_args(ctx, [_plain_flag(arg) for arg in args])
-
-
-def _plain_flag(arg: str) -> str:
-    name, equals, value = arg.partition("=")
-    field = name.removeprefix("--").replace("-", "_")
-    if not (equals and name.startswith("--") and config.field_types().get(field) is bool):
-        return arg
-    if value.lower() not in ("true", "false", "1", "0"):
-        raise UsageError(f"{name}: expected true or false, got '{value}'")
-    return config.option_name(field if value.lower() in ("true", "1") else f"no_{field}")
-
-
-def config_options(command: Callable[..., Any], without: Sequence[str] = ("data",)) -> Callable[..., Any]:
-    """Add an option for every field of Config but some."""
-    defaults = config.Config()
-    for field, kind in reversed(config.field_types().items()):
-        if field in without:
-            continue
-        name, default = config.option_name(field), getattr(defaults, field)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = config.field_docs()[field] + ("" if shown is None or kind is bool else f"  [{shown}]")
-        if kind is bool:
-            flags = f"{name}/--no-{name[2:]}"
-            command = click.option(flags, field, default=None, help=f"{text}  [{'on' if default else 'off'}]")(command)
-        else:
-            command = click.option(name, field, default=None, metavar=_metavar(kind), help=text)(command)
-    return command
-
-
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    text = str(kind)
-    return (
-        "SIZE"
-        if "Bytes" in text
-        else "STEPS|TIME"
-        if "Interval" in text
-        else "LIST"
-        if "tuple" in text
-        else "N"
-        if "int" in text
-        else "X"
-        if "float" in text
-        else "TEXT"
-    )
 
 
 @click.group(cls=Commands, **HELP)
@@ -298,18 +245,6 @@ def evaluate(run: str, data: str | None, device: str, decoder: str | None, as_js
         click.echo(f"\n{name} photos of {where}\n{card.table()}")
 
 
-class ExportCommand(click.Command):
-    """A command whose --half may stand alone."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, after giving a bare --half its value: what follows it may be the run."""
-        halves = [
-            f"{arg}=auto" if arg == "--half" and following not in ("bf16", "fp16") else arg
-            for arg, following in zip(args, [*args[1:], ""], strict=True)
-        ]
-        return super().parse_args(ctx, halves)
-
-
 @commands.command(cls=ExportCommand, **HELP)
 @click.argument("run")
 @click.option("--format", "formats", default="torchscript", metavar="LIST", help=f"{EXPORTS}.  [torchscript]")
@@ -465,6 +400,7 @@ def serve(
         raise UsageError(f"--max-upload: expected bytes as 20MB or 1.5GiB, got '{max_upload}'")
     opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
     try:
+        from fastcnn import batcher
         from fastcnn import serve as service
     except ImportError as error:
         raise FastCNNError(f"serve needs {error.name}: pip install 'fastcnn[serve]'") from None
@@ -472,7 +408,7 @@ def serve(
         opened,
         host,
         port,
-        service.Limits(
+        batcher.Limits(
             upload=upload, pixels=_max_pixels(max_pixels), queue=max_queue, batch=max_batch, window=window / 1000
         ),
         workers=workers,

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastcnn import files
 from fastcnn import fused as fusing
 from fastcnn.config import user_cache_folder
 from fastcnn.errors import fall_back, first_line
@@ -336,8 +337,6 @@ def _remember(signature: str, engine: str, figures: dict[str, float]) -> None:
     with contextlib.suppress(OSError):  # only the next prediction would be better for it
         path = _history_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
         history = _history()
         history[signature] = {**history.get(signature, {}), engine: figures}
-        temporary.write_text(json.dumps(history, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, json.dumps(history, indent=1))

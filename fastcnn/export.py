@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import artefact, card, checkpoint, container, runs, runtime
+from fastcnn import files as whole
 from fastcnn.artefact import Images
 from fastcnn.augment import resized
 from fastcnn.deploy import Deployed, Inference
@@ -64,17 +66,16 @@ def export_run(
     path = Path(output) if output else folder / f"model.{format}"
     if not path.suffix == f".{format}":
         raise UsageError(f"--output: expected a name that ends in .{format}, got {path}")
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        write(state, temporary, format, half)
-        report = _check_apart(temporary, folder)
-        if report.problems:
-            raise CheckError(f"{report.problems[0]}: the exported file was not kept; please report this")
-        temporary.replace(path)
+        with tempfile.TemporaryDirectory() as unchecked:
+            temporary = Path(unchecked) / path.name
+            write(state, temporary, format, half)
+            report = _check_apart(temporary, folder)
+            if report.problems:
+                raise CheckError(f"{report.problems[0]}: the exported file was not kept; please report this")
+            whole.write(path, temporary.read_bytes())
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
     for line in report.lines():
         note(line)

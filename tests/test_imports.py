@@ -29,6 +29,7 @@ LEVELS = [
         "archive",
         "twins",
         "sweepfile",
+        "options",
     },
     {"study"},
     {"artefact", "wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "page", "fetch"},
@@ -37,8 +38,8 @@ LEVELS = [
     {"fused"},
     {"engines", "check_page"},
     {"evaluate", "predict", "skew", "triton_server", "card"},
-    {"verify", "rescore", "session", "serve"},
-    {"export"},
+    {"verify", "rescore", "session", "batcher"},
+    {"export", "serve"},
     {"finish", "memory", "resume"},
     {"finite"},
     {"train", "data", "doctor"},
@@ -48,6 +49,7 @@ LEVELS = [
     {"cli"},
 ]
 DECODING = {
+    "batcher",
     "cache",
     "check",
     "check_page",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from fastcnn import files
 from fastcnn.config import user_cache_folder
 from fastcnn.kernels import tiles as geometry
 
@@ -225,6 +226,4 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path) -> None:
     with contextlib.suppress(OSError):  # the next process would measure again
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(_known, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, json.dumps(_known, indent=1))
