@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -60,6 +61,10 @@ class Figures:
         self.waiting = prometheus_client.Gauge("fastcnn_queue_photos", "Photos waiting", registry=self.registry)
 
 
+class Closed(Exception):
+    """No photo gets an answer any more."""
+
+
 class Waiting(NamedTuple):
     """A photo that was accepted."""
 
@@ -74,14 +79,18 @@ class Batcher:
         self._classify = Classifier(model, workers=workers, max_pixels=limits.pixels)
         self._limits, self._figures = limits, figures
         self._queue: queue.Queue[Waiting | None] = queue.Queue(limits.queue)
-        self._warm = threading.Event()
+        self._warm, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
     def submit(self, photo: bytes) -> Future[tuple[Verdict, Probabilities]]:
-        """Return what becomes the photo's verdict and probabilities. Raises queue.Full."""
+        """Return what becomes the photo's verdict and probabilities. Raises queue.Full, and Closed where none will."""
+        if self._closed.is_set():
+            raise Closed
         waiting = Waiting(photo, Future())
         self._queue.put_nowait(waiting)
+        if self._closed.is_set():  # just now
+            self._refuse_the_rest()
         return waiting.answer
 
     @property
@@ -94,18 +103,33 @@ class Batcher:
 
     def close(self) -> None:
         """Answer what was submitted, and end."""
-        self._queue.put(None)
+        while self._thread.is_alive():  # a full queue empties, unless the thread dies
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=0.1)
+                break
         self._thread.join()
 
     def _run(self) -> None:
-        with self._classify:
-            self._classify.warm_up()
-            self._warm.set()
-            ended = False
-            while not ended:
-                batch, ended = self._gather()
-                if batch:
-                    self._answer(batch)
+        try:
+            with self._classify:
+                self._classify.warm_up()
+                self._warm.set()
+                ended = False
+                while not ended:
+                    batch, ended = self._gather()
+                    if batch:
+                        self._answer(batch)
+        finally:
+            self._closed.set()
+            self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        """Leave nobody waiting where the decoder cannot be used."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting = self._queue.get_nowait()
+                if waiting is not None:
+                    waiting.answer.set_exception(Closed())
 
     def _gather(self) -> tuple[list[Waiting], bool]:
         """Return the next batch, and whether it is the last."""

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fastcnn.artefact import Artefact
-from fastcnn.batcher import Batcher, Figures, Limits
+from fastcnn.batcher import Batcher, Closed, Figures, Limits
 from fastcnn.errors import FastCNNError, first_line
 from fastcnn.predict import Probabilities, ranked
 from pipelines.verdict import Verdict
@@ -191,6 +191,8 @@ async def _drain(request: Request, limits: Limits) -> None:
 async def _classified(batcher: Batcher, photo: bytes) -> tuple[Verdict, Probabilities]:
     try:
         return await asyncio.wrap_future(batcher.submit(photo))
+    except Closed:
+        raise Refusal(503, "not_ready", "the service takes no photos: see its log") from None
     except queue.Full:
         raise Refusal(
             429, "busy", "too many photos are waiting: try again in a second", **{"Retry-After": "1"}
@@ -229,6 +231,7 @@ def _responses(limits: Limits) -> dict[int | str, dict[str, Any]]:
         415: "Neither image/* nor application/octet-stream",
         422: "No photo, one that is damaged, or a wrong parameter",
         429: "Too many photos are waiting",
+        503: "It takes no photos",
     }
     return {status: {"model": Failure, "description": text} for status, text in what.items()}
 

@@ -32,7 +32,7 @@ from fastcnn.predict import Classifier
 
 pytest.importorskip("fastapi")
 
-from fastcnn.serve import Batcher, Figures, Limits
+from fastcnn.batcher import Batcher, Closed, Figures, Limits
 
 JPEG = {"Content-Type": "image/jpeg"}
 
@@ -198,7 +198,7 @@ def test_health_readiness_and_pages(served: Served, model: Artefact) -> None:
     for text in (page, served.ask("/docs")[1]):
         assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", text)  # nothing is loaded from elsewhere
     answers = served.ask("/openapi.json")[1]["paths"]["/predict"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "408", "413", "415", "422", "429"}
+    assert set(answers) == {"200", "400", "408", "413", "415", "422", "429", "503"}
 
 
 def test_what_was_accepted_before_sigterm_is_answered(model: Artefact, photos: Path) -> None:
@@ -236,6 +236,28 @@ def test_a_full_queue_refuses(model: Artefact, photos: Path, monkeypatch: pytest
     go.set()
     batcher.close()
     assert all(future.result()[0].ok for future in [first, *waiting])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_decoder_that_cannot_be_used(
+    model: Artefact, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def fail(self: Classifier) -> None:
+        go.wait()
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Classifier, "warm_up", fail)
+    photo = next(photos.rglob("*.jpg")).read_bytes()
+    batcher = Batcher(model, Limits(queue=1), Figures())
+    early = batcher.submit(photo)
+    go.set()
+    assert isinstance(early.exception(), Closed)
+    batcher.close()  # though the queue may be full
+    assert not batcher.ready
+    with pytest.raises(Closed):
+        batcher.submit(photo)
 
 
 def test_an_error_costs_its_batch_alone(model: Artefact, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
