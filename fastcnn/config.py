@@ -286,7 +286,8 @@ def read_yaml(path: Path, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
             raise UsageError(f"{path} is too large for a configuration: expected at most {MAX_YAML_BYTES:,} bytes")
         return parse_yaml(path.read_text(encoding="utf-8"), str(path), max_depth)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the configuration {path}: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the configuration {path}: {why}") from None
 
 
 def parse_yaml(text: str, name: str, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
