@@ -1,16 +1,18 @@
-"""Random changes to a batch of photos, on the device, drawn from the device's RNG.
+"""Random changes to a batch of photos, on the device, by numbers drawn for the whole epoch before it begins.
 
 What moves pixels (`GEOMETRY`) says together where each pixel of the batch comes from, so that a batch is read once,
 however many of them there are. What changes colours (`PIXELS`) follows, and what mixes two photos and their labels
-(`MIXES`) comes last.
+(`MIXES`) comes last. What a photo's numbers are depends on seed, epoch and its place in the epoch's order alone: not on
+the device, nor on how many ranks share a batch, nor on where a run was resumed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,29 +125,28 @@ def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
 GREY = 128
 
 
-def mixup(images: Tensor, alpha: float, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend photos with their neighbours where `chosen` (N,): images and what is left of each photo (N,).
+def mixup(images: Tensor, draws: Tensor, pairs: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Blend photos with others, `pairs` (N,), where `chosen` (N,): images and what is left of each photo (N,).
 
     H. Zhang et al., "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412.
     """
-    share = torch.where(chosen, _beta(alpha, images), 1.0)
+    share = torch.where(chosen, draws[0], 1.0)
     share = torch.maximum(share, 1 - share)  # a photo stays mostly what it was, so that its own label leads
     pixels = images.flatten(1).float()
-    mixed = torch.lerp(pixels.roll(1, 0), pixels, share[:, None])
+    mixed = torch.lerp(pixels.index_select(0, pairs), pixels, share[:, None])
     return mixed.round().to(torch.uint8).view(images.shape), share
 
 
-def cutmix(images: Tensor, alpha: float, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Paste a box of their neighbours into photos where `chosen` (N,): images and what is left of each photo (N,).
+def cutmix(images: Tensor, draws: Tensor, pairs: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a box of others, `pairs` (N,), into photos where `chosen` (N,): images and what is left of each photo (N,).
 
     S. Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features",
     arXiv:1905.04899.
     """
-    half = torch.where(chosen, (1 - _beta(alpha, images)).sqrt() / 2, 0.0)
-    x, y = torch.rand(2, len(images), device=images.device)
-    inside, area = _boxes(images, x, y, half, half)
+    half = torch.where(chosen, (1 - draws[0]).sqrt() / 2, 0.0)
+    inside, area = _boxes(images, draws[1], draws[2], half, half)
     rows = images.flatten(2)
-    return torch.where(inside, rows.roll(1, 0), rows).view(images.shape), 1 - area
+    return torch.where(inside, rows.index_select(0, pairs), rows).view(images.shape), 1 - area
 
 
 class Kind(NamedTuple):
@@ -165,10 +166,11 @@ PIXELS: dict[str, Kind] = {
     "colour": Kind(colour, 3),
     "cutout": Kind(cutout, 2),
 }
-MIXES: dict[str, Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]] = {
-    "mixup": mixup,
-    "cutmix": cutmix,
+MIXES: dict[str, Kind] = {
+    "mixup": Kind(mixup, 1),
+    "cutmix": Kind(cutmix, 3),
 }
+"""The first of their random numbers is from Beta(strength, strength)."""
 AUGMENTATIONS = (*GEOMETRY, *PIXELS, *MIXES)
 WHOLE_PIXELS = {"flip", "shift"}  # what moves pixels without making new ones
 
@@ -186,18 +188,37 @@ class Augment:
         self.pixels = [(PIXELS[name], strength) for name, strength in strengths if name in PIXELS]
         self.mixes = [(MIXES[name], strength) for name, strength in strengths if name in MIXES]
         self.whole_pixels = {name for name, _ in strengths if name in GEOMETRY} <= WHOLE_PIXELS
-        self.num_draws = sum(kind.draws for kind, _ in self.geometry + self.pixels)
+        counts = [kind.draws for kind, _ in self.geometry + self.pixels + self.mixes]
+        # Where there are several mixes, each photo takes one of them: the last number says which.
+        self.counts = [*counts, 1] if len(self.mixes) > 1 else counts
 
-    def __call__(self, images: Tensor, photos: Tensor, labels: Tensor, places: bool = False) -> Batch:
+    @property
+    def num_draws(self) -> int:
+        """Random numbers that a photo takes."""
+        return sum(self.counts)
+
+    def draw(self, count: int, epoch: tuple[int, int]) -> Tensor:
+        """Return (num_draws, count) random numbers on the CPU: those of each place in the order of (seed, epoch)."""
+        generator = np.random.default_rng([*epoch, 1])  # [seed, epoch] is the order's
+        draws = generator.random((self.num_draws, count), np.float32)
+        row = sum(kind.draws for kind, _ in self.geometry + self.pixels)
+        for kind, alpha in self.mixes:
+            draws[row] = generator.beta(alpha, alpha, count)
+            row += kind.draws
+        return torch.from_numpy(draws)
+
+    def __call__(
+        self, images: Tensor, photos: Tensor, labels: Tensor, draws: Tensor | None = None, places: bool = False
+    ) -> Batch:
         """Return the photos at positions `photos` (N,) of `images` (M, H, H, 3) uint8, with `labels` (N,), changed.
 
+        draws: (num_draws, N), from `draw`; None where there are none.
         With `places` they are not read where their pixels only move: the batch says where they lie.
         """
-        count, device = len(photos), images.device
-        draws = iter(torch.rand(max(self.num_draws, 1), count, device=device).split(self._split()))
-        view = View(count, images.shape[1], device)
+        numbers = iter(() if draws is None else draws.split(self.counts))
+        view = View(len(photos), images.shape[1], images.device)
         for kind, strength in self.geometry:
-            kind.apply(view, next(draws), strength)
+            kind.apply(view, next(numbers), strength)
         if self.whole_pixels and view.side == self.size:
             found = Places(images, photos, _moves(view) if self.geometry else None)
             if places and not self.pixels and not self.mixes:
@@ -206,22 +227,21 @@ class Augment:
         else:
             batch = _sampled(images.index_select(0, photos), view, self.size)
         for kind, strength in self.pixels:
-            batch = kind.apply(batch, next(draws), strength)  # type: ignore[assignment]
-        return self._mixed(batch, labels)
+            batch = kind.apply(batch, next(numbers), strength)  # type: ignore[assignment]
+        return self._mixed(batch, labels, list(numbers))
 
-    def _split(self) -> list[int]:
-        return [kind.draws for kind, _ in self.geometry + self.pixels] or [1]
-
-    def _mixed(self, batch: Tensor, labels: Tensor) -> Batch:
+    def _mixed(self, batch: Tensor, labels: Tensor, draws: list[Tensor]) -> Batch:
         if not self.mixes:
             return Batch(batch, labels)
-        # Where there are several, each photo takes one of them.
-        turn = torch.randint(len(self.mixes), (len(labels),), device=labels.device)
+        line = torch.arange(len(labels), device=labels.device)
+        pairs = torch.where(line == len(labels) // 2 * 2, line, line ^ 1)  # neighbours; an odd one out with itself
         share = torch.ones(len(labels), device=labels.device)
-        for number, (mix, alpha) in enumerate(self.mixes):
-            batch, left = mix(batch, alpha, turn == number)
+        for number, ((kind, _), own) in enumerate(zip(self.mixes, draws, strict=False)):
+            chosen = (draws[-1][0] * len(self.mixes)).long() == number if len(self.mixes) > 1 else line >= 0
+            mixed: Any = kind.apply(batch, own, pairs, chosen)
+            batch, left = mixed
             share = share * left
-        return Batch(batch, labels, labels.roll(1), share)
+        return Batch(batch, labels, labels.index_select(0, pairs), share)
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -264,9 +284,3 @@ def _boxes(images: Tensor, x: Tensor, y: Tensor, half_width: Tensor, half_height
     rows = (line - y[:, None]).abs() < half_height[:, None]  # (N, H)
     area = columns.float().mean(1) * rows.float().mean(1)
     return rows[:, :, None] & columns.repeat_interleave(3, 1, output_size=3 * images.shape[2])[:, None, :], area
-
-
-def _beta(alpha: float, images: Tensor) -> Tensor:
-    """Return (N,) draws from Beta(alpha, alpha)."""
-    parameter = torch.full((len(images),), alpha, dtype=torch.float32, device=images.device)
-    return torch.distributions.Beta(parameter, parameter, validate_args=False).sample()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -41,6 +42,7 @@ from fastcnn import files
 from fastcnn.config import user_cache_folder
 from fastcnn.errors import FastCNNError, fall_back, warn
 from fastcnn.index import Index
+from fastcnn.ranks import ALONE, Ranks
 from pipelines.workers import Workers, shared
 from pipelines.workers import end_early as end_early
 from pipelines.workers import start_early as start_decoder
@@ -138,10 +140,13 @@ def build(
     keep_pixels: bool = True,
     max_pixels: int | None = None,
     strict: bool = False,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Cache:
     """Return the cache of an index, after decoding what it lacks.
+
+    Ranks decode it together, each every count-th chunk, and append in turn: it is the one that one process makes.
 
     Args:
         index: the photos.
@@ -153,6 +158,7 @@ def build(
         keep_pixels: False decodes for the verdicts alone.
         max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
         strict: decoding in this process, where no worker process can be started, is an error.
+        ranks: who builds it; all of them see one folder.
         progress: told photos decoded and photos to decode.
         note: told, once, that another run is building this cache.
 
@@ -162,29 +168,49 @@ def build(
     folder = _folder(header, cache_dir)
     start = time.perf_counter()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, note) as writable:
-            _check_header(folder, header, writable)
-            journal = _read_journal(folder / "photos.jsonl")
-            missing = _missing(index, journal, folder, image_size, keep_pixels)
-            if len(missing) and not writable:
-                raise PermissionError(errno.EROFS, "it is read-only, and photos are missing in it")
-            _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+        journal: dict[str, dict[str, Any]] = {}
+        with _locked(folder, note) if ranks.first else contextlib.nullcontext(True) as writable:
+
+            def look() -> npt.NDArray[np.intp]:
+                _check_header(folder, header, writable)
+                journal.update(_read_journal(folder / "photos.jsonl"))
+                missing = _missing(index, journal, folder, image_size, keep_pixels)
+                if len(missing) and not writable:
+                    raise PermissionError(errno.EROFS, "it is read-only, and photos are missing in it")
+                _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
+                return missing
+
+            missing = ranks.share(look)
+            if _read_header(folder) != header:  # the first rank has just written it
+                raise FastCNNError(
+                    f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
+                    "--cache-dir that all machines share"
+                )
+            size = max(1, min(CHUNK, -(-len(missing) // ranks.count)))
+            chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+            mine = range(ranks.rank, len(chunks), ranks.count)
             # A chunk is written while the next is decoded.
             with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
                 writing: Future[None] | None = None
-                buffers = [shared((min(CHUNK, len(missing)), image_size, image_size, 3)) for _ in range(2)]
-                for photos in _chunks(missing):
+                buffers = [shared((size, image_size, image_size, 3)) for _ in range(2 if mine else 0)]
+                for number in mine:
+                    photos = chunks[number]
                     paths = [index.root / index.paths[i] for i in photos]
                     buffers.reverse()
                     pixels = buffers[0][: len(photos)]
                     verdicts = decoding.decode(paths, image_size, pixels)
                     if writing:
                         writing.result()
-                    writing = writer.submit(_append, folder, index, photos, pixels, verdicts, journal, keep_pixels)
+                    append = functools.partial(_append, folder, index, photos, pixels, verdicts, keep_pixels)
+                    writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
                     progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
                 if writing:
                     writing.result()
+            ranks.wait()  # the lock is the first rank's
+            if len(missing) or not ranks.first:
+                journal = _read_journal(folder / "photos.jsonl")
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     except OSError as error:
@@ -464,7 +490,6 @@ def _append(
     photos: npt.NDArray[np.intp],
     pixels: npt.NDArray[np.uint8],
     verdicts: Sequence[pipelines.Verdict],
-    journal: dict[str, dict[str, Any]],
     keep_pixels: bool,
 ) -> None:
     """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
@@ -483,11 +508,13 @@ def _append(
         if verdict.warning:
             entry["damage"] = verdict.warning
         row += bool(kept)
-        journal[index.paths[i]] = entry
         lines.append(_line(entry))
-    with (folder / "photos.jsonl").open("ab") as file:
-        # A cut line before these must not swallow the first of them.
-        file.write(b"\n" + b"".join(lines))
+    with (folder / "photos.jsonl").open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a line that was cut must not swallow the first of these
+                file.write(b"\n")
+        file.write(b"".join(lines))
 
 
 def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:

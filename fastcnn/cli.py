@@ -10,13 +10,14 @@ from typing import Any, NoReturn, TextIO, get_args
 
 import click
 
-from fastcnn import config
+from fastcnn import config, launch
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 from fastcnn.options import ConfigCommand, ExportCommand, config_options
 
 TOKENS: dict[str, Any] = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --batch_size is --batch-size
 HELP: dict[str, Any] = {"context_settings": {**TOKENS, "help_option_names": ["-h", "--help"], "max_content_width": 110}}
 EXPORTS = ",".join(get_args(config.Export))
+_MAX_RESTARTS = "With --devices: how often all start again, from the last checkpoint, after one has failed.  [0]"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"fastcnn: error: {message}", err=True)
+    if message and (code != UsageError.exit_code or launch.speaks()):  # a rank's error may have been told by another
+        click.echo(f"fastcnn: error: {message}", err=True)
     return code
 
 
@@ -85,6 +87,7 @@ def commands() -> None:
 @click.option("--run-dir", metavar="DIR", help="The run's folder; left out, the next free name under runs/.")
 @click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
 @click.option("--print-config", is_flag=True, help="Print the configuration and stop.")
+@click.option("--max-restarts", type=click.IntRange(0), default=0, metavar="N", help=_MAX_RESTARTS)
 @config_options
 def train(
     data: str | None,
@@ -94,9 +97,11 @@ def train(
     run_dir: str | None,
     quiet: bool,
     print_config: bool,
+    max_restarts: int,
     **options: Any,
 ) -> None:
     """Train on the photos in DATA: DATA/<class>/... or DATA/train/<class>/..."""
+    import dataclasses
     from pathlib import Path
 
     start = time.perf_counter()
@@ -118,6 +123,14 @@ def train(
 
         click.echo(yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
+    ranks = launch.num_ranks()
+    if ranks is not None:
+        if options["devices"] is not None and run.devices != ranks:
+            raise UsageError(f"--devices {run.devices}: torchrun has started {ranks}; leave it out")
+        run = dataclasses.replace(run, devices=ranks)
+    elif run.devices > 1:
+        context = click.get_current_context()
+        context.exit(launch.train(run.devices, context.meta["arguments"], max_restarts))
     from fastcnn import cache
     from fastcnn.console import Console
 
@@ -134,7 +147,7 @@ def train(
 
 def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that all trials of a sweep may have."""
-    return config_options(command, ("data", "wandb"))
+    return config_options(command, ("data", "wandb", "devices"))
 
 
 @commands.command(cls=ConfigCommand, **HELP)

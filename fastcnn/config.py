@@ -21,12 +21,13 @@ Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "step", "onecycle"]
 Balance = Literal["none", "weights", "sampling"]
 Engine = Literal["auto", "eager", "compiled", "fused", "graphed", "compiled+graphed", "fused+graphed"]
-Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Loader = Literal["auto", "resident", "shared", "mapped", "stream"]
+Precision = Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16"]
+Loader = Literal["auto", "resident", "shared", "sharded", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
 Export = Literal["torchscript", "onnx", "pt2"]
 Wandb = Literal["auto", "online", "offline", "disabled"]
 OnNan = Literal["stop", "skip"]
+LrScaling = Literal["none", "sqrt", "linear"]
 
 Bytes = NewType("Bytes", int)
 """A number of bytes, given as one, or as 500MB, 2GB, 1.5GiB."""
@@ -50,11 +51,13 @@ class Config:
     epochs: int = 10
     """Passes over the training photos."""
     batch_size: int = 32
-    """Photos a step."""
+    """Photos a step, of all devices together."""
     optimizer: Optimizer = "adam"
     """What updates the weights."""
     lr: float = 1e-3
     """Learning rate: the highest, where a schedule changes it."""
+    lr_scaling: LrScaling = "none"
+    """What the learning rate is multiplied by where the batch size is not 32: 1, or their ratio, or its root."""
     momentum: float = 0.9
     """Momentum of sgd (Nesterov's)."""
     weight_decay: float = 0.0
@@ -121,16 +124,22 @@ class Config:
     engine: Engine = "auto"
     """How the training step is run; auto measures."""
     precision: Precision = "auto"
-    """Arithmetic of the network; auto is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    """Arithmetic of the network; auto is bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU; fp64 is
+    for comparisons."""
     loader: Loader = "auto"
-    """Where pixels come from while training: the device's memory, memory that all runs on a CPU share, the cache on
-    disk, or the files, decoded each time; auto is resident, mapped or stream, the first that has room."""
+    """Where pixels come from while training: the device's memory (sharded: each of several has its part of an epoch),
+    memory that all runs on a CPU share, the cache on disk, or the files, decoded each time; auto is resident, sharded,
+    mapped or stream, the first that has room."""
     memory_limit: Bytes | None = None
     """Memory that the photos may take, as 2GB or 500MB; left out, 60% of what is free on a GPU, 50% of it on a CPU."""
     decoder: Decoder = "auto"
     """What decodes the photos; auto is DALI on a GPU, else turbo, else Pillow."""
     device: str = "auto"
     """cpu, cuda, cuda:N or mps; auto is the first of cuda, mps and cpu that is there."""
+    devices: int = 1
+    """GPUs of this machine, or processes on its CPU, that share each batch; torchrun says it where it starts them."""
+    sync_batch_norm: bool = True
+    """Batch norm by the statistics of the whole batch, not of each device's share."""
     workers: int | None = None
     """Decoding threads; left out, one a core."""
     threads: int | None = None
@@ -189,11 +198,23 @@ class Config:
         _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "a share between 0 and 1")
         _check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share from 0 to 1")
         _check("max_pixels", self.max_pixels, self.max_pixels >= 1, "1 or more")
+        _check("devices", self.devices, self.devices >= 1, "1 or more")
+        if self.batch_size % self.devices:
+            nearest_multiple = max(1, round(self.batch_size / self.devices)) * self.devices
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be shared by {self.devices} devices: give {nearest_multiple}"
+            )
+        mixes = {name for name, _ in self.augmentations} & {"mixup", "cutmix"}
+        if mixes and self.devices > 1 and self.batch_size // self.devices % 2:
+            raise UsageError(
+                f"--augment {min(mixes)} takes photos in pairs: with {self.devices} devices, "
+                f"--batch-size must be a multiple of {2 * self.devices}"
+            )
         _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         kind = self.device.partition(":")[0]
         _check("device", self.device, kind in DEVICES, f"one of {', '.join(DEVICES)}{nearest(kind, DEVICES)}")
-        if self.deterministic and self.precision not in ("auto", "fp32"):
+        if self.deterministic and self.precision not in ("auto", "fp32", "fp64"):
             raise UsageError("--deterministic needs --precision fp32 (or auto): 16-bit sums need not repeat to the bit")
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fastcnn.config import Decoder, Loader
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.index import Index, printable
 from fastcnn.metrics import Stopwatch
+from fastcnn.ranks import ALONE, Ranks
 
 NUM_NAMED = 10  # bad photos that an error names
 
@@ -78,6 +79,7 @@ def prepare(
     max_bad: float = 0.05,
     max_pixels: int | None = None,
     strict: bool = False,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
     stopwatch: Stopwatch | None = None,
@@ -93,7 +95,7 @@ def prepare(
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        index = indexes.scan(root) if classes is None else indexes.scan_held_out(root, classes)
+        index = ranks.share(lambda: indexes.scan(root) if classes is None else indexes.scan_held_out(root, classes))
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
     try:
@@ -103,19 +105,22 @@ def prepare(
     if missing:
         fall_back(missing, strict=strict)
     decoding_gpu = gpu if chosen == "dali" else None
-    picked, why = loaders.choose(
-        loader,
-        len(index) * image_size**2 * 3,
-        on_disk=caches.fits_on_disk(
-            index,
-            image_size=image_size,
-            decoder=chosen,
-            gpu=decoding_gpu,
-            cache_dir=cache_dir,
-            max_pixels=max_pixels,
-        ),
-        device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
-        memory_limit=memory_limit,
+    picked, why = ranks.share(
+        lambda: loaders.choose(
+            loader,
+            len(index) * image_size**2 * 3,
+            on_disk=caches.fits_on_disk(
+                index,
+                image_size=image_size,
+                decoder=chosen,
+                gpu=decoding_gpu,
+                cache_dir=cache_dir,
+                max_pixels=max_pixels,
+            ),
+            device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
+            memory_limit=memory_limit,
+            ranks=ranks,
+        )
     )
     if why:
         note(f"loader {picked}: {why}")
@@ -130,6 +135,7 @@ def prepare(
             keep_pixels=picked != "stream",
             max_pixels=max_pixels,
             strict=strict,
+            ranks=ranks,
             progress=progress,
             note=note,
         )

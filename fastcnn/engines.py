@@ -246,19 +246,28 @@ def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
             name = NEXT_BEST[name]
 
 
-def choose(step: Step, num_steps: int, signature: str, *, strict: bool = False) -> tuple[Engine, str, str]:
+def choose(
+    step: Step,
+    num_steps: int,
+    signature: str,
+    *,
+    strict: bool = False,
+    slowest: Callable[[float], float] = lambda seconds: seconds,
+) -> tuple[Engine, str, str]:
     """Return the engine that ends a run of `num_steps` soonest, its name, and why.
 
     On a CPU that is eager. On a GPU the graphed engine is ready in about a second; its step is timed, and each of
     `PRIOR` is built and timed too where the predicted saving over the run exceeds the predicted cost. Both predictions
     are what an earlier run of the same `signature` measured (a second compilation is cheaper: inductor and triton keep
     their results on disk), else those of `PRIOR`. What was built stays where it is the fastest.
+
+    slowest: what all ranks make of a time of theirs, so that they choose alike.
     """
     device = step.state()[0].device
     if device.type != "cuda":
         return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
     engine, name = build("graphed", step, strict=strict)
-    seconds = time_step(engine, step)
+    seconds = slowest(time_step(engine, step))
     if name == "eager":
         return engine, name, "nothing can be captured here"
     best, plain, reasons = seconds, step.forward, [f"{seconds * 1e6:,.0f} us a step when captured"]
@@ -266,7 +275,7 @@ def choose(step: Step, num_steps: int, signature: str, *, strict: bool = False) 
         found = _history().get(signature, {}).get(other, {})
         worth, why = worth_building(other, num_steps, best, {**prior, **found}, seconds)
         reasons.append(why)
-        if not worth:
+        if not slowest(worth):
             continue
         step.forward, before, start = plain, step.forward, time.perf_counter()
         try:
@@ -275,7 +284,7 @@ def choose(step: Step, num_steps: int, signature: str, *, strict: bool = False) 
             reasons.append(f"no {other} here: {error}")
             step.forward = before
             continue
-        cost, its_seconds = time.perf_counter() - start, time_step(candidate, step)
+        cost, its_seconds = slowest(time.perf_counter() - start), slowest(time_step(candidate, step))
         _remember(signature, other, {"build_seconds": cost, "saving": 1 - its_seconds / seconds})
         if its_seconds < best:
             engine, name, best = candidate, other, its_seconds

@@ -16,6 +16,7 @@ from fastcnn.errors import FastCNNError, first_line
 from fastcnn.loader import Feed
 from fastcnn.metrics import Score, Sums
 from fastcnn.model import SmallCNN
+from fastcnn.ranks import ALONE, Ranks
 from fastcnn.step import Normalise, forward
 
 BATCH_SIZE = 128
@@ -27,7 +28,8 @@ class Evaluation:
 
     score: Score
     predicted: Tensor
-    """(M,) int64 most probable class of each photo, on the device, in the order of the feed's permutation."""
+    """(M,) int64 most probable class of each photo, on the device, in the order of the feed's permutation; of several
+    ranks each has its own photos', and all photos' where probabilities were asked for."""
     probabilities: Tensor
     """(M, num_classes) fp32 in the same order; (M, 0) where none were asked for."""
 
@@ -48,7 +50,7 @@ class EvaluationStep:
         num_classes: int = 0,
     ) -> None:
         device, count = feed.images.device, len(feed)
-        batch_size = feed.batch_size or min(batch_size, count)
+        batch_size = feed.batch_size or max(1, min(batch_size, count))
         self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
         self.num_steps = -(-count // batch_size)
         self.offsets = torch.arange(batch_size, device=device)
@@ -67,7 +69,7 @@ class EvaluationStep:
             images = resized(feed.images.index_select(0, photos), self.normalise.image_size)
             losses, guesses = self.forward(self.model, self.normalise, images, labels)
             if self.probabilities.size(1):
-                self.probabilities.index_copy_(0, places.clamp(max=count), guesses.softmax(1))
+                self.probabilities.index_copy_(0, places.clamp(max=count), guesses.softmax(1).float())
                 guesses = guesses.argmax(1)
         self.sums.add(losses, guesses == labels, places < count)
         self.predicted.index_copy_(0, places.clamp(max=count), guesses)
@@ -84,7 +86,10 @@ class EvaluationStep:
 
 
 class Evaluator:
-    """Scores a model on a feed as often as asked, by one engine."""
+    """Scores a model on a feed as often as asked, by one engine.
+
+    Of several ranks each has a feed of its own, every count-th photo, and all of them learn what the whole set scores.
+    """
 
     def __init__(
         self,
@@ -93,10 +98,11 @@ class Evaluator:
         normalise: Normalise,
         engine: Callable[[Step], Engine] = Eager,
         num_classes: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.step = EvaluationStep(model, feed, normalise, num_classes=num_classes)
+        self.step, self.ranks = EvaluationStep(model, feed, normalise, num_classes=num_classes), ranks
         with _evaluating(model):
-            self.engine = engine(self.step)
+            self.engine = engine(self.step) if len(feed) else Eager(self.step)
 
     def __call__(self) -> Evaluation:
         """Return the model's score on all photos of the feed."""
@@ -104,12 +110,18 @@ class Evaluator:
         step.sums.reset()
         with _evaluating(step.model), step.feed.start_in_order() as feed:
             feed.drive(self.engine.run, step.num_steps)
-        return Evaluation(step.sums.read(), step.predicted[:-1].clone(), step.probabilities[:-1].clone())
+        self.ranks.sum_(step.sums.values)
+        score = step.sums.read()
+        kept = step.predicted[:-1].clone(), step.probabilities[:-1].clone()
+        if step.probabilities.size(1):  # else nobody asks for what became of each photo
+            kept = self.ranks.interleaved(kept[0], score.count), self.ranks.interleaved(kept[1], score.count)
+        return Evaluation(score, *kept)
 
 
 def _forward_logits(model: SmallCNN, normalise: Normalise, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (N,) cross-entropy and (N, num_classes) logits of a uint8 batch."""
-    logits = model(normalise(images)).float()
+    logits = model(normalise(images))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, reduction="none"), logits
 
 

@@ -15,11 +15,42 @@ from torch import Tensor
 from fastcnn.errors import warn
 
 SLOTS = 2  # batches in the buffer: the step takes one while the other is filled
+CHUNK = 256  # photos brought to a device at once: what that takes of the host's memory
 
 Epoch = tuple[int, int]
 """(seed, epoch): all that the order of the training photos, and what is random about each, is made of."""
 
 Chances = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The photos of each batch that one of several ranks takes: those from `start` on, `size` of them."""
+
+    batch_size: int
+    """Photos of all ranks."""
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def size(self) -> int:
+        """Photos of this rank."""
+        return self.batch_size // self.num_ranks
+
+    @property
+    def start(self) -> int:
+        """Photos of the batch that come before this rank's."""
+        return self.rank * self.size
+
+    def places(self, batch: int) -> slice:
+        """Return where in an epoch's order this rank's photos of a batch are."""
+        start = batch * self.batch_size + self.start
+        return slice(start, start + self.size)
+
+    def limited(self, count: int) -> Share:
+        """Return the share of a batch of no more than `count` photos."""
+        return Share(max(1, min(self.batch_size, count)), self.rank, self.num_ranks)
+
 
 Fill = Callable[[npt.NDArray[np.intp], npt.NDArray[np.uint8], npt.NDArray[np.int64], Epoch | None], dict[str, str]]
 """(positions in the split, images, labels, epoch) -> the photos that had to be replaced, and why: writes the pixels
@@ -39,7 +70,8 @@ class Feed:
     labels: Tensor
     """(M,) int64."""
     permutation: Tensor
-    """(N,) int64: where in `images` each photo of this epoch is, in the epoch's order."""
+    """(N,) int64: where in `images` each photo of this epoch is, in the epoch's order. On one of several ranks that do
+    not hold all photos, it says so of those in this rank's share of each batch."""
     cursor: Tensor
     """(1,) int64: where in it the next batch begins."""
     batch_size: int | None = None
@@ -90,6 +122,43 @@ class Selected(Feed):
         return self
 
 
+class Sharded(Feed):
+    """A Feed that holds, of an epoch, the photos of this rank's share of every batch: read anew for each epoch.
+
+    Args:
+        fill: writes photos into memory.
+        count: photos of the split.
+        image_size: side in pixels.
+        share: this rank's.
+        device: where the step runs.
+    """
+
+    def __init__(self, fill: Fill, count: int, image_size: int, share: Share, device: torch.device) -> None:
+        rows = count // share.batch_size * share.size
+        super().__init__(
+            images=torch.zeros((rows, image_size, image_size, 3), dtype=torch.uint8, device=device),
+            labels=torch.zeros(rows, dtype=torch.int64, device=device),
+            permutation=torch.zeros(count, dtype=torch.int64, device=device),
+            cursor=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        self.fill, self.share = fill, share
+        batches = np.arange(count // share.batch_size)[:, None] * share.batch_size
+        self.places = (batches + share.start + np.arange(share.size)).ravel()  # of the rows, in an epoch's order
+        self.permutation[torch.from_numpy(self.places).to(device)] = torch.arange(rows, device=device)
+
+    def start_epoch(self, seed: int, epoch: int, cursor: int = 0, chances: Chances | None = None) -> Feed:
+        """See `Feed.start_epoch`. What an interrupted run has taken already is not read."""
+        self.cursor.fill_(cursor)
+        mine = shuffled(len(self), (seed, epoch), chances)[self.places]
+        for start in range(cursor // self.share.batch_size * self.share.size, len(mine), CHUNK):
+            photos = mine[start : start + CHUNK]
+            images, labels = np.empty((len(photos), *self.images.shape[1:]), np.uint8), np.empty(len(photos), np.int64)
+            self.fill(photos, images, labels, (seed, epoch))
+            self.images[start : start + CHUNK] = torch.from_numpy(images).to(self.images.device)
+            self.labels[start : start + CHUNK] = torch.from_numpy(labels).to(self.images.device)
+        return self
+
+
 def shuffled(count: int, epoch: Epoch, chances: Chances | None = None) -> npt.NDArray[np.intp]:
     """Return an epoch's order of `count` photos: each once, or drawn again and again by their chances (count,)."""
     generator = np.random.default_rng(epoch)
@@ -108,17 +177,19 @@ class Buffered(Feed):
         fill: writes photos into a slot, in the thread.
         count: photos of the split.
         image_size: side in pixels.
-        batch_size: photos a step; no more than there are.
+        share: which photos of a batch are taken; its batches are no larger than there are photos.
         device: where the step runs.
     """
 
-    def __init__(self, fill: Fill, count: int, image_size: int, batch_size: int, device: torch.device) -> None:
-        batch_size = max(1, min(batch_size, count))
+    def __init__(self, fill: Fill, count: int, image_size: int, share: Share, device: torch.device) -> None:
+        share = self.share = share.limited(count)
+        batch_size = share.size
         rows = SLOTS * batch_size
+        number, place = np.divmod(np.arange(count), share.batch_size)
         super().__init__(
             images=torch.zeros((rows, image_size, image_size, 3), dtype=torch.uint8, device=device),
             labels=torch.zeros(rows, dtype=torch.int64, device=device),
-            permutation=torch.arange(count, device=device) % rows,
+            permutation=torch.from_numpy(number % SLOTS * batch_size + (place - share.start) % batch_size).to(device),
             cursor=torch.zeros(1, dtype=torch.int64, device=device),
             batch_size=batch_size,
         )
@@ -134,17 +205,16 @@ class Buffered(Feed):
 
     def start_epoch(self, seed: int, epoch: int, cursor: int = 0, chances: Chances | None = None) -> Feed:
         """See `Feed.start_epoch`. Only whole batches are filled: training drops the order's tail."""
-        assert self.batch_size
-        assert cursor % self.batch_size == 0, f"{cursor} photos are no whole batches of {self.batch_size}"
+        size = self.share.batch_size
+        assert cursor % size == 0, f"{cursor} photos are no whole batches of {size}"
         self.cursor.fill_(cursor)
-        batches = range(cursor // self.batch_size, len(self) // self.batch_size)
+        batches = range(cursor // size, len(self) // size)
         return self._start(shuffled(len(self), (seed, epoch), chances), (seed, epoch), batches)
 
     def start_in_order(self) -> Feed:
         """See `Feed.start_in_order`. The last batch is as short as it is."""
-        assert self.batch_size
         self.cursor.zero_()
-        return self._start(np.arange(len(self)), None, range(-(-len(self) // self.batch_size)))
+        return self._start(np.arange(len(self)), None, range(-(-len(self) // self.share.batch_size)))
 
     def drive(self, run: Callable[[int], None], num_steps: int) -> None:
         """See `Feed.drive`. Raises what the thread tripped over."""
@@ -174,11 +244,9 @@ class Buffered(Feed):
 
     def _start(self, order: npt.NDArray[np.intp], epoch: Epoch | None, batches: range) -> Feed:
         assert self._producer is None, "the last epoch was not ended"
-        size = self.batch_size
-        assert size
 
         def fill(batch: int) -> None:
-            slot, places = self.slots[batch % SLOTS], order[batch * size : (batch + 1) * size]
+            slot, places = self.slots[batch % SLOTS], order[self.share.places(batch)]
             slot.wait()
             self._replaced |= self.fill(
                 places, slot.host_images[: len(places)].numpy(), slot.host_labels[: len(places)].numpy(), epoch

@@ -32,24 +32,26 @@ def finish(
     trackers: Sequence[Tracker],
     console: Console,
 ) -> dict[str, Any]:
-    """Return what result.json holds, after writing all that a run leaves.
+    """Return what result.json holds, after writing all that a run leaves; of several ranks the first writes it.
 
     The test set is looked at here, once, with the best weights. Whatever goes wrong with pictures, exports or trackers
     does not lose the run: it is a warning, or `export_error` in what is returned.
     """
-    folder, config = session.run_dir, session.config
-    judged = "test" if len(feeds["test"]) else "val"
+    folder, config, ranks = session.run_dir, session.config, session.ranks
+    judged = "test" if len(data.photos("test")) else "val"
     story, drawn, evaluation = None, dict[str, bytes](), None
     if judged == "test" or config.report:
         with watch.stage("eval"):
-            best = checkpoint.load(folder / "best.pt")
+            best = ranks.share(lambda: checkpoint.load(folder / "best.pt"))
             session.model.load_state_dict(best["model"])
             session.step.parameters.refresh()
             evaluation = sessions.judge(session, feeds[judged])
+    if not ranks.first:
+        return ranks.share(dict[str, Any])
     if config.report and evaluation:
         with watch.stage("report"):
             story, drawn = _draw(session, data, judged, evaluation)
-    summary = _summary(session, data, feeds, watch, evaluation if judged == "test" else None)
+    summary = _summary(session, data, watch, evaluation if judged == "test" else None)
     _write(folder, summary)  # whatever comes now, the figures are kept
     with watch.stage("export"):
         exported, summary["export_error"] = _export(session, console)
@@ -69,12 +71,10 @@ def finish(
     summary |= tracking.finish(trackers, outcome)
     summary["finished"] = True
     _write(folder, summary)
-    return summary
+    return ranks.share(lambda: summary)
 
 
-def _summary(
-    session: Session, data: Dataset, feeds: Mapping[str, Feed], watch: Stopwatch, test: Evaluation | None
-) -> dict[str, Any]:
+def _summary(session: Session, data: Dataset, watch: Stopwatch, test: Evaluation | None) -> dict[str, Any]:
     config, device = session.config, session.step.number.device
     steady = session.rows[1:] or session.rows
     return {
@@ -88,9 +88,8 @@ def _summary(
         "device": config.device,
         "epochs": session.epoch,
         "best_epoch": int(session.best["epoch"]),
-        "num_train": len(feeds["train"]),
-        "num_val": len(feeds["val"]),
-        "num_test": len(feeds["test"]),
+        "devices": config.devices,
+        **{f"num_{split}": len(data.photos(split)) for split in ("train", "val", "test")},
         "num_bad": len(data.bad),
         "num_damaged": len(data.damaged),
         "num_decoded": data.cache.num_decoded,

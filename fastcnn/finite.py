@@ -31,7 +31,8 @@ def check(session: Session, data: Dataset, epoch: int, before: int, done: int) -
     batch = slice((number % step.num_steps) * step.batch_size, (number % step.num_steps + 1) * step.batch_size)
     order = shuffled(len(step.feed), (session.config.seed, epoch), session.chances)
     names = [data.index.paths[photo] for photo in data.photos("train")[order[batch]]]
-    files.write_csv(folder / "not_finite.csv", [("path",), *((name,) for name in names)])
+    if session.ranks.first:
+        files.write_csv(folder / "not_finite.csv", [("path",), *((name,) for name in names)])
     raise FastCNNError(
         f"the loss of step {number + 1} (epoch {epoch}) is not a finite number, at learning rate "
         f"{float(step.rates[number]):g} and with {', '.join(map(printable, names[:3]))}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastcnn.augment import Places
 from fastcnn.model import BatchNorm, Block, SmallCNN
 from fastcnn.step import Normalise
+from fastcnn.sync import SyncBatchNorm
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 
@@ -54,6 +55,8 @@ def _refusal(block: Block, side: int) -> str:
         return f"its channels, {into} to {out}, are not multiples of 16"
     if side % 2:
         return f"its side, {side}, is odd"
+    if isinstance(block.norm, SyncBatchNorm):
+        return "its batch norm takes the statistics of several devices (--no-sync-batch-norm: of each its own)"
     if block.conv.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its type is {block.conv.weight.dtype}"
     return ""

@@ -15,12 +15,11 @@ from fastcnn.cache import Cache
 from fastcnn.config import Loader
 from fastcnn.crops import crop_boxes
 from fastcnn.errors import DataError, FastCNNError
-from fastcnn.feed import Buffered, Epoch, Feed, Selected
+from fastcnn.feed import CHUNK, Buffered, Epoch, Feed, Fill, Selected, Sharded, Share
 from fastcnn.index import Index
+from fastcnn.ranks import ALONE, Ranks
 
-__all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "shared", "stream"]
-
-CHUNK = 256  # photos brought to a device at once: what a resident feed takes of the host's memory
+__all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "sharded", "shared", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,11 @@ class Options:
     device: torch.device
     """Where the step runs."""
     batch_size: int
-    """Photos a step."""
+    """Photos a step, of all ranks."""
+    rank: int = 0
+    """Which of the ranks is fed."""
+    num_ranks: int = 1
+    """Ranks that share each batch."""
     decoder: str = "turbo"
     """What decodes streamed photos, as in `pipelines.BACKENDS`."""
     workers: int | None = None
@@ -39,6 +42,11 @@ class Options:
     """Least share of a streamed training photo's area that is shown; None shows all of every photo."""
     max_pixels: int = pipelines.MAX_PIXELS
     """Pixels above which a streamed photo is refused."""
+
+    @property
+    def share(self) -> Share:
+        """What is taken of each batch."""
+        return Share(self.batch_size, self.rank, self.num_ranks)
 
 
 def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
@@ -81,6 +89,17 @@ def shared(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
 def mapped(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
     """Return a Feed of two batches of `photos`, whose pixels are read from the cache while the step works."""
 
+    return Buffered(_reading(index, cache, photos), len(photos), cache.images.shape[1], options.share, options.device)
+
+
+def sharded(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+    """Return a Feed that holds what this rank takes of `photos` in an epoch; alone, a resident one."""
+    if options.num_ranks == 1:
+        return resident(index, cache, photos, options)
+    return Sharded(_reading(index, cache, photos), len(photos), cache.images.shape[1], options.share, options.device)
+
+
+def _reading(index: Index, cache: Cache, photos: npt.NDArray[np.intp]) -> Fill:
     def fill(
         places: npt.NDArray[np.intp], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], epoch: Epoch | None
     ) -> dict[str, str]:
@@ -88,7 +107,7 @@ def mapped(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
         labels[:] = index.labels[photos[places]]
         return {}
 
-    return Buffered(fill, len(photos), cache.images.shape[1], options.batch_size, options.device)
+    return fill
 
 
 def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
@@ -127,7 +146,7 @@ def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
             images[i], labels[i] = images[other], labels[other]
         return {index.paths[chosen[i]]: reason for i, reason in bad.items()}
 
-    return Buffered(fill, len(photos), size, options.batch_size, device)
+    return Buffered(fill, len(photos), size, options.share, device)
 
 
 def _boxes(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | None) -> pipelines.Boxes | None:
@@ -146,6 +165,7 @@ def _boxes(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | Non
 LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]] = {
     "resident": resident,
     "shared": shared,
+    "sharded": sharded,
     "mapped": mapped,
     "stream": stream,
 }
@@ -157,11 +177,18 @@ SHARE = {
 
 
 def choose(
-    loader: Loader, needed: int, *, on_disk: bool, device: torch.device, memory_limit: int | None = None
+    loader: Loader,
+    needed: int,
+    *,
+    on_disk: bool,
+    device: torch.device,
+    memory_limit: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Loader, str]:
     """Return the loader that `loader` means here, and why for "auto".
 
-    Resident where the pixels fit into memory, else mapped, and stream where not even the disk has room for them.
+    Resident where the pixels fit into memory, sharded where a rank's part of them does, else mapped, and stream where
+    not even the disk has room for them.
 
     Args:
         loader: what was asked for.
@@ -169,6 +196,7 @@ def choose(
         on_disk: whether the cache is there or has room.
         device: whose memory a resident feed takes.
         memory_limit: bytes that it may take; None is a share of what is free.
+        ranks: who else has all of them, on a CPU in the same memory.
 
     Raises FastCNNError where "resident" was asked for and exceeds the limit that was given.
     """
@@ -186,10 +214,14 @@ def choose(
         memory_limit
         if memory_limit is not None
         else int(runtime.free_memory_bytes(device) * SHARE.get(device.type, SHARE["cpu"]))
+        // (1 if device.type == "cuda" else ranks.local_count)
     )
     whose = "that --memory-limit allows" if given else "that they may take of the free memory"
     if needed <= limit:
         return "resident", f"the photos take {_mib(needed)} of the {_mib(limit)} {whose}"
+    if ranks.count > 1 and needed / ranks.count <= limit:
+        part = f"each of {ranks.count} devices {_mib(needed // ranks.count)} of them"
+        return "sharded", f"the photos take {_mib(needed)}, {part}, of the {_mib(limit)} {whose}"
     return "mapped", f"the photos take {_mib(needed)}, more than the {_mib(limit)} {whose}"
 
 

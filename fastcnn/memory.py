@@ -34,7 +34,10 @@ def advice(config: Config, why: str, last: Path) -> str:
     fits = largest_batch_size(config)
     what = f"out of memory on {config.device} ({why})"
     if fits is None:
-        return f"{what}: not even one batch of 2 fits; use fewer --filters, a smaller --image-size or another --device"
+        least = 2 * config.devices
+        return (
+            f"{what}: not even a batch of {least} fits; use fewer --filters, a smaller --image-size, another --device"
+        )
     if config.loader in ("auto", "resident") and fits == config.batch_size:
         resumed = f"fastcnn train --resume {last.parent} --loader mapped goes on" if last.is_file() else ""
         return f"{what}: --loader mapped fits with --batch-size {fits}" + (f"; {resumed}" if resumed else "")
@@ -46,13 +49,14 @@ def advice(config: Config, why: str, last: Path) -> str:
 def largest_batch_size(config: Config) -> int | None:
     """Return the largest of a run's batch size and its halves of which one step fits beside a loader's two batches.
 
-    None where not even 2 does. Found by trying.
+    None where not even 2 a device do. Found by trying, one device's share here.
     """
-    batch_size = config.batch_size
-    while batch_size >= 2:
-        if _fits(dataclasses.replace(config, batch_size=batch_size, init_from=None, limit_train_batches=1, epochs=1)):
-            return batch_size
-        batch_size //= 2
+    share = config.batch_size // config.devices
+    alone = dataclasses.replace(config, devices=1, init_from=None, limit_train_batches=1, epochs=1)
+    while share >= 2:
+        if _fits(dataclasses.replace(alone, batch_size=share)):
+            return share * config.devices
+        share //= 2
         release()
     return None
 

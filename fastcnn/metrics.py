@@ -58,7 +58,9 @@ class Sums:
     """Loss, right answers and photos of the steps so far, summed on the device: reading them is the only sync."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(3, device=device)  # summed loss, right answers, photos
+        # Summed loss, right answers, photos: counts are exact up to 2^53. Metal has no doubles.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = torch.zeros(3, dtype=dtype, device=device)
 
     def add(self, losses: Tensor, right: Tensor, weights: Tensor) -> None:
         """Add a batch: per-photo loss, whether it was right, and weight (0 leaves a photo out), each (N,)."""
@@ -90,7 +92,9 @@ class Live:
         self.sums, self.marks = sums, 0
         self.score = Score(loss=0.0, accuracy=0.0, count=0)
         on_gpu = sums.values.device.type == "cuda"
-        self._slots = [(torch.zeros(3).pin_memory(), torch.cuda.Event()) for _ in range(3)] if on_gpu else []
+        self._slots = (
+            [(torch.zeros(3, dtype=torch.float64).pin_memory(), torch.cuda.Event()) for _ in range(3)] if on_gpu else []
+        )
 
     def mark(self) -> None:
         """Note what the sums are after the steps queued so far; `score` is what they were at an earlier mark."""

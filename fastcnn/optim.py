@@ -23,25 +23,27 @@ class FlatParameters:
 
     For 16-bit arithmetic `compute` is a second model whose convolutions and dense layers are views of a 16-bit copy of
     the buffer: one cast a step, where autocast casts every weight forward and every gradient back. Its batch norms are
-    those of the model itself, in fp32. For fp32, `compute` is the model.
+    those of the model itself, in fp32. For fp32, `compute` is the model. For fp64 all of it is in fp64.
     """
 
     def __init__(self, model: SmallCNN, dtype: torch.dtype = torch.float32) -> None:
-        self.model = model
+        self.model = model.double() if dtype == torch.float64 else model
         named = ordered(model)
         self._sizes = [p.numel() for _, p in named]
         self.values = torch.cat([_in_memory_order(p.detach()) for _, p in named])  # (P,) fp32
-        self.gradient = torch.zeros_like(self.values)
+        # Beside the gradient the loss, so that one all-reduce brings both.
+        self.reduced = self.values.new_zeros(len(self.values) + 1)
+        self.gradient, self.loss = self.reduced[:-1], self.reduced[-1]
         for (_, p), piece in zip(named, torch.split(self.values, self._sizes), strict=True):
             p.data = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
-        self.low = None if dtype == torch.float32 else self.values.to(dtype)
+        self.low = None if dtype == self.values.dtype else self.values.to(dtype)
         self.compute = model if self.low is None else self._twin(self.low)
         self.inputs = [p for _, p in ordered(self.compute)]
         """What the loss is differentiated by, in the buffer's order."""
-        self._num_low = sum(p.dtype != torch.float32 for p in self.inputs)
+        self._num_low = sum(p.dtype != self.values.dtype for p in self.inputs)
 
-    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Copy a gradient a parameter, in the order of `inputs`, into the flat fp32 gradient.
+    def set_gradients(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
+        """Copy a gradient a parameter, in the order of `inputs`, and the loss () into `reduced`.
 
         One `cat` for each type: of mixed types a GPU would copy tensor by tensor.
         """
@@ -49,14 +51,13 @@ class FlatParameters:
         split = sum(self._sizes[: self._num_low])
         if self._num_low:
             self.gradient[:split].copy_(torch.cat(pieces[: self._num_low]))
-        if self._num_low < len(pieces):
-            torch.cat(pieces[self._num_low :], out=self.gradient[split:])
+        torch.cat([*pieces[self._num_low :], loss.view(1)], out=self.reduced[split:])
 
     def weights_only(self, value: float) -> Tensor:
         """Return (P,): `value` at the weights of convolutions and dense layers, 0 at biases and batch norms."""
         shares = [value if p.dim() > 1 else 0.0 for _, p in ordered(self.model)]
         counts = torch.tensor(self._sizes)
-        return torch.tensor(shares).repeat_interleave(counts).to(self.values.device)
+        return torch.tensor(shares).repeat_interleave(counts).to(self.values)
 
     def refresh(self) -> None:
         """Bring `compute` up to date after the values have changed."""
@@ -226,6 +227,16 @@ class LossScale:
         grown = (self.good_steps >= self.interval).to(self.scale.dtype)
         self.scale.mul_(torch.where(overflow > 0, 0.5, 1 + grown)).clamp_(min=1.0)
         self.good_steps.mul_(1 - grown)
+
+
+def scaled_lr(lr: float, rule: str, batch_size: int) -> float:
+    """Return the learning rate for a batch size, from that for 32: by their ratio, its root or not at all.
+
+    linear: P. Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677. sqrt, which suits Adam: S. Malladi et
+    al., "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", arXiv:2205.10287.
+    """
+    ratio = batch_size / 32
+    return lr * {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
 
 
 def schedule(

@@ -15,7 +15,8 @@ class ConfigCommand(click.Command):
     """A command with an option for every field of Config."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, after turning W&B's --batch_norm=False into --no-batch-norm."""
+        """Parse, after turning W&B's --batch_norm=False into --no-batch-norm. `meta` keeps the arguments."""
+        ctx.meta["arguments"] = list(args)
         return super().parse_args(ctx, [_plain_flag(arg) for arg in args])
 
 

@@ -13,7 +13,15 @@ from fastcnn.console import Console
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.session import Session
 
-RESUMABLE = ("epochs", "device", "wandb", "loader", "on_nan", "checkpoint_every")  # may change when a run goes on
+RESUMABLE = (
+    "epochs",
+    "device",
+    "devices",
+    "wandb",
+    "loader",
+    "on_nan",
+    "checkpoint_every",
+)  # may change when a run goes on
 
 
 class Interrupted(FastCNNError):
@@ -65,7 +73,7 @@ def is_finished(folder: Path) -> bool:
 
 def restore(session: Session, console: Console) -> None:
     """Put a session where the run's `last.pt` left it. Raises DataError where the classes are others by now."""
-    state = checkpoint.load(session.run_dir / "last.pt")
+    state = session.ranks.share(lambda: checkpoint.load(session.run_dir / "last.pt"))
     if tuple(state["classes"]) != session.classes:
         raise DataError(f"{session.run_dir} was trained on other classes than there are now: begin a new run")
     session.restore(state)
@@ -77,16 +85,11 @@ def restore(session: Session, console: Console) -> None:
 def _mend_best(session: Session, done: int) -> None:
     """Write `best.pt` again where it is not the best epoch's: a run may be killed between last.pt and it."""
     best = session.best.get("epoch")
-    path = session.run_dir / "best.pt"
     if best is None:
         return
-    try:
-        state = checkpoint.load(path)
-        if state["best"].get("epoch") == best and tuple(state["classes"]) == session.classes:
-            return
-        problem = f"{path} is of another epoch than {best:g}"
-    except FastCNNError as error:
-        problem = str(error)
+    problem = session.ranks.share(lambda: _problem(session, best))
+    if not problem:
+        return
     if best == session.epoch and not done:
         session.save_best()
         return
@@ -96,3 +99,15 @@ def _mend_best(session: Session, done: int) -> None:
     else:
         session.best = {}
     warn(f"{problem}: the weights of epoch {best:g}, the best, are lost; the best is chosen of what comes")
+
+
+def _problem(session: Session, best: float) -> str:
+    """Return why `best.pt` is not that of the best epoch; "" where it is."""
+    path = session.run_dir / "best.pt"
+    try:
+        state = checkpoint.load(path)
+    except FastCNNError as error:
+        return str(error)
+    if state["best"].get("epoch") == best and tuple(state["classes"]) == session.classes:
+        return ""
+    return f"{path} is of another epoch than {best:g}"

@@ -23,8 +23,11 @@ from fastcnn.errors import FastCNNError, fall_back
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the first of cuda, mps and cpu that is there."""
+def pick_device(name: str, number: int = 0) -> torch.device:
+    """Return the device of that name; "auto" is the first of cuda, mps and cpu that is there.
+
+    number: of the GPU, where the name does not say.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -34,9 +37,10 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise FastCNNError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu, or see nvidia-smi")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise FastCNNError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-        return torch.device("cuda", device.index or 0)
+        index = number if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise FastCNNError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise FastCNNError("--device mps: torch has no Metal device here; use --device cpu")
     return device
@@ -58,6 +62,7 @@ def pick_precision(name: Precision, device: torch.device, *, deterministic: bool
 
 
 DTYPES: dict[str, torch.dtype] = {
+    "fp64": torch.float64,
     "fp32": torch.float32,
     "tf32": torch.float32,
     "bf16": torch.bfloat16,

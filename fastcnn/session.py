@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastcnn import checkpoint, engines, fused, runs, runtime
+from fastcnn import checkpoint, engines, fused, runs, runtime, sync
 from fastcnn.augment import Augment
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
@@ -24,7 +24,8 @@ from fastcnn.evaluate import Evaluation, Evaluator
 from fastcnn.feed import Chances
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
-from fastcnn.optim import OPTIMIZERS, FlatParameters, average_weights, schedule
+from fastcnn.optim import OPTIMIZERS, FlatParameters, average_weights, scaled_lr, schedule
+from fastcnn.ranks import ALONE, Ranks
 from fastcnn.step import Normalise, TrainingStep
 
 
@@ -37,6 +38,7 @@ class Session:
     classes: tuple[str, ...]
     model: SmallCNN
     step: TrainingStep
+    ranks: Ranks = ALONE
     chances: Chances | None = None
     """Of each training photo, to be drawn for an epoch; None takes each once."""
     why: str = ""
@@ -60,8 +62,12 @@ class Session:
         return contextlib.nullcontext() if average is None else self.step.parameters.holding(average)
 
     def save(self, name: str) -> None:
-        """Write a checkpoint into the run folder."""
+        """Write a checkpoint into the run folder. All ranks call this, and the first writes."""
         step = self.step
+        sums = self.ranks.sum_(step.sums.values.clone())
+        self.agree()
+        if not self.ranks.first:
+            return
         state = {
             "config": self.config.to_dict(),
             "classes": list(self.classes),
@@ -74,13 +80,19 @@ class Session:
             "cursor": int(step.feed.cursor),
             "step": int(step.number),
             "skipped": int(step.skipped),
-            "sums": step.sums.values,
+            "sums": sums,
             "best": self.best,
             "rows": self.rows,
             "rng": torch.get_rng_state(),
             "device_rng": torch.cuda.get_rng_state() if step.number.is_cuda else None,
         }
         checkpoint.save(self.run_dir / name, state)
+
+    def agree(self) -> None:
+        """Give batch norms that kept statistics of each rank's own the mean of all ranks'."""
+        if self.ranks.count > 1 and not self.config.sync_batch_norm:
+            for buffer in self.model.buffers():
+                self.ranks.sum_(buffer).div_(self.ranks.count)
 
     def save_best(self) -> None:
         """Write `best.pt`: as `last.pt`, but for the model, which is what is evaluated and exported."""
@@ -116,7 +128,7 @@ class Session:
             for key, tensor in current.items():
                 if tensor is not None and saved.get(key) is not None:
                     _copy(key, tensor, saved[key])
-            _copy("sums", step.sums.values, state["sums"])
+            _copy("sums", step.sums.values, state["sums"] if self.ranks.first else torch.zeros_like(state["sums"]))
         step.number.fill_(state["step"])
         step.skipped.fill_(state["skipped"])
         step.feed.cursor.fill_(state["cursor"])
@@ -140,11 +152,13 @@ def start(
     labels: npt.NDArray[np.int64] | None = None,
     *,
     fresh: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Session:
     """Return a session at its beginning: seeded weights, an optimizer, a step over `feed`.
 
     labels: (N,) of the training photos; left out, the feed's, which has them all where it is resident.
     fresh: False where a checkpoint is to be restored, so that `--init-from` is not needed any more.
+    ranks: who trains it together.
     """
     labels = feed.labels.cpu().numpy() if labels is None else labels
     device = feed.images.device
@@ -161,22 +175,24 @@ def start(
     )
     if config.init_from and fresh:
         begin_with(model, config.init_from)
+    sync.convert(model, ranks, batch_norm=config.sync_batch_norm)
     model = model.to(device)
     dtype = runtime.DTYPES[config.precision]
-    assert feed.batch_size in (None, config.batch_size)
+    assert feed.batch_size in (None, config.batch_size // ranks.count)
+    lr = scaled_lr(config.lr, config.lr_scaling, config.batch_size)
     parameters = FlatParameters(model, dtype)
     steps_per_epoch = min(len(feed) // config.batch_size, config.limit_train_batches or len(feed))
     num_steps = config.epochs * steps_per_epoch
     own = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     step = TrainingStep(
         parameters,
-        OPTIMIZERS[config.optimizer](parameters, config.lr, config.weight_decay, **own),
+        OPTIMIZERS[config.optimizer](parameters, lr, config.weight_decay, **own),
         feed,
         Normalise(config.mean, config.std, config.image_size, dtype, device),
         batch_size=config.batch_size,
         rates=schedule(
             config.schedule,
-            config.lr,
+            lr,
             num_steps,
             warmup_steps=round(config.warmup_epochs * steps_per_epoch),
             decay_steps=max(1, round(config.decay_epochs * steps_per_epoch)) if config.decay_epochs else None,
@@ -189,8 +205,9 @@ def start(
         clip_norm=config.clip_norm,
         skip_nan=config.on_nan == "skip",
         average=average_weights(config.ema, num_steps) if config.ema else None,
+        ranks=ranks,
     )
-    session = Session(config, folder, classes, model, step)
+    session = Session(config, folder, classes, model, step, ranks)
     if config.balance == "sampling":
         session.chances = (class_weights(labels, len(classes))[labels] / len(labels)).numpy().astype(np.float64)
         session.chances /= session.chances.sum()
@@ -237,7 +254,9 @@ def make_engine(session: Session) -> Engine:
         shape = {name: getattr(config, name) for name in ("batch_size", "precision", "augment")}
         signature = json.dumps([hardware, torch.__version__, session.model.options, shape])
         num_steps = config.epochs * step.num_steps
-        engine, name, session.why = engines.choose(step, num_steps, signature, strict=config.strict)
+        engine, name, session.why = engines.choose(
+            step, num_steps, signature, strict=config.strict, slowest=session.ranks.slowest
+        )
     else:
         engine, name = engines.build(config.engine, step, strict=config.strict)
         plain = fused.plain_blocks(step.network) if name.startswith("fused") else ""
@@ -252,11 +271,15 @@ def make_evaluator(session: Session, feed: Feed) -> Evaluator:
     name, strict = session.config.engine, session.config.strict
     parameters = session.step.parameters
     return Evaluator(
-        parameters.compute, feed, session.step.normalise, lambda step: engines.build(name, step, strict=strict)[0]
+        parameters.compute,
+        feed,
+        session.step.normalise,
+        lambda step: engines.build(name, step, strict=strict)[0],
+        ranks=session.ranks,
     )
 
 
 def judge(session: Session, feed: Feed) -> Evaluation:
     """Return what the model, as it is now, says of every photo of a feed. One pass: nothing is compiled or captured."""
-    step = session.step
-    return Evaluator(step.parameters.compute, feed, step.normalise, num_classes=len(session.classes))()
+    step, num_classes = session.step, len(session.classes)
+    return Evaluator(step.parameters.compute, feed, step.normalise, num_classes=num_classes, ranks=session.ranks)()

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn.augment import Augment, Batch
-from fastcnn.loader import Feed
+from fastcnn.feed import Chances, Feed
 from fastcnn.metrics import Sums
 from fastcnn.model import SmallCNN
 from fastcnn.optim import FlatParameters, LossScale, Optimizer
+from fastcnn.ranks import ALONE, Ranks
 
 
 class Normalise:
@@ -53,7 +54,8 @@ def forward(
 
     targets: (N,) int64 labels, or (N, num_classes) what each class counts for.
     """
-    logits = model(normalise(images)).float()
+    logits = model(normalise(images))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
     return losses, logits.detach().argmax(1)
 
@@ -69,7 +71,7 @@ class TrainingStep:
         optimizer: what updates them.
         feed: the photos.
         normalise: pixels to input; its dtype is the arithmetic's.
-        batch_size: photos a step.
+        batch_size: photos a step, on all ranks together.
         rates: (T,) learning rate of each step of the run.
         augment: reads a batch and changes it; None reads it as it is.
         label_smoothing: share of each label that is spread over all classes.
@@ -78,6 +80,7 @@ class TrainingStep:
         clip_norm: the gradient's largest norm; None leaves it.
         skip_nan: leave a step whose loss is no finite number out and go on; False updates nothing from it on.
         average: (T,) weight of each step's values in their moving average; None keeps none.
+        ranks: the processes that take a step together, each its share of the batch.
     """
 
     def __init__(
@@ -96,34 +99,45 @@ class TrainingStep:
         clip_norm: float | None = None,
         skip_nan: bool = False,
         average: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         device = feed.images.device
         self.parameters, self.optimizer, self.feed, self.normalise = parameters, optimizer, feed, normalise
         self.batch_size, self.clip_norm, self.label_smoothing = batch_size, clip_norm, label_smoothing
-        self.skip_nan = skip_nan
+        self.skip_nan, self.ranks = skip_nan, ranks
         self.augment = augment or Augment((), feed.images.shape[1])
-        self.class_weights = None if class_weights is None else class_weights.to(device)
+        wide = torch.promote_types(normalise.dtype, torch.float32)
+        self.class_weights = None if class_weights is None else class_weights.to(device, wide)
         self.rates = rates.to(device)
-        self.average_weights = None if average is None else average.to(device)
+        self.average_weights = None if average is None else average.to(parameters.values)
         self.average = None if average is None else parameters.values.clone()
         self.loss_scale = LossScale(device) if normalise.dtype == torch.float16 else None
         # An epoch's: the permutation's tail is dropped.
         self.num_steps = min(len(feed) // batch_size, limit or len(feed))
-        self.offsets = torch.arange(batch_size, device=device)
-        self.weights = torch.ones(batch_size, device=device)
-        self.one_hot = torch.eye(parameters.model.output.out_features, device=device)
+        share = batch_size // ranks.count
+        self.offsets = torch.arange(ranks.rank * share, (ranks.rank + 1) * share, device=device)
+        self.weights = torch.ones(share, device=device)
+        self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # of each place in the epoch's order
+        self.one_hot = torch.eye(parameters.model.output.out_features, dtype=wide, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
         # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
         self.skipped = torch.zeros((), device=device)
         self.sums = Sums(device)
         self.forward: Callable[..., tuple[Tensor, Tensor]] = forward  # an engine may put a compiled one here
 
+    def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: Chances | None = None) -> Feed:
+        """Return the feed at an epoch's beginning, or `done` steps from it: see `Feed.start_epoch`."""
+        if len(self.draws):
+            self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
+        return self.feed.start_epoch(seed, epoch, done * self.batch_size, chances)
+
     def __call__(self) -> None:
         """Train on the batch at the feed's cursor and move the cursor behind it."""
         feed = self.feed
-        photos = feed.permutation.index_select(0, feed.cursor + self.offsets)
+        order = feed.cursor + self.offsets
+        photos, draws = feed.permutation.index_select(0, order), self.draws.index_select(1, order)
         places = getattr(self.forward, "takes_places", False)
-        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), places)
+        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws, places)
         buffers = [buffer.clone() for buffer in self.parameters.compute.buffers()] if self.skip_nan else []
         losses, guesses = self.forward(
             self.parameters.compute,
@@ -133,10 +147,11 @@ class TrainingStep:
             self.label_smoothing,
             self.class_weights,
         )
-        loss = losses.mean()
+        loss = losses.mean() if self.ranks.count == 1 else losses.mean() / self.ranks.count
         objective = loss if self.loss_scale is None else loss * self.loss_scale.scale
-        self.parameters.set_gradients(torch.autograd.grad(objective, self.parameters.inputs))
-        skip = self._update(loss.detach())
+        self.parameters.set_gradients(torch.autograd.grad(objective, self.parameters.inputs), loss.detach())
+        self.ranks.sum_(self.parameters.reduced)
+        skip = self._update(self.parameters.loss)
         losses, weights = losses.detach(), self.weights
         if self.skip_nan:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
@@ -156,7 +171,7 @@ class TrainingStep:
         parameters, optimizer = self.parameters, self.optimizer
         tensors = [
             parameters.values,
-            parameters.gradient,
+            parameters.reduced,
             parameters.low,
             *parameters.model.buffers(),
             *optimizer.state_dict().values(),
@@ -173,7 +188,7 @@ class TrainingStep:
         if batch.others is None or batch.share is None:
             return batch.labels
         own, other = self.one_hot.index_select(0, batch.labels), self.one_hot.index_select(0, batch.others)
-        return torch.lerp(other, own, batch.share[:, None])
+        return torch.lerp(other, own, batch.share[:, None].to(own.dtype))
 
     def _update(self, loss: Tensor) -> Tensor:
         """Update the weights; return 1 where the step is left out because of its loss, else 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 
-from fastcnn import dataset, engines, files, finite, index, memory, runs, runtime, signals
+from fastcnn import dataset, engines, files, finite, index, launch, memory, ranks, runs, runtime, signals
 from fastcnn import session as sessions
 from fastcnn import tracker as tracking
 from fastcnn.config import Config, parse_interval
@@ -29,6 +32,7 @@ from fastcnn.finish import finish
 from fastcnn.kernels import pool
 from fastcnn.loader import LOADERS, Options
 from fastcnn.metrics import Live, Score, Stopwatch
+from fastcnn.ranks import Ranks
 from fastcnn.resume import Interrupted, restore, what_is_saved
 from fastcnn.session import Session
 from fastcnn.step import TrainingStep
@@ -65,25 +69,51 @@ def fit(
         import_seconds: what importing cost before this call, for the time table.
         trackers: where the figures go beside `tracker.TRACKERS`; what one raises ends the run, after saving it.
 
+    Where torchrun has started this process among others, all of them train one model: `devices` is then their number.
+
     Raises DataError where the photos cannot be used, Interrupted on SIGINT and SIGTERM after saving `last.pt`, and
     FastCNNError for whatever else the user can mend.
     """
-    config = _resolve(config)
-    name = Path(config.data).name or "run"
-    try:
-        with (
-            signals.raising(),
-            contextlib.nullcontext(runs.find(resume)) if resume else runs.folder(run_dir, name) as folder,
-            runs.held(folder),
-            _said(folder),
-        ):
-            return _fit(config, folder, bool(resume), console or Console(quiet=True), import_seconds, trackers)
-    except (RuntimeError, MemoryError) as error:
-        if not runtime.is_out_of_memory(error):
-            raise
-        why = first_line(error)
-    # Only here, as the traceback is gone with all that it holds.
-    raise FastCNNError(memory.advice(config, why, folder / "last.pt"))
+    if config.devices != (launch.num_ranks() or 1):
+        raise UsageError(
+            f"--devices {config.devices}: {launch.num_ranks() or 1} of them here; "
+            "`fastcnn train --devices` or torchrun starts more"
+        )
+    with signals.raising(), ranks.joined(runtime.pick_device(config.device).type) as group:
+        config = _resolve(config, group)
+        console = console if console and group.first else Console(quiet=True)
+        try:
+            with _folder(config, run_dir, resume, group) as (folder, going_on), _said(folder):
+                return _fit(config, folder, going_on, group, console, import_seconds, trackers)
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+            why = first_line(error)
+        # Only here, as the traceback is gone with all that it holds.
+        raise FastCNNError(memory.advice(config, why, folder / "last.pt"))
+
+
+@contextlib.contextmanager
+def _folder(
+    config: Config, run_dir: str | Path | None, resume: str | Path | None, group: Ranks
+) -> Iterator[tuple[Path, bool]]:
+    """Yield the run's folder, made and held by the first rank, and whether to go on with what is in it.
+
+    Ranks that torchrun has started again go on in the folder that the first ones kept for them.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def find() -> tuple[Path, bool]:
+            before = group.recall("run folder") if group.restarts else None
+            if before or resume:
+                folder = runs.find(before or resume or "")
+            else:
+                folder = stack.enter_context(runs.folder(run_dir, Path(config.data).name or "run"))
+            stack.enter_context(runs.held(folder))
+            group.keep("run folder", str(folder.resolve()))
+            return folder, bool(before or resume)
+
+        yield group.share(find)
 
 
 @contextlib.contextmanager
@@ -104,6 +134,7 @@ def _fit(
     config: Config,
     folder: Path,
     resume: bool,
+    group: Ranks,
     console: Console,
     import_seconds: float,
     more_trackers: Sequence[Callable[[Run], Tracker]],
@@ -111,11 +142,14 @@ def _fit(
     """Do what `fit` does, in a folder that is there."""
     watch = Stopwatch()
     watch.seconds["import"] = import_seconds
-    device = torch.device(config.device)
+    device = _device(config, group)
     tf32 = config.precision == "tf32"
     own_split = folder / "split.csv"
-    begun = resume and (folder / "last.pt").is_file()
-    if not begun:
+    begun = group.share(lambda: resume and (folder / "last.pt").is_file())
+    own_split_there = group.share(lambda: resume and own_split.is_file())
+    if group.restarts:
+        console.line(f"restart {group.restarts}: going on in {folder}")
+    if not begun and group.first:
         _write_config(folder, config)  # so that a run that is killed before its first step can be resumed as well
     with runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
         with console.progress("decoding", "photos") as progress:
@@ -124,16 +158,17 @@ def _fit(
                 image_size=config.decoded_size,
                 decoder=config.decoder,
                 gpu=device.index if device.type == "cuda" else None,
-                workers=config.workers,
+                workers=config.workers or (max(1, runtime.num_cores() // group.local_count) if group.joined else None),
                 cache_dir=config.cache_dir,
                 loader=config.loader,
                 memory_limit=config.memory_limit,
                 val_fraction=config.val_fraction,
                 seed=config.seed,
-                split=own_split if resume and own_split.is_file() else config.split,
+                split=own_split if own_split_there else config.split,
                 max_bad=config.max_bad,
                 max_pixels=config.max_pixels,
                 strict=config.strict,
+                ranks=group,
                 progress=lambda done, total: progress(done, total, ""),
                 note=console.line,
                 stopwatch=watch,
@@ -149,13 +184,16 @@ def _fit(
             )
         if resume and not begun:
             console.line("nothing was saved yet: beginning again")
-        data, (feeds, session, engine, evaluator) = _set_up(config, folder, data, watch, console, begun)
+        data, (feeds, session, engine, evaluator) = _set_up(config, folder, data, watch, console, begun, group)
         if session.why:
             console.line(f"engine {session.config.engine}: {session.why}")
-        _write_inputs(session, data)
+        if group.first:
+            _write_inputs(session, data)
+        train, val, test = (f"{len(data.photos(split)):,} {split}" for split in ("train", "val", "test"))
+        where = f"{device}" if group.count == 1 else f"{group.count} ranks on {device.type}"
         console.line(
-            f"{len(feeds['train']):,} train, {len(feeds['val']):,} val, {len(feeds['test']):,} test photos; "
-            f"{session.config.engine} engine, {config.precision}, {device}; run folder {session.run_dir}"
+            f"{train}, {val}, {test} photos; {session.config.engine} engine, {config.precision}, {where}; "
+            f"run folder {session.run_dir}"
         )
         run = Run(
             run_dir=session.run_dir,
@@ -168,7 +206,8 @@ def _fit(
             },
             rows=tuple(session.rows),
         )
-        with tracking.opened(run, more_trackers) as trackers:
+        opened = tracking.opened(run, more_trackers) if group.first else contextlib.nullcontext(list[Tracker]())
+        with opened as trackers:
             with signals.received() as stop:
                 _train(session, data, engine, evaluator, watch, trackers, console, stop)
             summary = finish(session, data, feeds, watch, trackers, console)
@@ -182,30 +221,45 @@ Ready = tuple[dict[str, Feed], Session, Engine, Evaluator]
 
 
 def _set_up(
-    config: Config, folder: Path, data: Dataset, watch: Stopwatch, console: Console, begun: bool
+    config: Config, folder: Path, data: Dataset, watch: Stopwatch, console: Console, begun: bool, group: Ranks
 ) -> tuple[Dataset, Ready]:
     """Return the data and what trains on them; photos that `--loader auto` found no room for are mapped."""
     try:
-        return data, _make_ready(config, folder, data, watch, console, begun)
+        return data, _make_ready(config, folder, data, watch, console, begun, group)
     except (RuntimeError, MemoryError) as error:
-        if config.loader != "auto" or data.loader != "resident" or not runtime.is_out_of_memory(error):
+        alone = config.loader == "auto" and data.loader == "resident" and group.count == 1  # else others wait for us
+        if not alone or not runtime.is_out_of_memory(error):
             raise
         why = f"resident ran out of memory ({first_line(error)})"
     memory.release()
     fall_back(f"loader mapped: {why}", strict=config.strict)
     data = dataclasses.replace(data, loader="mapped", loader_reason=why)
-    return data, _make_ready(config, folder, data, watch, console, begun)
+    return data, _make_ready(config, folder, data, watch, console, begun, group)
 
 
-def _make_ready(config: Config, folder: Path, data: Dataset, watch: Stopwatch, console: Console, begun: bool) -> Ready:
-    config, device = dataclasses.replace(config, loader=data.loader), torch.device(config.device)
+def _make_ready(
+    config: Config, folder: Path, data: Dataset, watch: Stopwatch, console: Console, begun: bool, group: Ranks
+) -> Ready:
+    config, device = dataclasses.replace(config, loader=data.loader), _device(config, group)
+
+    def feed(photos: npt.NDArray[np.intp], batch_size: int, **share: int) -> Feed:
+        options = Options(
+            device=device,
+            batch_size=batch_size,
+            decoder=config.decoder,
+            workers=config.workers,
+            crop_scale=dict(config.augmentations).get("crop"),
+            max_pixels=config.max_pixels,
+            **share,
+        )
+        return LOADERS[config.loader](data.index, data.cache, photos, options)
+
     with watch.stage("upload"):
-        feeds = {
-            split: LOADERS[config.loader](data.index, data.cache, data.photos(split), _options(config, device, split))
-            for split in ("train", "val", "test")
-        }
+        feeds = {"train": feed(data.photos("train"), config.batch_size, rank=group.rank, num_ranks=group.count)}
+        for split in ("val", "test"):  # shared out once and for all
+            feeds[split] = feed(data.photos(split)[group.rank :: group.count], BATCH_SIZE)
     labels = data.index.labels[data.photos("train")]
-    session = sessions.start(config, folder, data.index.classes, feeds["train"], labels, fresh=not begun)
+    session = sessions.start(config, folder, data.index.classes, feeds["train"], labels, fresh=not begun, ranks=group)
     if begun:
         restore(session, console)
     with watch.stage("compile"):
@@ -216,11 +270,19 @@ def _make_ready(config: Config, folder: Path, data: Dataset, watch: Stopwatch, c
     return feeds, session, engine, evaluator
 
 
-def _resolve(config: Config) -> Config:
+def _device(config: Config, group: Ranks) -> torch.device:
+    return runtime.pick_device(config.device, group.local_rank)
+
+
+def _resolve(config: Config, group: Ranks) -> Config:
     """Return the configuration with every "auto" but decoder and engine replaced by what it is on this machine."""
     if not config.data:
         raise UsageError("which photos? fastcnn train DATA, where DATA is a folder of photos")
-    device = runtime.pick_device(config.device)
+    device = _device(config, group)
+    if group.count > 1 and ":" in config.device:
+        raise UsageError(
+            f"--device {config.device} is one device, and there are {group.count} ranks: give {device.type}"
+        )
     return dataclasses.replace(
         config,
         data=str(Path(config.data).resolve()),
@@ -228,22 +290,11 @@ def _resolve(config: Config) -> Config:
         cache_dir=config.cache_dir and str(Path(config.cache_dir).resolve()),
         init_from=config.init_from
         and str(Path(config.init_from).resolve() if Path(config.init_from).exists() else config.init_from),
-        device=str(device),
+        device=device.type if group.count > 1 else str(device),
         precision=runtime.pick_precision(
             config.precision, device, deterministic=config.deterministic, strict=config.strict
         ),
-        threads=config.threads or runtime.num_cores(),
-    )
-
-
-def _options(config: Config, device: torch.device, split: str) -> Options:
-    return Options(
-        device=device,
-        batch_size=config.batch_size if split == "train" else BATCH_SIZE,
-        decoder=config.decoder,
-        workers=config.workers,
-        crop_scale=dict(config.augmentations).get("crop"),
-        max_pixels=config.max_pixels,
+        threads=config.threads or max(1, runtime.num_cores() // group.local_count),
     )
 
 
@@ -266,7 +317,7 @@ def _train(
     stop: list[int],
 ) -> None:
     """Run the epochs that are left. `stop` holds the signal that asks the run to end, once one came."""
-    config, step = session.config, session.step
+    config, step, group = session.config, session.step, session.ranks
     saving = Saving(config.checkpoint_every)
     while session.epoch < config.epochs and not _is_stale(session, console):
         epoch, start = session.epoch + 1, time.perf_counter()
@@ -274,28 +325,34 @@ def _train(
         step.parameters.compute.train()
         with (
             watch.stage("train"),
-            step.feed.start_epoch(config.seed, epoch, done * config.batch_size, session.chances),
+            step.start_epoch(config.seed, epoch, done, session.chances),
             console.progress(f"epoch {epoch}/{config.epochs}", "steps") as progress,
         ):
             if not done:
                 step.sums.reset()
             for queued, live in _run_epoch(step, engine, done, saving):
-                rate = (live.count - done * config.batch_size) / (time.perf_counter() - start)
+                rate = (live.count * group.count - done * config.batch_size) / (time.perf_counter() - start)
                 progress(queued, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
                 if not math.isfinite(live.loss):
                     finite.check(session, data, epoch, skipped, queued)
+                stopped, due = group.highest(*stop[:1] or [0], saving.due(queued))
                 # An epoch whose steps are done is finished first.
-                if (stop or saving.due(queued)) and queued < step.num_steps:
+                if (stopped or due) and queued < step.num_steps:
                     finite.check(session, data, epoch, skipped, queued)
                     with watch.stage("checkpoint"):
                         session.save("last.pt")
                     saving.saved()
-                    if stop:
-                        raise Interrupted(stop[0], what_is_saved(session.run_dir))
+                    if stopped:
+                        raise Interrupted(stopped, what_is_saved(session.run_dir))
+            if group.joined:  # the sums of all ranks are the first's from here on, as in a checkpoint
+                group.sum_(step.sums.values)
             train = step.sums.read()  # the epoch's one synchronisation
+            if not group.first:
+                step.sums.reset()
             save_seconds -= watch.seconds.get("checkpoint", 0.0)
             train_seconds = time.perf_counter() - start + save_seconds
         finite.check(session, data, epoch, skipped, step.num_steps)
+        session.agree()
         with watch.stage("eval"), session.averaged():
             val = evaluator().score
         session.epoch = epoch
@@ -309,6 +366,7 @@ def _train(
             "lr": float(step.optimizer.lr),
             "images_per_second": (train.count - done * config.batch_size) / train_seconds,
         }
+        row = group.share(functools.partial(dict, row))  # times differ
         session.rows.append(row)
         is_best = not session.best or _rank(row) > _rank(session.best)
         if is_best:
@@ -320,8 +378,9 @@ def _train(
         saving.saved()
         for tracker in trackers:
             tracker.epoch(row)
-        if stop:
-            raise Interrupted(stop[0], what_is_saved(session.run_dir))
+        (stopped,) = group.highest(*stop[:1] or [0])
+        if stopped:
+            raise Interrupted(stopped, what_is_saved(session.run_dir))
 
 
 class Saving:
@@ -361,7 +420,7 @@ def _run_epoch(step: TrainingStep, engine: Engine, done: int, saving: Saving) ->
     while done < step.num_steps:
         start = time.perf_counter()
         portion = min(portion, step.num_steps - done)
-        now = saving.limit(portion, done)
+        now = -step.ranks.highest(-saving.limit(portion, done))[0]  # as many as the slowest rank takes
         step.feed.drive(engine.run, now)
         live.mark()
         done += now

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     {"errors"},
-    {"config", "files"},
+    {"config", "files", "launch"},
+    {"ranks"},
     {
         "index",
         "augment",
@@ -34,7 +35,8 @@ LEVELS = [
     {"study"},
     {"artefact", "wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "page", "fetch"},
     {"tracker", "optim", "loader", "report", "deploy", "sweep_pictures"},
-    {"step", "dataset", "check"},
+    {"sync", "dataset", "check"},
+    {"step"},
     {"fused"},
     {"engines", "check_page"},
     {"evaluate", "predict", "skew", "triton_server", "card"},
