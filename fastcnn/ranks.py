@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastcnn import launch
-from fastcnn.errors import FastCNNError, FastCNNWarning
+from fastcnn.errors import FastCNNError, FastCNNWarning, first_line
 
 Value = TypeVar("Value")
+STARTING = timedelta(minutes=10)  # until all are there
 PATIENCE = timedelta(hours=12)  # to wait for a rank that lives: another run may be decoding. A dead one is noticed
 
 
@@ -148,21 +149,30 @@ def joined(device: str) -> Iterator[Ranks]:
     import torch.distributed as dist
 
     number = {name: int(os.environ.get(name, default)) for name, default in _VARIABLES.items()}
-    own_group = not dist.is_initialized()
-    if own_group:
-        if device == "cuda":
-            torch.cuda.set_device(number["LOCAL_RANK"])
-        with noticing():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, restarts = number["RANK"], number["TORCHELASTIC_RESTART_COUNT"]
+    if device == "cuda":
+        torch.cuda.set_device(number["LOCAL_RANK"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by the first rank
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    with noticing():
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            number["MASTER_PORT"],
+            is_master=rank == 0 and not hosted,
+            timeout=STARTING,
+            multi_tenant=True,
+        )
+        # torchrun's store is one for all restarts: without a name of its own a group finds the addresses of the last.
+        own = _within(f"group {restarts}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=number["WORLD_SIZE"], timeout=PATIENCE)
     ranks = Ranks(
-        rank=dist.get_rank(),
-        count=dist.get_world_size(),
+        rank=rank,
+        count=number["WORLD_SIZE"],
         local_rank=number["LOCAL_RANK"],
         local_count=number["LOCAL_WORLD_SIZE"],
-        restarts=number["TORCHELASTIC_RESTART_COUNT"],
+        restarts=restarts,
         joined=True,
-        store=dist.PrefixStore("fastcnn", dist.TCPStore(*address, is_master=False)),  # type: ignore[attr-defined]
+        store=_within("fastcnn", store),
     )
     try:
         with _warning_once(ranks):
@@ -173,11 +183,21 @@ def joined(device: str) -> Iterator[Ranks]:
             raise
         raise Told(_exit_code(ranks)) from None
     finally:
-        if own_group:
-            dist.destroy_process_group()  # so that no rank waits for one that has failed
+        dist.destroy_process_group()  # so that no rank waits for one that has failed
 
 
-_VARIABLES = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
+_VARIABLES = {
+    "RANK": 0,
+    "WORLD_SIZE": 1,
+    "LOCAL_RANK": 0,
+    "LOCAL_WORLD_SIZE": 1,
+    "MASTER_PORT": 0,
+    "TORCHELASTIC_RESTART_COUNT": 0,
+}
+
+
+def _within(name: str, store: Any) -> Any:
+    return torch.distributed.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 def _exit_code(ranks: Ranks) -> int:
@@ -194,7 +214,8 @@ def noticing() -> Iterator[None]:
     except RuntimeError as error:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise
-        raise Gone(f"another rank ended ({str(error).strip().splitlines()[0][-100:]})") from None
+        reason = first_line(error).partition("] ")[2] or first_line(error)  # gloo begins with its source's path
+        raise Gone(f"another rank ended ({reason})") from None
 
 
 @contextlib.contextmanager

@@ -104,14 +104,15 @@ def _folder(
     with contextlib.ExitStack() as stack:
 
         def find() -> tuple[Path, bool]:
-            before = group.recall("run folder") if group.restarts else None
-            if before or resume:
-                folder = runs.find(before or resume or "")
+            kept = group.recall("run folder") if group.restarts else None
+            going_on = resume or (kept if kept and (Path(kept) / runs.CONFIG).is_file() else None)
+            if going_on:
+                folder = runs.find(going_on)
             else:
-                folder = stack.enter_context(runs.folder(run_dir, Path(config.data).name or "run"))
+                folder = stack.enter_context(runs.folder(kept or run_dir, Path(config.data).name or "run"))
             stack.enter_context(runs.held(folder))
             group.keep("run folder", str(folder.resolve()))
-            return folder, bool(before or resume)
+            return folder, bool(going_on)
 
         yield group.share(find)
 
