@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -162,8 +163,9 @@ def joined(device: str) -> Iterator[Ranks]:
             timeout=STARTING,
             multi_tenant=True,
         )
-        # torchrun's store is one for all restarts: without a name of its own a group finds the addresses of the last.
-        own = _within(f"group {restarts}", store)
+        # torchrun's store is one for all restarts: without a name of its own a group finds the addresses of an earlier.
+        number_here = next(_groups)
+        own = _within(f"group {restarts} {number_here}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=number["WORLD_SIZE"], timeout=PATIENCE)
     ranks = Ranks(
         rank=rank,
@@ -172,7 +174,7 @@ def joined(device: str) -> Iterator[Ranks]:
         local_count=number["LOCAL_WORLD_SIZE"],
         restarts=restarts,
         joined=True,
-        store=_within("fastcnn", store),
+        store=_within(f"fastcnn {number_here}", store),
     )
     try:
         with _warning_once(ranks):
@@ -186,6 +188,7 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()  # so that no rank waits for one that has failed
 
 
+_groups = itertools.count()  # of this process: all ranks join as many
 _VARIABLES = {
     "RANK": 0,
     "WORLD_SIZE": 1,
