@@ -46,7 +46,7 @@ def make_step(
     parameters.compute.train()
     rates = torch.full((1_000_000,), 1e-4)
     size = feed.images.shape[1]
-    return TrainingStep(
+    step = TrainingStep(
         parameters,
         Adam(parameters, 1e-4),
         feed,
@@ -55,6 +55,8 @@ def make_step(
         rates=rates,
         augment=Augment(augmentations, size),
     )
+    step.draws.copy_(step.augment.draw(len(feed), (0, 1)))
+    return step
 
 
 def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:

@@ -40,8 +40,8 @@ def main() -> None:
     photos, everything = torch.from_numpy(pixels), torch.arange(COUNT)
     for name in STRENGTHS:
         config = Config(augment=(name,))
-        torch.manual_seed(1)
-        changed = Augment(config.augmentations, args.size)(photos, everything, everything).images
+        augment = Augment(config.augmentations, args.size)
+        changed = augment(photos, everything, everything, augment.draw(COUNT, (0, 1))).images
         assert isinstance(changed, torch.Tensor)  # read, not where it lies
         path = args.out / f"{name}.jpg"
         sheet(photos.numpy(), changed.numpy()).save(path, quality=88)

@@ -26,9 +26,9 @@ def smooth(side: int = SIDE) -> Tensor:
 
 
 def changed(images: Tensor, *names: str, size: int = SIDE, **strengths: float) -> Batch:
-    torch.manual_seed(0)
-    chosen = [(name, strengths.get(name, STRENGTHS[name][0])) for name in names]  # type: ignore[index]
-    return Augment(chosen, size)(images, torch.arange(len(images)), torch.arange(len(images)) % 10)
+    augment = Augment([(name, strengths.get(name, STRENGTHS[name][0])) for name in names], size)  # type: ignore[index]
+    everything = torch.arange(len(images))
+    return augment(images, everything, everything % 10, augment.draw(len(images), (0, 1)))
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -75,7 +75,7 @@ def test_flip_and_shift_go_through_the_same_pixels_as_interpolation() -> None:
 def test_rotate_by_a_right_angle() -> None:
     images = smooth()
     found = changed(images, "rotate", rotate=180).images
-    angles = (torch.manual_seed(0) and torch.rand(1, COUNT)) * 2 - 1
+    angles = Augment([("rotate", 180.0)], SIDE).draw(COUNT, (0, 1)) * 2 - 1
     nearest = (angles[0].abs() - 0.5).abs().argmin()  # of all, the closest to 90 degrees
     turned = torch.rot90(images[nearest], 1 if angles[0, nearest] > 0 else -1, (0, 1))
     assert (found[nearest].float() - turned.float()).abs().mean() < 6
@@ -115,8 +115,9 @@ def test_mixes_say_what_they_mixed(name: str) -> None:
     batch = changed(images, name, **{name: 1.0})
     assert batch.others is not None
     assert batch.share is not None
-    assert torch.equal(batch.others, batch.labels.roll(1))
-    expected = batch.share * levels + (1 - batch.share) * levels.roll(1)
+    pairs = torch.arange(len(levels)) ^ 1
+    assert torch.equal(batch.others, batch.labels[pairs])
+    expected = batch.share * levels + (1 - batch.share) * levels[pairs]
     torch.testing.assert_close(batch.images.float().mean((1, 2, 3)), expected, atol=0.6, rtol=0)
     assert batch.share.min() >= (0.5 if name == "mixup" else 0)
     assert 0 < batch.share.mean() < 1

@@ -86,7 +86,7 @@ def run_epochs(step: TrainingStep, engine: Engine, num_steps: int) -> None:
     done, epoch = 0, 0
     while done < num_steps:
         epoch += 1
-        step.feed.start_epoch(7, epoch)
+        step.start_epoch(7, epoch)
         portion = min(step.num_steps, num_steps - done)
         engine.run(portion)
         done += portion
@@ -120,11 +120,13 @@ def test_fifty_steps_equal_a_plain_loop_to_the_bit(
     number, total, right = 0, 0.0, 0
     for epoch in range(1, 9):
         order = np.random.default_rng([7, epoch]).permutation(PHOTOS)
+        augment = make_augment(augmentations)
+        draws = augment.draw(PHOTOS, (7, epoch))
         for start in range(0, PHOTOS - BATCH + 1, BATCH):
             if number == 50:
                 break
             batch = torch.from_numpy(order[start : start + BATCH])
-            changed = make_augment(augmentations)(feed.images, batch, feed.labels[batch])
+            changed = augment(feed.images, batch, feed.labels[batch], draws[:, start : start + BATCH])
             logits = model(step.normalise(changed.images))
             loss = F.cross_entropy(logits, targets(changed), reduction="none")
             model.zero_grad()
@@ -344,7 +346,7 @@ def compiled_against_eager(num_states: int, activation: str) -> float:
     engines.compiled(other)
     for state in range(num_states):
         if state % step.num_steps == 0:
-            step.feed.start_epoch(7, state)
+            step.start_epoch(7, state)
         for a, b in zip(other.state(), step.state(), strict=True):
             a.copy_(b)
         other.feed.permutation.copy_(step.feed.permutation)
@@ -467,15 +469,15 @@ def test_fp16_skips_an_overflow_and_learns_on() -> None:
 
 
 def test_augmentations() -> None:
-    torch.manual_seed(0)
     images = make_feed().images
     photos, labels = torch.arange(PHOTOS), make_feed().labels
-    flipped = make_augment(["flip"])(images, photos, labels).images
+    flip, shift = make_augment(["flip"]), make_augment(["shift"])
+    flipped = flip(images, photos, labels, flip.draw(PHOTOS, (0, 1))).images
     mirrored = (flipped == images.flip(2)).flatten(1).all(1)
     same = (flipped == images).flatten(1).all(1)
     assert (mirrored | same).all()
     assert 10 < mirrored.sum() < 50
-    shifted = make_augment(["shift"])(images, photos, labels).images
+    shifted = shift(images, photos, labels, shift.draw(PHOTOS, (0, 1))).images
     assert shifted.shape == images.shape
     assert shifted.dtype == torch.uint8
     inside = shifted[:, 8:24, 8:24]

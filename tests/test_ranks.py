@@ -121,22 +121,22 @@ def test_a_rank_killed_in_mid_run_starts_again_from_the_checkpoint(uneven: Path,
     whole = fit(config, run_dir="whole")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, "-m", "fastcnn.cli", "train", "--config", "config.yaml", "--devices", "2"]
-    run = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--max-restarts", "1", "--checkpoint-every", "2", "--run-dir", "run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(two_ranks.__file__).parents[1])},
-    )
-    assert run.stdout
-    seen = []
-    for line in run.stdout:
-        seen.append(line)
-        if line.startswith("epoch  2/12"):
-            os.kill(children(run.pid)[-1], signal.SIGKILL)
-            break
-    seen += list(run.stdout)
-    assert run.wait() == 0, "".join(seen)
+    ) as run:
+        assert run.stdout
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if line.startswith("epoch  2/12"):
+                os.kill(children(run.pid)[-1], signal.SIGKILL)
+                break
+        seen += list(run.stdout)
+    assert run.returncode == 0, "".join(seen)
     assert sum(line.startswith("restart 1: going on in ") for line in seen) == 1
     assert figures(Path("run")) == [pytest.approx(row, abs=EXACT) for row in figures(whole.run_dir)]
     assert len(figures(Path("run"))) == 12
