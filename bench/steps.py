@@ -13,6 +13,7 @@ from fastcnn.kernels import pool
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
 from fastcnn.optim import Adam, FlatParameters
+from fastcnn.ranks import ALONE, Ranks
 from fastcnn.step import Normalise, TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,6 +36,7 @@ def make_step(
     batch: int,
     precision: str,
     augmentations: Sequence[tuple[str, float]] = (),
+    ranks: Ranks = ALONE,
 ) -> TrainingStep:
     """Return a training step of the reference network, with augmentations by name and strength."""
     device, dtype = feed.images.device, runtime.DTYPES[precision]
@@ -54,6 +56,7 @@ def make_step(
         batch_size=batch,
         rates=rates,
         augment=Augment(augmentations, size),
+        ranks=ranks,
     )
     step.draws.copy_(step.augment.draw(len(feed), (0, 1)))
     return step

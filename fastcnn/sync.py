@@ -18,9 +18,9 @@ def convert(model: SmallCNN, ranks: Ranks, *, batch_norm: bool) -> None:
 
     batch_norm: whether its statistics are those of all ranks; else each rank's are its own.
     """
-    if not ranks.joined:
+    if ranks.count == 1:
         return
-    _operators()
+    operators()
     model.dropout = SharedDropout(model.dropout.p, ranks)
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -100,7 +100,7 @@ class _SyncNorm(torch.autograd.Function):
 
 
 @functools.cache
-def _operators() -> None:
+def operators() -> None:
     """Register the collectives as operators, which torch.compile leaves alone."""
 
     @torch.library.custom_op("fastcnn::every_rank", mutates_args=())
