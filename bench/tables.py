@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 from bench.record import Record, Row
 
 Lines = list[list[str]]
+
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, make: Callable[[str], str]) -> str:
+    """Return a text with what `make` gives for NAME between each <!-- table: NAME --> and <!-- end -->."""
+    return MARKED.sub(lambda match: f"{match[1]}{make(match[2])}{match[3]}", text)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 A table stands between <!-- table: NAME --> and <!-- end -->; the names are those of bench.tables.TABLES.
 """
 
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -18,7 +17,6 @@ from bench import tables  # noqa: E402
 from bench.record import Record, read  # noqa: E402
 
 PUBLISHED = ROOT / "bench" / "results" / "published"
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ON_CPU = {
     "infer",
     "decode",
@@ -50,12 +48,12 @@ def published(folder: Path) -> list[Record]:
 def filled(text: str, records: list[Record]) -> str:
     """Return a text with every marked table made anew. Raises ValueError where there is no table of that name."""
 
-    def fill(match: re.Match[str]) -> str:
-        if match[2] not in tables.TABLES:
-            raise ValueError(f"no table {match[2]}: the tables are {', '.join(tables.TABLES)}")
-        return f"{match[1]}{table(match[2], records)}{match[3]}"
+    def make(name: str) -> str:
+        if name not in tables.TABLES:
+            raise ValueError(f"no table {name}: the tables are {', '.join(tables.TABLES)}")
+        return table(name, records)
 
-    return MARKED.sub(fill, text)
+    return tables.fill(text, make)
 
 
 def table(name: str, records: list[Record]) -> str:
