@@ -64,6 +64,9 @@ class TrainingStep:
     Every tensor that it reads or writes between calls is allocated once and listed by `state`: a captured step is
     replayed without arguments.
 
+    It is `PARTS` in turn, each one graph of fixed shapes to a compiler. Between `collect` and `update` the flat
+    gradient is whole and nothing depends on it yet.
+
     Args:
         parameters: the network's.
         optimizer: what updates them.
@@ -79,6 +82,9 @@ class TrainingStep:
         skip_nan: leave a step whose loss is no finite number out and go on; False updates nothing from it on.
         average: (T,) weight of each step's values in their moving average; None keeps none.
     """
+
+    PARTS = ("read", "forward", "collect", "update")
+    """Attributes that an engine may put something compiled into."""
 
     def __init__(
         self,
@@ -111,39 +117,51 @@ class TrainingStep:
         self.num_steps = min(len(feed) // batch_size, limit or len(feed))
         self.offsets = torch.arange(batch_size, device=device)
         self.weights = torch.ones(batch_size, device=device)
+        self.shares = self.weights / batch_size  # what each loss counts for in their mean
         self.one_hot = torch.eye(parameters.model.output.out_features, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
         # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
         self.skipped = torch.zeros((), device=device)
         self.sums = Sums(device)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward  # an engine may put a compiled one here
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
 
     def __call__(self) -> None:
         """Train on the batch at the feed's cursor and move the cursor behind it."""
+        compute = self.parameters.compute
+        batch, targets = self.read(getattr(self.forward, "takes_places", False))
+        buffers = [buffer.clone() for buffer in compute.buffers()] if self.skip_nan else []
+        losses, guesses = self.forward(
+            compute, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
+        )
+        # By their shares, not their mean, which would be three kernels more.
+        shares = self.shares if self.loss_scale is None else self.shares * self.loss_scale.scale
+        self.collect(torch.autograd.grad(losses, self.parameters.inputs, shares))
+        self.update(losses.detach(), guesses, batch.labels, buffers)
+
+    def read(self, places: bool) -> tuple[Batch, Tensor]:
+        """Return the batch at the feed's cursor and its targets; with `places` photos may stay unread."""
         feed = self.feed
         photos = feed.permutation.index_select(0, feed.cursor + self.offsets)
-        places = getattr(self.forward, "takes_places", False)
         batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), places)
-        buffers = [buffer.clone() for buffer in self.parameters.compute.buffers()] if self.skip_nan else []
-        losses, guesses = self.forward(
-            self.parameters.compute,
-            self.normalise,
-            batch.images,
-            self._targets(batch),
-            self.label_smoothing,
-            self.class_weights,
-        )
-        loss = losses.mean()
-        objective = loss if self.loss_scale is None else loss * self.loss_scale.scale
-        self.parameters.set_gradients(torch.autograd.grad(objective, self.parameters.inputs))
-        skip = self._update(loss.detach())
-        losses, weights = losses.detach(), self.weights
+        return batch, self._targets(batch)
+
+    def collect(self, gradients: Sequence[Tensor]) -> None:
+        """Put the gradients of the parameters into the flat one, which is all that `update` knows of them."""
+        self.parameters.set_gradients(gradients)
+
+    def update(self, losses: Tensor, guesses: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
+        """Update the weights by the flat gradient, add to the sums, and move on.
+
+        buffers: the network's as they were before the batch, where a step may be left out because of its loss.
+        """
+        skip = self._update(losses.mean())
+        weights = self.weights
         if self.skip_nan:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
             for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
                 buffer.copy_(torch.where(skip > 0, before, buffer))  # else batch norms never recover
-        self.sums.add(losses, guesses == batch.labels, weights)
-        feed.cursor.add_(self.batch_size)
+        self.sums.add(losses, guesses == labels, weights)
+        self.feed.cursor.add_(self.batch_size)
         self.number.add_(1)
 
     @property
