@@ -10,7 +10,7 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,10 @@ class Step(Protocol):
     """What an engine runs."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    """The part that a compiler takes as one graph, with its backward."""
+    """The part that has a backward."""
+
+    PARTS: Sequence[str]
+    """Attributes, `forward` among them, that a compiler takes as one graph each."""
 
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
@@ -153,15 +156,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 def compiled(step: Step) -> Eager:
     """Return the step with its forward, loss and backward compiled as one graph of fixed shapes."""
-    plain = step.forward
-    step.forward = torch.compile(plain, fullgraph=True, dynamic=False)
-    try:
-        with rehearsal(step):
-            step()
-    except Exception as error:  # whatever dynamo, inductor or the C++ compiler trips over
-        step.forward = plain
-        raise NoEngine(first_line(error)) from None
-    return Eager(step)
+    return _changed(step, lambda: _compile(step, ("forward",)))
 
 
 def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
@@ -176,60 +171,100 @@ def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
         raise NoEngine(first_line(error)) from None
 
 
-def compiled_and_graphed(step: Step) -> Graphed:
-    """Return the compiled step captured in a CUDA graph."""
-    plain = step.forward
-    compiled(step)
-    try:
-        return graphed(step)
-    except NoEngine:
-        step.forward = plain
-        raise
-
-
 def fused(step: Step) -> Eager:
     """Return the step with the network's blocks fused. Raises NoEngine where none can be, or not on this device."""
-    reason = fusing.unavailable(step.state()[0].device)
-    refusals = fusing.refusals(step.network)
-    if reason or all(refusals):
-        raise NoEngine(reason or f"block 1: {refusals[0]}")
-    plain = step.forward
-    step.forward = fusing.FusedForward(plain)
+    return _changed(step, lambda: _fuse(step))
+
+
+def fused_and_compiled(step: Step) -> Eager:
+    """Return the step with the network's blocks fused and all that is around them compiled, a graph a part."""
+
+    def change() -> None:
+        _fuse(step)
+        _compile(step, step.PARTS)
+
+    return _changed(step, change)
+
+
+def captured(change: Callable[[Step], Engine]) -> Callable[[Step], Graphed]:
+    """Return the engine that captures what another has changed in a CUDA graph."""
+
+    def engine(step: Step) -> Graphed:
+        own = parts(step)
+        change(step)
+        try:
+            return graphed(step)
+        except NoEngine:
+            put_back(step, own)
+            raise
+
+    return engine
+
+
+def parts(step: Step) -> dict[str, Any]:
+    """Return what was put into a step's parts, for `put_back`; a method of its own is none."""
+    return {name: vars(step)[name] for name in step.PARTS if name in vars(step)}
+
+
+def put_back(step: Step, own: dict[str, Any]) -> None:
+    """Make a step's parts what they were."""
+    for name in step.PARTS:
+        vars(step).pop(name, None)
+    vars(step).update(own)
+
+
+def _changed(step: Step, change: Callable[[], None]) -> Eager:
+    """Return the step with its parts changed, tried once; where that fails they are as they were, and NoEngine says why."""
+    own = parts(step)
     try:
+        change()
         with rehearsal(step):
             step()
-    except Exception as error:  # whatever triton's compiler or the GPU trips over
-        step.forward = plain
+    except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
+        put_back(step, own)
         raise NoEngine(first_line(error)) from None
     return Eager(step)
 
 
-def fused_and_graphed(step: Step) -> Graphed:
-    """Return the step with fused blocks captured in a CUDA graph."""
-    plain = step.forward
-    fused(step)
-    try:
-        return graphed(step)
-    except NoEngine:
-        step.forward = plain
-        raise
+def _fuse(step: Step) -> None:
+    reason = fusing.unavailable(step.state()[0].device)
+    refusals = fusing.refusals(step.network)
+    if reason or all(refusals):
+        raise NoEngine(reason or f"block 1: {refusals[0]}")
+    step.forward = fusing.FusedForward(step.forward)
+
+
+def _compile(step: Step, names: Sequence[str]) -> None:
+    import torch._dynamo  # a second: not for every start
+
+    # A process may compile a part for more steps than the 8 that dynamo takes for a change without an end.
+    torch._dynamo.config.recompile_limit = 64
+    for name in names:
+        plain = getattr(step, name)
+        made = torch.compile(plain, fullgraph=True, dynamic=False)
+        made.takes_places = getattr(plain, "takes_places", False)  # type: ignore[attr-defined]
+        setattr(step, name, made)
 
 
 ENGINES: dict[str, Callable[[Step], Engine]] = {
     "eager": Eager,
     "compiled": compiled,
     "fused": fused,
+    "fused+compiled": fused_and_compiled,
     "graphed": graphed,
-    "compiled+graphed": compiled_and_graphed,
-    "fused+graphed": fused_and_graphed,
+    "compiled+graphed": captured(compiled),
+    "fused+graphed": captured(fused),
+    "fused+compiled+graphed": captured(fused_and_compiled),
 }
 
 NEXT_BEST = {
     "compiled+graphed": "graphed",
     "fused+graphed": "graphed",
+    "fused+compiled+graphed": "fused+graphed",
     "graphed": "eager",
     "compiled": "eager",
     "fused": "eager",
+    "fused+compiled": "fused",
 }
 
 
