@@ -1,4 +1,4 @@
-"""How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or both.
+"""How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or mixed.
 
 An engine takes a step, a function without arguments whose tensors stand in `step.state()`, and runs it a number of
 times. Making one runs the step a few times and puts everything back as it was.
@@ -32,11 +32,12 @@ class Step(Protocol):
     forward: Callable[..., tuple[Tensor, Tensor]]
     """The part that has a backward."""
 
-    PARTS: Sequence[str]
-    """Attributes, `forward` among them, that a compiler takes as one graph each."""
-
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
+
+    @property
+    def PARTS(self) -> Sequence[str]:  # noqa: N802
+        """Attributes, `forward` among them, that a compiler takes as one graph each."""
 
     @property
     def network(self) -> SmallCNN:
@@ -156,7 +157,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 def compiled(step: Step) -> Eager:
     """Return the step with its forward, loss and backward compiled as one graph of fixed shapes."""
-    return _changed(step, lambda: _compile(step, ("forward",)))
+    return _changed(step, lambda: compile_parts(step, ("forward",)))
 
 
 def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
@@ -181,9 +182,22 @@ def fused_and_compiled(step: Step) -> Eager:
 
     def change() -> None:
         _fuse(step)
-        _compile(step, step.PARTS)
+        compile_parts(step, step.PARTS)
 
     return _changed(step, change)
+
+
+def compile_parts(step: Step, names: Sequence[str], backend: Any = "inductor") -> None:
+    """Put the compiled forms of some of a step's parts in their places, each one graph of fixed shapes."""
+    import torch._dynamo  # a second: not for every start
+
+    # A process may compile a part for more steps than the 8 that dynamo takes for a change without an end.
+    torch._dynamo.config.recompile_limit = 64
+    for name in names:
+        plain = getattr(step, name)
+        made = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+        made.takes_places = getattr(plain, "takes_places", False)  # type: ignore[attr-defined]
+        setattr(step, name, made)
 
 
 def captured(change: Callable[[Step], Engine]) -> Callable[[Step], Graphed]:
@@ -214,7 +228,7 @@ def put_back(step: Step, own: dict[str, Any]) -> None:
 
 
 def _changed(step: Step, change: Callable[[], None]) -> Eager:
-    """Return the step with its parts changed, tried once; where that fails they are as they were, and NoEngine says why."""
+    """Return the step with its parts changed, once it has run so. Raises NoEngine, and all is as it was, else."""
     own = parts(step)
     try:
         change()
@@ -232,18 +246,6 @@ def _fuse(step: Step) -> None:
     if reason or all(refusals):
         raise NoEngine(reason or f"block 1: {refusals[0]}")
     step.forward = fusing.FusedForward(step.forward)
-
-
-def _compile(step: Step, names: Sequence[str]) -> None:
-    import torch._dynamo  # a second: not for every start
-
-    # A process may compile a part for more steps than the 8 that dynamo takes for a change without an end.
-    torch._dynamo.config.recompile_limit = 64
-    for name in names:
-        plain = getattr(step, name)
-        made = torch.compile(plain, fullgraph=True, dynamic=False)
-        made.takes_places = getattr(plain, "takes_places", False)  # type: ignore[attr-defined]
-        setattr(step, name, made)
 
 
 ENGINES: dict[str, Callable[[Step], Engine]] = {
@@ -296,31 +298,33 @@ def choose(step: Step, num_steps: int, signature: str, *, strict: bool = False) 
     seconds = time_step(engine, step)
     if name == "eager":
         return engine, name, "nothing can be captured here"
-    best, plain, reasons = seconds, step.forward, [f"{seconds * 1e6:,.0f} us a step when captured"]
+    best, plain, reasons = seconds, parts(step), [f"{seconds * 1e6:,.0f} us a step when captured"]
     for other, prior in PRIOR.items():
         found = _history().get(signature, {}).get(other, {})
         worth, why = worth_building(other, num_steps, best, {**prior, **found}, seconds)
         reasons.append(why)
         if not worth:
             continue
-        step.forward, before, start = plain, step.forward, time.perf_counter()
+        before, start = parts(step), time.perf_counter()
+        put_back(step, plain)
         try:
             candidate = ENGINES[other](step)
         except NoEngine as error:
             reasons.append(f"no {other} here: {error}")
-            step.forward = before
+            put_back(step, before)
             continue
         cost, its_seconds = time.perf_counter() - start, time_step(candidate, step)
         _remember(signature, other, {"build_seconds": cost, "saving": 1 - its_seconds / seconds})
         if its_seconds < best:
             engine, name, best = candidate, other, its_seconds
         else:
-            step.forward = before
+            put_back(step, before)
     return engine, name, "; ".join(reasons)
 
 
 PRIOR = {  # DESIGN's estimates; not measured yet
     "fused+graphed": {"build_seconds": 30.0, "saving": 0.7},
+    "fused+compiled+graphed": {"build_seconds": 60.0, "saving": 0.8},
     "compiled+graphed": {"build_seconds": 60.0, "saving": 0.4},
 }
 """What to try after the graphed engine: seconds to build it, and the share of the graphed step that it saves."""
