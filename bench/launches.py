@@ -88,7 +88,7 @@ class Counting(TorchDispatchMode):
     """Counts what would be launched, by part; what happens between parts, such as the backward, is the forward's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
         self.part, self.compiled = "forward", False
 
@@ -118,7 +118,7 @@ class Counting(TorchDispatchMode):
         """Compile as inductor does, to what counts the calls of its code for a GPU and computes as it is written."""
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, inner_compile=self._counted)  # type: ignore[arg-type]
+        return compile_fx(graph, inputs, inner_compile=self._counted)
 
     def _counted(self, graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         code = "\n".join(line for line in gpu_code(graph, inputs).splitlines() if not line.startswith("#"))
