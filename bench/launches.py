@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from bench.steps import make_step, random_feed
 from fastcnn import engines
@@ -143,27 +144,27 @@ def gpu_code(graph: fx.GraphModule, inputs: Sequence[Any]) -> str:
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     moved, mode = copy.deepcopy(graph), detect_fake_mode(inputs)
     assert mode is not None
     with V.set_fake_mode(mode):
         record_original_output_strides(moved)
         _recursive_post_grad_passes(moved, is_inference=False)
-        for node in moved.graph.nodes:
-            if isinstance(node.kwargs.get("device"), torch.device):
-                node.kwargs = {**node.kwargs, "device": GPU}
-        moved.recompile()
         with mode:
-            there = [
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU) if isinstance(x, Tensor) else x
-                for x in inputs
-            ]
-        FakeTensorProp(moved, mode).propagate_dont_convert_inputs(*there)
+            there = tree_map_only(Tensor, _on_gpu, list(inputs))
+            for node in moved.graph.nodes:
+                node.args, node.kwargs = tree_map_only(torch.device, lambda _: GPU, (node.args, node.kwargs))
+                if "val" in node.meta:
+                    node.meta["val"] = tree_map_only(Tensor, _on_gpu, node.meta["val"])
+        moved.recompile()
         lowering = GraphLowering(moved, example_inputs=there, shape_env=mode.shape_env)
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
             lowering.run(*there)
             return str(lowering.codegen()[0].value)
+
+
+def _on_gpu(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU)
 
 
 @contextlib.contextmanager
