@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastcnn.model import ACTIVATIONS
 from fastcnn.runtime import DTYPES
 
 FILTERS = [(32,) * 5, (64,) * 5, (32, 64, 128, 256, 512)]
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--types", nargs="+", default=["bf16", "fp16", "fp32"], choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
-    parser.add_argument("--activations", nargs="+", default=["relu", "gelu"])
+    parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=ACTIVATIONS)
     parser.add_argument("--quick", action="store_true", help="32x5 filters, the tiles that are used unmeasured")
     options = parser.parse_args(arguments)
     print("| kernel | sm | type | what | registers | spilled bytes | shared bytes | tensor-core instructions |")

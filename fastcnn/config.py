@@ -20,7 +20,17 @@ Augmentation = Literal["flip", "shift", "crop", "rotate", "colour", "cutout", "m
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["constant", "cosine", "step", "onecycle"]
 Balance = Literal["none", "weights", "sampling"]
-Engine = Literal["auto", "eager", "compiled", "fused", "graphed", "compiled+graphed", "fused+graphed"]
+Engine = Literal[
+    "auto",
+    "eager",
+    "compiled",
+    "fused",
+    "fused+compiled",
+    "graphed",
+    "compiled+graphed",
+    "fused+graphed",
+    "fused+compiled+graphed",
+]
 Precision = Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16"]
 Loader = Literal["auto", "resident", "shared", "sharded", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]

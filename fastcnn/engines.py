@@ -1,4 +1,4 @@
-"""How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or both.
+"""How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or mixed.
 
 An engine takes a step, a function without arguments whose tensors stand in `step.state()`, and runs it a number of
 times. Making one runs the step a few times and puts everything back as it was.
@@ -10,7 +10,7 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,10 +30,14 @@ class Step(Protocol):
     """What an engine runs."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    """The part that a compiler takes as one graph, with its backward."""
+    """The part that has a backward."""
 
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
+
+    @property
+    def PARTS(self) -> Sequence[str]:  # noqa: N802
+        """Attributes, `forward` among them, that a compiler takes as one graph each."""
 
     @property
     def network(self) -> SmallCNN:
@@ -153,15 +157,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 def compiled(step: Step) -> Eager:
     """Return the step with its forward, loss and backward compiled as one graph of fixed shapes."""
-    plain = step.forward
-    step.forward = torch.compile(plain, fullgraph=True, dynamic=False)
-    try:
-        with rehearsal(step):
-            step()
-    except Exception as error:  # whatever dynamo, inductor or the C++ compiler trips over
-        step.forward = plain
-        raise NoEngine(first_line(error)) from None
-    return Eager(step)
+    return _changed(step, lambda: compile_parts(step, ("forward",)))
 
 
 def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
@@ -176,60 +172,101 @@ def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
         raise NoEngine(first_line(error)) from None
 
 
-def compiled_and_graphed(step: Step) -> Graphed:
-    """Return the compiled step captured in a CUDA graph."""
-    plain = step.forward
-    compiled(step)
-    try:
-        return graphed(step)
-    except NoEngine:
-        step.forward = plain
-        raise
-
-
 def fused(step: Step) -> Eager:
     """Return the step with the network's blocks fused. Raises NoEngine where none can be, or not on this device."""
-    reason = fusing.unavailable(step.state()[0].device)
-    refusals = fusing.refusals(step.network)
-    if reason or all(refusals):
-        raise NoEngine(reason or f"block 1: {refusals[0]}")
-    plain = step.forward
-    step.forward = fusing.FusedForward(plain)
+    return _changed(step, lambda: _fuse(step))
+
+
+def fused_and_compiled(step: Step) -> Eager:
+    """Return the step with the network's blocks fused and all that is around them compiled, a graph a part."""
+
+    def change() -> None:
+        _fuse(step)
+        compile_parts(step, step.PARTS)
+
+    return _changed(step, change)
+
+
+def compile_parts(step: Step, names: Sequence[str], backend: Any = "inductor") -> None:
+    """Put the compiled forms of some of a step's parts in their places, each one graph of fixed shapes."""
+    import torch._dynamo  # a second: not for every start
+
+    # A process may compile a part for more steps than the 8 that dynamo takes for a change without an end.
+    torch._dynamo.config.recompile_limit = 64
+    for name in names:
+        plain = getattr(step, name)
+        made = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+        made.takes_places = getattr(plain, "takes_places", False)  # type: ignore[attr-defined]
+        setattr(step, name, made)
+
+
+def captured(change: Callable[[Step], Engine]) -> Callable[[Step], Graphed]:
+    """Return the engine that captures what another has changed in a CUDA graph."""
+
+    def engine(step: Step) -> Graphed:
+        own = parts(step)
+        change(step)
+        try:
+            return graphed(step)
+        except NoEngine:
+            put_back(step, own)
+            raise
+
+    return engine
+
+
+def parts(step: Step) -> dict[str, Any]:
+    """Return what was put into a step's parts, for `put_back`; a method of its own is none."""
+    return {name: vars(step)[name] for name in step.PARTS if name in vars(step)}
+
+
+def put_back(step: Step, own: dict[str, Any]) -> None:
+    """Make a step's parts what they were."""
+    for name in step.PARTS:
+        vars(step).pop(name, None)
+    vars(step).update(own)
+
+
+def _changed(step: Step, change: Callable[[], None]) -> Eager:
+    """Return the step with its parts changed, once it has run so. Raises NoEngine, and all is as it was, else."""
+    own = parts(step)
     try:
+        change()
         with rehearsal(step):
             step()
-    except Exception as error:  # whatever triton's compiler or the GPU trips over
-        step.forward = plain
+    except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
+        put_back(step, own)
         raise NoEngine(first_line(error)) from None
     return Eager(step)
 
 
-def fused_and_graphed(step: Step) -> Graphed:
-    """Return the step with fused blocks captured in a CUDA graph."""
-    plain = step.forward
-    fused(step)
-    try:
-        return graphed(step)
-    except NoEngine:
-        step.forward = plain
-        raise
+def _fuse(step: Step) -> None:
+    reason = fusing.unavailable(step.state()[0].device)
+    refusals = fusing.refusals(step.network)
+    if reason or all(refusals):
+        raise NoEngine(reason or f"block 1: {refusals[0]}")
+    step.forward = fusing.FusedForward(step.forward)
 
 
 ENGINES: dict[str, Callable[[Step], Engine]] = {
     "eager": Eager,
     "compiled": compiled,
     "fused": fused,
+    "fused+compiled": fused_and_compiled,
     "graphed": graphed,
-    "compiled+graphed": compiled_and_graphed,
-    "fused+graphed": fused_and_graphed,
+    "compiled+graphed": captured(compiled),
+    "fused+graphed": captured(fused),
+    "fused+compiled+graphed": captured(fused_and_compiled),
 }
 
 NEXT_BEST = {
     "compiled+graphed": "graphed",
     "fused+graphed": "graphed",
+    "fused+compiled+graphed": "fused+graphed",
     "graphed": "eager",
     "compiled": "eager",
     "fused": "eager",
+    "fused+compiled": "fused",
 }
 
 
@@ -270,31 +307,33 @@ def choose(
     seconds = slowest(time_step(engine, step))
     if name == "eager":
         return engine, name, "nothing can be captured here"
-    best, plain, reasons = seconds, step.forward, [f"{seconds * 1e6:,.0f} us a step when captured"]
+    best, plain, reasons = seconds, parts(step), [f"{seconds * 1e6:,.0f} us a step when captured"]
     for other, prior in PRIOR.items():
         found = _history().get(signature, {}).get(other, {})
         worth, why = worth_building(other, num_steps, best, {**prior, **found}, seconds)
         reasons.append(why)
         if not slowest(worth):
             continue
-        step.forward, before, start = plain, step.forward, time.perf_counter()
+        before, start = parts(step), time.perf_counter()
+        put_back(step, plain)
         try:
             candidate = ENGINES[other](step)
         except NoEngine as error:
             reasons.append(f"no {other} here: {error}")
-            step.forward = before
+            put_back(step, before)
             continue
         cost, its_seconds = slowest(time.perf_counter() - start), slowest(time_step(candidate, step))
         _remember(signature, other, {"build_seconds": cost, "saving": 1 - its_seconds / seconds})
         if its_seconds < best:
             engine, name, best = candidate, other, its_seconds
         else:
-            step.forward = before
+            put_back(step, before)
     return engine, name, "; ".join(reasons)
 
 
 PRIOR = {  # DESIGN's estimates; not measured yet
     "fused+graphed": {"build_seconds": 30.0, "saving": 0.7},
+    "fused+compiled+graphed": {"build_seconds": 60.0, "saving": 0.8},
     "compiled+graphed": {"build_seconds": 60.0, "saving": 0.4},
 }
 """What to try after the graphed engine: seconds to build it, and the share of the graphed step that it saves."""

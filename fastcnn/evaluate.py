@@ -41,6 +41,8 @@ class EvaluationStep:
     `num_classes`, the width of the network's output, every photo's probabilities are kept too.
     """
 
+    PARTS = ("forward",)
+
     def __init__(
         self,
         model: SmallCNN,

@@ -151,7 +151,18 @@ def _record(norms: list[tuple[BatchNorm, Tensor, Tensor]]) -> None:
     with torch.no_grad():
         running = [tensor for norm, _, _ in norms for tensor in (norm.running_mean, norm.running_var)]
         batch = [tensor.detach() for _, moments, variance in norms for tensor in (moments[0], variance)]
-        torch._foreach_lerp_(running, batch, norms[0][0].momentum)
+        move_towards(running, batch, norms[0][0].momentum)
+
+
+@torch.library.custom_op("fastcnn::move_towards", mutates_args=("running",))
+def move_towards(running: list[Tensor], batch: list[Tensor], share: float) -> None:
+    """Move tensors a share of the way to others. An operator: a compiler would make a kernel for each."""
+    torch._foreach_lerp_(running, batch, share)
+
+
+@move_towards.register_fake
+def _(running: list[Tensor], batch: list[Tensor], share: float) -> None:
+    pass
 
 
 def _read(images: Tensor | Places) -> Tensor:

@@ -123,13 +123,25 @@ class Optimizer:
             values.addcmul_(values, self.decay * (self.lr * (skip - 1)))
         elif self.decay is not None:
             gradient.addcmul_(values, self.decay)
-        self._update(skip)
+        if torch.compiler.is_compiling():
+            self._update_compiled(skip)
+        else:
+            self._update(skip)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint needs to go on."""
         return {"lr": self.lr, "num_updates": self.num_updates, **self._moments()}
 
-    def _update(self, skip: Tensor) -> None:
+    def _update_compiled(self, skip: Tensor) -> None:
+        """Update by torch's plain form: a compiler refuses the fused one, and makes one kernel of this."""
+        tensors = [self.parameters.values, self.num_updates, *self._moments().values()]
+        before = [tensor.clone() for tensor in tensors]
+        self._update(None)
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(skip > 0, old, tensor))
+
+    def _update(self, skip: Tensor | None) -> None:
+        """Update by torch's fused form, not where `skip` () is 1; by its plain form where it is None."""
         raise NotImplementedError
 
     def _moments(self) -> dict[str, Tensor]:
@@ -143,7 +155,7 @@ class Adam(Optimizer):
         super().__init__(parameters, lr, weight_decay)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(parameters.values), torch.zeros_like(parameters.values)
 
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, skip: Tensor | None) -> None:
         adam(
             [self.parameters.values],
             [self.parameters.gradient],
@@ -151,7 +163,9 @@ class Adam(Optimizer):
             [self.exp_avg_sq],
             [],
             [self.num_updates],
-            fused=True,
+            fused=skip is not None,
+            foreach=False,
+            capturable=skip is None,
             amsgrad=False,
             found_inf=skip,
             beta1=0.9,
@@ -181,12 +195,12 @@ class SGD(Optimizer):
         super().__init__(parameters, lr, weight_decay)
         self.momentum, self.velocity = momentum, torch.zeros_like(parameters.values)
 
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, skip: Tensor | None) -> None:
         sgd(
             [self.parameters.values],
             [self.parameters.gradient],
             [self.velocity],
-            fused=True,
+            fused=skip is not None,
             foreach=False,
             found_inf=skip,
             weight_decay=0.0,
@@ -196,7 +210,7 @@ class SGD(Optimizer):
             nesterov=self.momentum > 0,
             maximize=False,
         )
-        self.num_updates.add_(1 - skip)
+        self.num_updates.add_(1 if skip is None else 1 - skip)
 
     def _moments(self) -> dict[str, Tensor]:
         return {"velocity": self.velocity}

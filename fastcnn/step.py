@@ -66,6 +66,9 @@ class TrainingStep:
     Every tensor that it reads or writes between calls is allocated once and listed by `state`: a captured step is
     replayed without arguments.
 
+    It is `PARTS` in turn, each one graph of fixed shapes to a compiler. Between `collect` and `update` the ranks add
+    their gradients.
+
     Args:
         parameters: the network's.
         optimizer: what updates them.
@@ -82,6 +85,9 @@ class TrainingStep:
         average: (T,) weight of each step's values in their moving average; None keeps none.
         ranks: the processes that take a step together, each its share of the batch.
     """
+
+    PARTS = ("read", "forward", "collect", "update")
+    """Attributes that an engine may put something compiled into."""
 
     def __init__(
         self,
@@ -117,13 +123,14 @@ class TrainingStep:
         share = batch_size // ranks.count
         self.offsets = torch.arange(ranks.rank * share, (ranks.rank + 1) * share, device=device)
         self.weights = torch.ones(share, device=device)
+        self.shares = torch.full((share,), 1 / batch_size, dtype=wide, device=device)  # of each loss in the mean
         self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # of each place in the epoch's order
         self.one_hot = torch.eye(parameters.model.output.out_features, dtype=wide, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
         # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
         self.skipped = torch.zeros((), device=device)
         self.sums = Sums(device)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward  # an engine may put a compiled one here
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
 
     def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: Chances | None = None) -> Feed:
         """Return the feed at an epoch's beginning, or `done` steps from it: see `Feed.start_epoch`."""
@@ -133,32 +140,43 @@ class TrainingStep:
 
     def __call__(self) -> None:
         """Train on the batch at the feed's cursor and move the cursor behind it."""
+        compute = self.parameters.compute
+        batch, targets = self.read(getattr(self.forward, "takes_places", False))
+        buffers = [buffer.clone() for buffer in compute.buffers()] if self.skip_nan else []
+        losses, guesses = self.forward(
+            compute, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
+        )
+        # By their shares: their mean, differentiated, would be two kernels more, in fp16 three.
+        shares = self.shares if self.loss_scale is None else self.shares * self.loss_scale.scale
+        self.collect(torch.autograd.grad(losses, self.parameters.inputs, shares), losses.detach())
+        self.ranks.sum_(self.parameters.reduced)
+        self.update(losses.detach(), guesses, batch.labels, buffers)
+
+    def read(self, places: bool) -> tuple[Batch, Tensor]:
+        """Return the batch at the feed's cursor and its targets; with `places` photos may stay unread."""
         feed = self.feed
         order = feed.cursor + self.offsets
         photos, draws = feed.permutation.index_select(0, order), self.draws.index_select(1, order)
-        places = getattr(self.forward, "takes_places", False)
         batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws, places)
-        buffers = [buffer.clone() for buffer in self.parameters.compute.buffers()] if self.skip_nan else []
-        losses, guesses = self.forward(
-            self.parameters.compute,
-            self.normalise,
-            batch.images,
-            self._targets(batch),
-            self.label_smoothing,
-            self.class_weights,
-        )
-        loss = losses.mean() if self.ranks.count == 1 else losses.mean() / self.ranks.count
-        objective = loss if self.loss_scale is None else loss * self.loss_scale.scale
-        self.parameters.set_gradients(torch.autograd.grad(objective, self.parameters.inputs), loss.detach())
-        self.ranks.sum_(self.parameters.reduced)
+        return batch, self._targets(batch)
+
+    def collect(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
+        """Put the gradients of the parameters and the sum of the losses into one flat tensor, for the ranks to add."""
+        self.parameters.set_gradients(gradients, losses.sum())
+
+    def update(self, losses: Tensor, guesses: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
+        """Update the weights by the flat gradient, add to the sums, and move on.
+
+        buffers: the network's as they were before the batch, where a step may be left out because of its loss.
+        """
         skip = self._update(self.parameters.loss)
-        losses, weights = losses.detach(), self.weights
+        weights = self.weights
         if self.skip_nan:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
             for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
                 buffer.copy_(torch.where(skip > 0, before, buffer))  # else batch norms never recover
-        self.sums.add(losses, guesses == batch.labels, weights)
-        feed.cursor.add_(self.batch_size)
+        self.sums.add(losses, guesses == labels, weights)
+        self.feed.cursor.add_(self.batch_size)
         self.number.add_(1)
 
     @property

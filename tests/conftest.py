@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,16 @@ def _no_wandb() -> Iterator[None]:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test in a folder of its own, so that runs/ is too."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Have inductor find a compiler, and forget what was compiled before and in the test."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

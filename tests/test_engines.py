@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.evaluate import EvaluationStep, Evaluator
 from fastcnn.loader import Feed
 from fastcnn.model import SmallCNN
-from fastcnn.optim import Adam, FlatParameters, LossScale, average_weights, ordered, schedule
+from fastcnn.optim import OPTIMIZERS, Adam, FlatParameters, LossScale, average_weights, ordered, schedule
 from fastcnn.step import Normalise, TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -330,15 +329,6 @@ def test_an_engine_history_that_is_damaged_is_no_history(tmp_path: Path, monkeyp
     assert engines._history() == {}
 
 
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("needs a C++ compiler")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled_against_eager(num_states: int, activation: str) -> float:
     """Return the largest relative error of the compiled gradient, at states along a run."""
     step, worst = make_step(num_steps=num_states + 1, model=make_model(activation=activation)), 0.0
@@ -370,6 +360,107 @@ def test_compiled_gradients_at_fifty_states(compiler: None, activation: str) -> 
     worst = compiled_against_eager(50, activation)
     print(f"\nlargest relative error of the compiled gradient over 50 states, {activation}: {worst:.2g}")
     assert worst < 1e-4
+
+
+PARTS = ("read", "collect", "update")
+"""Those that have no backward; `forward` is above."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "options"),
+    [
+        ("adam", torch.float32, {"augmentations": ("flip", "shift"), "clip_norm": 1.0}),
+        ("adamw", torch.bfloat16, {"augmentations": tuple(AUGMENTATIONS)}),
+        ("sgd", torch.float32, {"class_weights": torch.tensor([0.5, 1.5, 1.0, 1.0]), "label_smoothing": 0.1}),
+        ("adam", torch.float16, {"skip_nan": True}),
+    ],
+)
+def test_what_a_compiler_makes_graphs_of_updates_as_the_plain_step(
+    optimizer: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Eight steps, each from equal states; by dynamo and autograd alone, so in torch's own kernels."""
+    steps = []
+    for backend in (None, "aot_eager"):
+        step = make_step(dtype=dtype, average=average_weights(DECAY, 50), **options)
+        step.optimizer = OPTIMIZERS[optimizer](step.parameters, LR, 0.05)
+        if backend:
+            torch._dynamo.reset()
+            engines.compile_parts(step, PARTS, backend)
+        steps.append(step)
+    for number in range(8):
+        steps[0].feed.cursor.fill_(8 * (number % 7))
+        if number == 4 and steps[0].skip_nan:
+            steps[0].network.output.bias.data.fill_(float("nan"))
+        for a, b in zip(steps[1].state(), steps[0].state(), strict=True):
+            a.copy_(b)
+        for step in steps:
+            torch.manual_seed(number)
+            step()
+        for ours, plain in zip(steps[1].state(), steps[0].state(), strict=True):
+            if ours.dtype in (torch.bfloat16, torch.float16):
+                assert torch.equal(ours.float().nan_to_num(), steps[1].parameters.values.to(ours.dtype).float())
+            else:
+                assert relative_error(ours.nan_to_num(), plain.nan_to_num()) < 1e-5
+    torch._dynamo.reset()
+    assert float(steps[1].skipped) == (1 if steps[1].skip_nan else 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_parts_captured_uncaptured(compiler: None) -> None:
+    """Ten steps in float64, three a replay, by inductor's kernels but for the forward's, against the plain ones."""
+    results = []
+    for name in ("plain", "compiled"):
+        step = make_step(
+            model=make_model().double(),
+            dtype=torch.float64,
+            augmentations=("flip", "shift"),
+            clip_norm=1.0,
+            average=average_weights(DECAY, 50).double(),
+        )
+        with fallback_random():
+            if name == "compiled":
+                engines.compile_parts(step, PARTS)
+            engine = Graphed(step, direct_call, 3)
+            torch.manual_seed(3)
+            run_epochs(step, engine, 10)
+        results.append(step.state())
+    for plain, ours in zip(*results, strict=True):
+        assert relative_error(ours, plain) < 1e-5  # 4e-7, of Adam's corrections, which the plain form takes in fp32
+
+
+def fallback_random() -> Any:
+    """Let compiled code draw the numbers that torch draws, to be compared with it."""
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(fallback_random=True)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    apart, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
+    return float(apart / size if size > 0 else apart)
+
+
+def test_a_part_that_does_not_compile_leaves_the_step_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Untraceable(Augment):
+        def __call__(self, *arguments: Any) -> Batch:
+            torch._dynamo.graph_break()
+            return super().__call__(*arguments)
+
+    def no_fusing(step: engines.Step) -> None:
+        step.forward = lambda *arguments: plain(*arguments)
+
+    step = make_step(average=average_weights(DECAY, 50))
+    step.augment, plain = Untraceable([], 32), step.forward
+    before, own = [tensor.clone() for tensor in step.state()], dict(vars(step))
+    monkeypatch.setattr(engines, "_fuse", no_fusing)
+    with pytest.warns(FastCNNWarning, match=r"no fused\+compiled engine here \(.*\): using fused"):
+        _, name = engines.build("fused+compiled", step)
+    assert name == "fused"
+    assert {key for key in own if vars(step)[key] is not own[key]} == {"forward"}
+    assert set(vars(step)) == set(own)
+    assert all(torch.equal(a, b) for a, b in zip(step.state(), before, strict=True))
+    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore")

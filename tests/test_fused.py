@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engines import make_augment, make_feed, make_model, make_step, run_epochs
+from test_engines import fallback_random, make_augment, make_feed, make_model, make_step, run_epochs
 from torch import Tensor
 
 from fastcnn import engines
@@ -285,6 +285,78 @@ def test_fused_steps_repeat_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, step.state(), strict=True))
 
 
+def compiled_around(num_states: int, **options: Any) -> float:
+    """Return the largest relative error of anything that a step changes, the blocks fused and all else compiled."""
+    _, plain = fused_and_plain(**options)
+    step, _ = fused_and_plain(**options)
+    step.forward = plain.forward
+    worst = 0.0
+    torch._dynamo.reset()
+    with fallback_random():
+        engines.build("fused+compiled", step, strict=True)
+        for number in range(num_states):
+            for a, b in zip(step.state(), plain.state(), strict=True):
+                a.copy_(b)
+            for one in (step, plain):
+                torch.manual_seed(number)
+                one()
+            worst = max(worst, *(error(a, b) for a, b in zip(step.state(), plain.state(), strict=True)))
+    torch._dynamo.reset()
+    return worst
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_compiled_around_the_blocks_from_equal_states(compiler: None) -> None:
+    assert compiled_around(1, augmentations=("flip", "shift")) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("augmentations", [(), ("flip", "shift")])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_compiled_around_the_blocks_at_five_states(
+    compiler: None, batch_norm: bool, augmentations: tuple[str, ...]
+) -> None:
+    worst = compiled_around(5, batch_norm=batch_norm, augmentations=augmentations)
+    print(f"\nlargest relative error of a step's state, batch norm {batch_norm}, {augmentations}: {worst:.2g}")
+    assert worst < 3e-5
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_around_the_blocks_captured_uncaptured(compiler: None) -> None:
+    """Three steps and evaluation, with blocks that take the plain path."""
+    results = []
+    for engine in (engines.Eager, engines.fused_and_compiled):
+        step = make_step(model=make_model(filters=(8, 16, 16, 16, 8)), device=DEVICE, augmentations=("flip",))
+        with fallback_random():
+            engine(step)
+            torch.manual_seed(3)
+            run_epochs(step, engines.Graphed(step, engines.direct_call, 2), 3)
+            scored = Evaluator(step.network, make_feed(7, DEVICE), step.normalise, engine, num_classes=4)()
+        results.append(([tensor.clone() for tensor in step.state()], scored))
+        torch._dynamo.reset()
+    (plain, theirs), (compiled, ours) = results
+    for a, b in zip(compiled, plain, strict=True):
+        assert error(a, b) < 1e-3  # over three steps of fp32
+    assert torch.equal(ours.predicted, theirs.predicted)
+    assert ours.score.loss == pytest.approx(theirs.score.loss, rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_compiling_halves_the_launches_around_the_blocks(precision: str) -> None:
+    """Counted in the code that inductor makes for a GPU, which needs none."""
+    sys.path.insert(0, str(ROOT))
+    from bench import launches
+
+    before, after = (launches.launches(engine, precision, ("flip", "shift")) for engine in ("fused", "fused+compiled"))
+    print(f"\nlaunches, {precision}: {dict(before)} before, {dict(after)} after")
+    assert before[launches.BLOCKS] == after[launches.BLOCKS] == 24
+    assert after.total() - 24 < (before.total() - 24) / 2
+
+
 def test_evaluation_by_fused_blocks_is_the_plain_one() -> None:
     """With running statistics, one filled-up batch and weights that come and go by state_dict: the network is one."""
     trained = make_model(filters=(16,) * 5)
@@ -414,7 +486,7 @@ def test_machine_code_of_all_shipped_tiles() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["fused", "fused+graphed"])
+@pytest.mark.parametrize("name", [name for name in engines.ENGINES if name.startswith("fused")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("augmentations", [(), ("flip", "shift"), ("flip", "cutout")])
 def test_fused_learns_on_a_gpu(name: str, dtype: torch.dtype, augmentations: tuple[str, ...]) -> None:
@@ -431,10 +503,12 @@ def test_fused_learns_on_a_gpu(name: str, dtype: torch.dtype, augmentations: tup
 
 
 @pytest.mark.cuda
-def test_captured_equals_uncaptured_on_a_gpu() -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("uncaptured", ["fused", "fused+compiled"])
+def test_captured_equals_uncaptured_on_a_gpu(uncaptured: str) -> None:
     """To the bit: the kernels add in a fixed order, and the dense layers' kernels are the same."""
     results = []
-    for name in ("fused", "fused+graphed"):
+    for name in (uncaptured, f"{uncaptured}+graphed"):
         step = make_step(device=DEVICE, model=make_model(filters=(32,) * 5), augmentations=("flip", "shift"))
         torch.cuda.manual_seed(3)
         engine, _ = engines.build(name, step, strict=True)
