@@ -175,10 +175,9 @@ def build(
                 writing: Future[None] | None = None
                 buffers = [shared((min(CHUNK, len(missing)), image_size, image_size, 3)) for _ in range(2)]
                 for photos in _chunks(missing):
-                    paths = [index.root / index.paths[i] for i in photos]
                     buffers.reverse()
                     pixels = buffers[0][: len(photos)]
-                    verdicts = decoding.decode(paths, image_size, pixels)
+                    verdicts = decoding.decode(index.sources(photos), image_size, pixels)
                     if writing:
                         writing.result()
                     writing = writer.submit(_append, folder, index, photos, pixels, verdicts, journal, keep_pixels)

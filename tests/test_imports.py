@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"config", "files"},
+    {"tar"},
+    {"shards"},
     {
         "index",
         "augment",
@@ -42,7 +44,7 @@ LEVELS = [
     {"export", "serve"},
     {"finish", "memory", "resume"},
     {"finite"},
-    {"train", "data", "doctor"},
+    {"train", "data", "doctor", "shard_writer"},
     {"slot"},
     {"sweep"},
     {"sweep_agent"},
@@ -55,9 +57,11 @@ DECODING = {
     "check_page",
     "dataset",
     "doctor",
+    "index",
     "loader",
     "predict",
     "serve",
+    "shard_writer",
     "skew",
 }  # what may import pipelines
 
