@@ -275,7 +275,7 @@ def _read(
             ]
     photos.sort()
     for split, part in found.items():
-        labels = _labels(root, part, classes, found.get("train"))
+        labels = _labels(root, part, classes)
         photos += [
             (photo.path, labels[photo.label], photo.size, photo.mtime, split, photo.offset) for photo in part.photos
         ]
@@ -309,19 +309,28 @@ def _shards(root: Path, split_folders: Mapping[str, Path]) -> dict[str, Shards]:
 
 
 def _classes(train: Shards) -> tuple[str, ...]:
-    """Return the classes of shards: those that are named, else the numbers that there are."""
-    if train.names is not None:
-        return tuple(train.names.values())
-    return tuple(str(number) for number in sorted({photo.label for photo in train.photos}))
+    """Return the classes of the photos in shards, by number: their names, or the numbers where those have none.
+
+    One without photos is a warning: some of a set's shards are a set, too, and no line of classes.txt can go.
+    """
+    numbers = sorted({photo.label for photo in train.photos})
+    if train.names is None:
+        return tuple(map(str, numbers))
+    present = set(numbers)
+    missing = [printable(name) for number, name in train.names.items() if number not in present]
+    if missing:
+        some = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
+        warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {some}")
+    return tuple(train.names[number] for number in numbers if number in train.names)
 
 
-def _labels(root: Path, part: Shards, classes: Sequence[str], train: Shards | None) -> dict[int, int]:
+def _labels(root: Path, part: Shards, classes: Sequence[str]) -> dict[int, int]:
     """Return number -> label, for the numbers that there are.
 
-    A number is the class of that line in the folder's classes.txt, or in that of the training shards. Without any it is
-    the class of that name, and where classes have other names, the one in that place.
+    A number is the class of that line in classes.txt. Without that it is the class of that name, and where classes have
+    other names, the one in that place.
     """
-    names = part.names or (train.names if train else None)
+    names = part.names
     if names is None:
         numbered = all(name.isascii() and name.isdecimal() for name in classes)
         names = {int(name): name for name in classes} if numbered else dict(enumerate(classes))

@@ -71,24 +71,24 @@ def write(
     if out.resolve().is_relative_to(found.root.resolve()):
         raise UsageError(f"{out} is inside the photos, which are never written to: choose another folder")
     try:
-        made = not out.is_dir()
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise FastCNNError(f"{out} is not empty: choose another folder, or empty it")
-        # A member takes two headers, and on average half a block twice.
-        check_space(out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "what the shards will hold")
-        with signals.raising(), _beside(out, made) as partial:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FastCNNError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: choose another folder")
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+        # A photo and its label have a header each, and are filled up to whole blocks.
+        check_space(above, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "what the shards will hold,")
+        with signals.raising(), _beside(out) as partial:
             return _write(found, partial, out, photos_each or len(found), bytes_each, seed, console)
     except OSError as error:
         raise FastCNNError(f"cannot write the shards into {out}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
-def _beside(out: Path, made: bool) -> Iterator[Path]:
+def _beside(out: Path) -> Iterator[Path]:
     """Yield a folder in `out` whose content becomes that of `out`; where that fails `out` is as it was before."""
-    partial = out / _PARTIAL
-    partial.mkdir()
+    made, partial = not out.exists(), out / _PARTIAL
+    out.mkdir(parents=True, exist_ok=True)
     try:
+        partial.mkdir()
         yield partial
         for path in sorted(partial.iterdir()):
             path.rename(out / path.name)

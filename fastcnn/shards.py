@@ -184,8 +184,8 @@ def _label(content: bytes, entry: tar.Entry, archive: str) -> int:
 
 
 def _names(root: Path, folder: Path) -> dict[int, str] | None:
-    """Return the names in the folder's classes.txt, or the one in `root`."""
-    path = next((path for path in (folder / CLASSES, root / CLASSES) if path.is_file()), None)
+    """Return the names in the folder's classes.txt, in the one of the root or of the training shards."""
+    path = next((path for place in (folder, root, root / "train") if (path := place / CLASSES).is_file()), None)
     if path is None:
         return None
     shown = printable(str(path))
