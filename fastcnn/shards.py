@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,8 @@ EXTENSIONS = frozenset(
     | {"pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
 )
 """Extensions of photos, in small letters."""
+
+THREADS = 4  # archives read at once: half the time where the disk is waited for, and no loss where it is not
 
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|lzma|Z))$", re.IGNORECASE)
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -98,12 +101,12 @@ def read(root: Path, folder: Path) -> Shards:
     unlabelled: list[str] = []
     alone: list[str] = []
     num_hidden = 0
-    for archive in archives(folder):
-        found = _read(archive, archive.relative_to(root).as_posix())
-        photos += found.photos
-        unlabelled += found.unlabelled
-        alone += found.alone
-        num_hidden += found.num_hidden
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(lambda path: _read(path, path.relative_to(root).as_posix()), archives(folder)):
+            photos += found.photos
+            unlabelled += found.unlabelled
+            alone += found.alone
+            num_hidden += found.num_hidden
     if unlabelled:
         raise DataError(
             f"{_many(unlabelled, 'photo has', 'photos have')} no label: "
@@ -136,7 +139,7 @@ def _read(archive: Path, name: str) -> _Found:
         with archive.open("rb") as file:
             mtime = archive.stat().st_mtime_ns
             for entry in tar.entries(file):
-                if any(part.startswith(".") and part.strip(".") for part in entry.name.split("/")):
+                if (entry.name.startswith(".") or "/." in entry.name) and _is_hidden(entry.name):
                     num_hidden += 1
                     continue
                 sample = _sample(entry.name)
@@ -168,6 +171,10 @@ def _read(archive: Path, name: str) -> _Found:
         alone=[f"{name}/{sample}.cls" for sample in labels if sample not in photos],
         num_hidden=num_hidden,
     )
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _sample(name: str) -> str:

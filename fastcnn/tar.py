@@ -1,7 +1,7 @@
 """What is in a tar archive: the regular files, by their headers alone.
 
-Python's tarfile reads 39,000 headers a second, this 120,000; and a damaged header made tarfile (3.11.7) go round in
-circles (a negative size) or take all of the archive into memory (a long name without an end). A test compares the two.
+Python's tarfile takes three times as long, silently ends at a damaged header, goes round in circles where a size is
+negative (before 3.11.14), and reads whatever length a header claims. A test compares what the two find.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def entries(file: BinaryIO) -> Iterator[Entry]:
             raise Damaged(f"it is cut short: no end at byte {end:,}" if at else "no tar archive")
         _check(header, at)
         kind, size = header[156:157], _number(header[124:136], at)
-        if kind in _WITHOUT_DATA or (kind == b"\0" and header[:100].rstrip(b"\0").endswith(b"/")):
+        if kind in _WITHOUT_DATA or (kind == b"\0" and header[:100].partition(b"\0")[0].endswith(b"/")):
             at, long_name, long_size = at + BLOCK, None, None
             continue
         if kind in _FILES and long_size is not None:
@@ -88,12 +88,20 @@ def _check(header: bytes, at: int) -> None:
 
 def _number(field: bytes, at: int) -> int:
     """Return an octal number, or where it was too large for that, the binary one."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip()
-    if digits and (not digits.isdigit() or b"8" in digits or b"9" in digits):
-        raise Damaged(f"a header is damaged at byte {at:,}" if at else "no tar archive")
-    return int(digits or b"0", 8)
+    digits = field.rstrip(b" \0").lstrip(b" ")
+    try:
+        if digits.isdigit():  # no sign, no underscore
+            return int(digits, 8)
+        if field[0] == 0x80:
+            return int.from_bytes(field[1:], "big")
+        if not digits:
+            return 0
+        digits = field.partition(b"\0")[0].strip()  # something stands behind it
+        if digits.isdigit():
+            return int(digits, 8)
+    except ValueError:  # 8 or 9
+        pass
+    raise Damaged(f"a header is damaged at byte {at:,}" if at else "no tar archive")
 
 
 def _name(header: bytes) -> str:
@@ -117,11 +125,11 @@ def _extended(body: bytes, at: int) -> tuple[str | None, int | None]:
         if not equals or not value.endswith(b"\n") or (keyword == b"size" and not value[:-1].isdigit()):
             raise Damaged(f"an extended header is damaged at byte {at:,}")
         if keyword == b"path":
-            path = _text(value[:-1])
+            path = _text(value[:-1].replace(b"\0", b""))
         if keyword == b"size":
             size = int(value[:20])
     return path, size
 
 
 def _text(name: bytes) -> str:
-    return name.replace(b"\0", b"").decode("utf-8", "surrogateescape")
+    return name.decode("utf-8", "surrogateescape")
