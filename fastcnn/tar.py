@@ -1,7 +1,7 @@
 """What is in a tar archive: the regular files, by their headers alone.
 
 Python's tarfile takes three times as long, silently ends at a damaged header, goes round in circles where a size is
-negative (before 3.11.14), and reads whatever length a header claims. A test compares what the two find.
+negative (3.11.7), and reads whatever length a header claims. A test compares what the two find.
 """
 
 from __future__ import annotations
