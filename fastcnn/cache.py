@@ -197,10 +197,9 @@ def build(
                 buffers = [shared((size, image_size, image_size, 3)) for _ in range(2 if mine else 0)]
                 for number in mine:
                     photos = chunks[number]
-                    paths = [index.root / index.paths[i] for i in photos]
                     buffers.reverse()
                     pixels = buffers[0][: len(photos)]
-                    verdicts = decoding.decode(paths, image_size, pixels)
+                    verdicts = decoding.decode(index.sources(photos), image_size, pixels)
                     if writing:
                         writing.result()
                     append = functools.partial(_append, folder, index, photos, pixels, verdicts, keep_pixels)

@@ -20,7 +20,7 @@ from fastcnn.config import Decoder
 from fastcnn.errors import FastCNNError
 from fastcnn.index import Index, printable
 from pipelines.facts import Facts, facts, misnamed
-from pipelines.verdict import Verdict
+from pipelines.verdict import Source, Unusable, Verdict, read
 from pipelines.workers import Workers, shared
 
 CHUNK = 512  # photos decoded at once
@@ -234,16 +234,16 @@ def check(
     Raises DataError where there is no such folder, FastCNNError where the decoder is missing.
     """
     index, refusal = indexes.scan_loosely(root)
-    paths = [index.root / path for path in index.paths]
+    sources = index.sources()
     try:
         chosen, _ = pipelines.choose(decoder, gpu=False)
-        verdicts, hashes, pictures = _decode(paths, chosen, workers, max_pixels or pipelines.MAX_PIXELS, progress)
+        verdicts, hashes, pictures = _decode(sources, chosen, workers, max_pixels or pipelines.MAX_PIXELS, progress)
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     usable = np.flatnonzero([verdict.ok for verdict in verdicts])
     with ThreadPoolExecutor(workers or pipelines.num_cores()) as pool:
-        known = list(pool.map(lambda i: facts(paths[i], header=verdicts[i].ok), range(len(paths))))
-        contents = _contents(paths, index.sizes, usable, pool)
+        known = list(pool.map(lambda i: facts(sources[i], header=verdicts[i].ok), range(len(sources))))
+        contents = _contents(sources, index.sizes, usable, pool)
     num_bad = len(index) - len(usable)
     if not refusal and num_bad > max_bad * len(index):
         refusal = f"{num_bad:,} of {len(index):,} photos cannot be used, more than --max-bad {max_bad:g}"
@@ -320,26 +320,30 @@ def colours(known: Facts) -> str:
 
 
 def _decode(
-    paths: Sequence[Path], decoder: str, threads: int | None, max_pixels: int, progress: Callable[[int, int], None]
+    sources: Sequence[Source],
+    decoder: str,
+    threads: int | None,
+    max_pixels: int,
+    progress: Callable[[int, int], None],
 ) -> tuple[list[Verdict], npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
     """Return the verdict, the hash and the small picture of every photo."""
     verdicts: list[Verdict] = []
-    hashes = np.zeros(len(paths), np.uint64)
-    pictures = np.zeros((len(paths), (twins.SIZE // 2) ** 2), np.uint8)
+    hashes = np.zeros(len(sources), np.uint64)
+    pictures = np.zeros((len(sources), (twins.SIZE // 2) ** 2), np.uint8)
     with Workers(decoder, threads=threads, max_pixels=max_pixels) as decoding:
         buffer = shared((CHUNK, twins.SIZE, twins.SIZE, 3))
-        for start in range(0, len(paths), CHUNK):
-            part = paths[start : start + CHUNK]
+        for start in range(0, len(sources), CHUNK):
+            part = sources[start : start + CHUNK]
             images = buffer[: len(part)]
             verdicts += decoding.decode(part, twins.SIZE, images)
             here = slice(start, start + len(part))
             hashes[here], pictures[here] = twins.describe(images)
-            progress(start + len(part), len(paths))
+            progress(start + len(part), len(sources))
     return verdicts, hashes, pictures
 
 
 def _contents(
-    paths: Sequence[Path], sizes: npt.NDArray[np.int64], usable: npt.NDArray[np.intp], pool: ThreadPoolExecutor
+    sources: Sequence[Source], sizes: npt.NDArray[np.int64], usable: npt.NDArray[np.intp], pool: ThreadPoolExecutor
 ) -> list[list[int]]:
     """Return the photos with the same bytes, together. Only those of the same size are read."""
     by_size = defaultdict[int, list[int]](list)
@@ -347,17 +351,16 @@ def _contents(
         by_size[int(sizes[i])].append(int(i))
     candidates = [i for same in by_size.values() if len(same) > 1 for i in same]
     groups = defaultdict[bytes, list[int]](list)
-    for i, digest in zip(candidates, pool.map(lambda i: _digest(paths[i]), candidates), strict=True):
+    for i, digest in zip(candidates, pool.map(lambda i: _digest(sources[i]), candidates), strict=True):
         if digest:
             groups[digest].append(i)
     return list(groups.values())
 
 
-def _digest(path: Path) -> bytes:
+def _digest(source: Source) -> bytes:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
+        return hashlib.sha256(read(source)).digest()
+    except Unusable:
         return b""
 
 

@@ -150,7 +150,7 @@ def _shown(findings: Findings) -> list[int]:
 def _picture(findings: Findings, photo: int) -> str:
     """Return a photo as a data URL, "" where it has gone since it was checked."""
     try:
-        content = thumbnail(findings.index.root / findings.index.paths[photo], SIDE, findings.max_pixels)
+        content = thumbnail(findings.index.source(photo), SIDE, findings.max_pixels)
     except Exception:  # whatever its decoder makes of a file that is changed meanwhile
         return ""
     return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"

@@ -590,6 +590,34 @@ def data_download(name: str, folder: str, url: str | None) -> None:
     click.echo(f"next: fastcnn train {shlex.quote(str(photos))}")
 
 
+@data.command("shard", **HELP)
+@click.argument("folder", metavar="DATA")
+@click.argument("out", metavar="OUT")
+@click.option("--photos", type=click.IntRange(1), metavar="N", help="Photos in a shard at most; left out, any number.")
+@click.option("--shard-size", default="256MB", metavar="SIZE", help="Photos' bytes in a shard at most.  [256MB]")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the order of the photos.  [0]")
+def data_shard(folder: str, out: str, photos: int | None, shard_size: str, seed: int) -> None:
+    """Write the photos in DATA as WebDataset shards into OUT: OUT/000000.tar ..., or OUT/train/000000.tar ...
+
+    Photos are copied as they are, in an order that the seed draws: readers of shards shuffle in a window at best. A
+    run takes OUT as it takes DATA. OUT is filled at the end, and left empty where that is not reached.
+    """
+    import shlex
+
+    from fastcnn.console import Console
+    from fastcnn.shard_writer import write
+
+    size = config.parse_bytes(shard_size)
+    if not size:
+        raise UsageError(f"--shard-size: expected bytes as 256MB or 1.5GiB, got '{shard_size}'")
+    written = write(folder, out, photos_each=photos, bytes_each=size, seed=seed, console=Console())
+    if strange := written.no_images:
+        some = "1 file is" if len(strange) == 1 else f"{len(strange):,} files are"
+        click.echo(f"{some} no image and in the shards all the same: see fastcnn data check {shlex.quote(folder)}")
+    click.echo(f"{written.photos:,} photos in {written.shards:,} shard{'s' * (written.shards != 1)}")
+    click.echo(f"next: fastcnn train {shlex.quote(out)}")
+
+
 @commands.command(**HELP)
 @cache_dir
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")

@@ -57,8 +57,8 @@ class Dataset:
         if self.loader != "stream":
             return self.cache.pixels(photos)
         out = np.zeros((len(photos), *self.cache.images.shape[1:]), np.uint8)
-        paths = [self.index.root / self.index.paths[photo] for photo in photos]
-        pipelines.decode(paths, out.shape[1], out, decoder=self.decoder, max_pixels=self.max_pixels)
+        sources = self.index.sources(photos)
+        pipelines.decode(sources, out.shape[1], out, decoder=self.decoder, max_pixels=self.max_pixels)
         return out
 
 

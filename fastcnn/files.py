@@ -6,8 +6,9 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL = ".{}.partial"
 
@@ -19,10 +20,17 @@ def write(path: Path, content: bytes | memoryview | str) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogateescape")
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that gets the name `path` when it is whole and on the disk, and is deleted where that fails."""
     temporary = path.with_name(PARTIAL.format(path.name))
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -38,6 +46,12 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write(path, text.getvalue())
+
+
+def printable(name: str) -> str:
+    """Return a path or class name as any terminal, font or page takes it: a line, bytes that are no UTF-8 escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def is_partial(path: Path) -> bool:

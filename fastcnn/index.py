@@ -1,4 +1,4 @@
-"""A folder of photos as an Index: which photo, which class, which split. Reads names and sizes, never pixels."""
+"""A folder of photos, or of shards, as an Index: which photo, which class, which split. Reads names, never pixels."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import csv
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn import files
+from fastcnn import files, shards
 from fastcnn.errors import DataError, nearest, warn
+from fastcnn.files import printable as printable
+from fastcnn.shards import Shards
+from pipelines.verdict import Member
 
 Split = Literal["train", "val", "test"]
 HELD_OUT: dict[str, Split] = {"val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -23,19 +26,21 @@ HELD_OUT: dict[str, Split] = {"val": "val", "valid": "val", "validation": "val",
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Every candidate photo below `root`, sorted by path."""
+    """Every candidate photo below `root`: files sorted by path, then those in shards, as they stand there."""
 
     root: Path
     classes: tuple[str, ...]
-    """Sorted class names; a label is a position in it."""
+    """Class names, sorted; of shards by their numbers. A label is a position in it."""
     paths: tuple[str, ...]
-    """Paths relative to `root`, with forward slashes."""
+    """Paths relative to `root`, with forward slashes; of a photo in a shard <archive>/<name in it>."""
     labels: npt.NDArray[np.int64]
     """(N,) class of each photo."""
     sizes: npt.NDArray[np.int64]
     """(N,) bytes."""
     mtimes: npt.NDArray[np.int64]
-    """(N,) modification time, nanoseconds."""
+    """(N,) modification time, nanoseconds; of a photo in a shard another number that changes with the archive."""
+    offsets: npt.NDArray[np.int64]
+    """(N,) where the bytes of a photo begin in its shard, -1 for a file of its own."""
     folders: npt.NDArray[np.str_]
     """(N,) the split folder that each photo stands in: train, val or test; train in a flat layout."""
     num_hidden: int
@@ -44,6 +49,17 @@ class Index:
     def __len__(self) -> int:
         """Return the number of photos."""
         return len(self.paths)
+
+    def source(self, photo: int | np.integer[Any]) -> Path | Member:
+        """Return where a photo's bytes are, for any decoder."""
+        path, offset = self.paths[photo], int(self.offsets[photo])
+        if offset < 0:
+            return self.root / path
+        return Member(str(self.root / shards.archive_of(path)), offset, int(self.sizes[photo]))
+
+    def sources(self, photos: Iterable[int | np.integer[Any]] | None = None) -> list[Path | Member]:
+        """Return where the bytes of photos are; None is all of them."""
+        return [self.source(photo) for photo in (range(len(self)) if photos is None else photos)]
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Index:
         """Return the Index of the photos where `keep` (N,) is true."""
@@ -54,6 +70,7 @@ class Index:
             labels=self.labels[keep],
             sizes=self.sizes[keep],
             mtimes=self.mtimes[keep],
+            offsets=self.offsets[keep],
             folders=self.folders[keep],
             num_hidden=self.num_hidden,
         )
@@ -62,22 +79,24 @@ class Index:
 def scan(root: str | Path) -> Index:
     """Return the Index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
+    In the place of class folders there may be shards, see `shards`: root/000000.tar, or root/train/000000.tar.
     Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
     hold a class that the training folder lacks.
     """
     root = Path(root)
     _check_folder(root)
-    split_folders = _split_folders(root)
+    split_folders = _split_folders(root) or {"train": root}
     train_folder = split_folders.get("train", root)
-    classes = tuple(_class_names(train_folder))
+    found = _shards(root, split_folders)
+    classes = _classes(found["train"]) if "train" in found else tuple(_class_names(train_folder))
     if not classes:
         raise DataError(
             f"no class folders in {train_folder}: expected {train_folder.name}/<class>/<photos>, "
-            f"or {root.name}/train/<class>/<photos>"
+            f"or {root.name}/train/<class>/<photos>, or shards (*.tar) in their place"
         )
     if len(classes) == 1:
-        raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two folders or more")
-    index = _read(root, split_folders or {"train": root}, classes)
+        raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two or more")
+    index = _read(root, split_folders, classes, found)
     check_classes(index)
     return index
 
@@ -110,7 +129,8 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
                     f"{place / name} is a class that the model does not know; "
                     f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
                 )
-    index = _read(root, found or {"all": root}, known)
+    places = found or {"all": root}
+    index = _read(root, places, known, _shards(root, places))
     if not len(index):
         raise DataError(
             f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
@@ -121,7 +141,8 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
 def scan_loosely(root: str | Path) -> tuple[Index, str]:
     """Return the Index of whatever photos a folder has, and why `scan` refuses it, "" where it does not.
 
-    Without class folders all files below it are of one class without a name. Raises DataError for no folder.
+    Without class folders all files below it are of one class without a name. Raises DataError for no folder, and for
+    shards that `scan` refuses: there is no looking into them.
     """
     try:
         return scan(root), ""
@@ -129,21 +150,27 @@ def scan_loosely(root: str | Path) -> tuple[Index, str]:
         problem = str(error)
     root = Path(root)
     _check_folder(root)
+    if any(map(_holds_shards, [root, *(p for p in _folders(root) if p.name in {"train", *HELD_OUT})])):
+        raise DataError(problem)
     named = {p.name: p for p in _folders(root) if not p.name.startswith(".")}
     parts = {HELD_OUT.get(name, name): folder for name, folder in named.items() if name in {"train", *HELD_OUT}}
     split_folders = parts if parts and len(parts) == len(named) else {"train": root}
     classes = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
-    return _read(root, split_folders, tuple(classes or [""])), problem
+    return _read(root, split_folders, tuple(classes or [""]), {}), problem
 
 
 def outside(root: Path) -> list[str]:
     """Return the visible files of a folder that are in no class folder, and so in no Index; paths below it, sorted."""
-    places = [root, *(p for p in _folders(root) if p.name in {"train", *HELD_OUT} and _class_names(p))]
+    parts = [p for p in _folders(root) if p.name in {"train", *HELD_OUT}]
+    places = [root, *(p for p in parts if _class_names(p) or _holds_shards(p))]
+    sharded = any(map(_holds_shards, places))
     names = [
         os.path.relpath(entry.path, root).replace(os.sep, "/")
         for place in places
         for entry in os.scandir(place)
         if not entry.name.startswith(".") and not _is_folder(entry)
+        if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
+        if not (entry.name.endswith(".tar") and _holds_shards(place))
     ]
     return sorted(names)
 
@@ -222,12 +249,6 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
     return splits
 
 
-def printable(name: str) -> str:
-    """Return a path or class name as any terminal, font or page takes it: a line, bytes that are no UTF-8 escaped."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def _check_folder(root: Path) -> None:
     try:
         kind = root.stat().st_mode
@@ -239,24 +260,36 @@ def _check_folder(root: Path) -> None:
         raise DataError(f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}")
 
 
-def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...]) -> Index:
-    """Return the Index of the class folders in each split folder."""
+def _read(
+    root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...], found: Mapping[str, Shards]
+) -> Index:
+    """Return the Index of the class folders in each split folder, or of the shards `found` in their place."""
     counts: Counter[str] = Counter()
-    photos = []  # (path, label, bytes, mtime, split)
+    photos = []  # (path, label, bytes, mtime, split, offset)
     for split, split_folder in split_folders.items():
+        if split in found:
+            continue
         for label, name in [(0, "")] if classes == ("",) else _labelled(split_folder, split, classes):
             photos += [
-                (path, label, size, mtime, split) for path, size, mtime in _files(root, split_folder / name, counts)
+                (path, label, size, mtime, split, -1) for path, size, mtime in _files(root, split_folder / name, counts)
             ]
     photos.sort()
-    paths, labels, sizes, mtimes, splits = zip(*photos, strict=True) if photos else ((), (), (), (), ())
+    for split, part in found.items():
+        labels = _labels(root, part, classes)
+        photos += [
+            (photo.path, labels[photo.label], photo.size, photo.mtime, split, photo.offset) for photo in part.photos
+        ]
+        counts["hidden"] += part.num_hidden
+    columns = zip(*photos, strict=True) if photos else [()] * 6
+    paths, numbers, sizes, mtimes, splits, offsets = columns
     index = Index(
         root=root,
         classes=classes,
         paths=paths,
-        labels=np.array(labels, np.int64),
+        labels=np.array(numbers, np.int64),
         sizes=np.array(sizes, np.int64),
         mtimes=np.array(mtimes, np.int64),
+        offsets=np.array(offsets, np.int64),
         folders=np.array(splits, np.str_),
         num_hidden=counts["hidden"],
     )
@@ -264,6 +297,56 @@ def _read(root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...
         num = counts["unreadable"]
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: what is inside is left out")
     return index
+
+
+def _holds_shards(folder: Path) -> bool:
+    return not _class_names(folder) and bool(shards.archives(folder))
+
+
+def _shards(root: Path, split_folders: Mapping[str, Path]) -> dict[str, Shards]:
+    """Return what is in the split folders that hold archives and no folders."""
+    return {split: shards.read(root, folder) for split, folder in split_folders.items() if _holds_shards(folder)}
+
+
+def _classes(train: Shards) -> tuple[str, ...]:
+    """Return the classes of the photos in shards, by number: their names, or the numbers where those have none.
+
+    One without photos is a warning: some of a set's shards are a set, too, and no line of classes.txt can go.
+    """
+    numbers = sorted({photo.label for photo in train.photos})
+    if train.names is None:
+        return tuple(map(str, numbers))
+    present = set(numbers)
+    missing = [printable(name) for number, name in train.names.items() if number not in present]
+    if missing:
+        some = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
+        warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {some}")
+    return tuple(train.names[number] for number in numbers if number in train.names)
+
+
+def _labels(root: Path, part: Shards, classes: Sequence[str]) -> dict[int, int]:
+    """Return number -> label, for the numbers that there are.
+
+    A number is the class of that line in classes.txt. Without that it is the class of that name, and where classes have
+    other names, the one in that place.
+    """
+    names = part.names
+    if names is None:
+        numbered = all(name.isascii() and name.isdecimal() for name in classes)
+        names = {int(name): name for name in classes} if numbered else dict(enumerate(classes))
+    labels = {}
+    for photo in part.photos:
+        if photo.label in labels:
+            continue
+        name = names.get(photo.label)
+        if name not in classes:
+            what = f"label {photo.label}{'' if name is None else f', {printable(name)},'}"
+            raise DataError(
+                f"{printable(str(root / photo.path))} has the {what} which is none of the {len(classes)} classes: "
+                f"{', '.join(map(printable, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
+            )
+        labels[photo.label] = classes.index(name)
+    return labels
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -280,7 +363,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
             )
         return {}
     others = {name for name in folders if not name.startswith(".") and name not in HELD_OUT and name != "train"}
-    if others and not _class_names(folders["train"]):
+    if others and not _class_names(folders["train"]) and not _holds_shards(folders["train"]):
         return {}
     found: dict[str, Path] = {"train": folders["train"]}
     for name, part in HELD_OUT.items():

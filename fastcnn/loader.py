@@ -124,7 +124,7 @@ def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
     ) -> dict[str, str]:
         chosen = photos[places]
         verdicts = pipelines.decode(
-            [index.root / index.paths[photo] for photo in chosen],
+            index.sources(chosen),
             size,
             images,
             _boxes(chosen, epoch, options.crop_scale),

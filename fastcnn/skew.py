@@ -104,12 +104,12 @@ def measure(
     answers: dict[str, list[Probabilities]] = {name: [] for name in ways}
     reasons: list[str] = []
     for start in range(0, len(index), BATCH_SIZE):
-        paths = [index.root / path for path in index.paths[start : start + BATCH_SIZE]]
+        sources = index.sources(range(start, min(start + BATCH_SIZE, len(index))))
         for name, way in ways.items():
-            probabilities, verdicts = way(model, paths)
+            probabilities, verdicts = way(model, sources)
             answers[name].append(probabilities)
             reasons += verdicts if name == REFERENCE else []
-        progress(start + len(paths), len(index))
+        progress(start + len(sources), len(index))
     pipelines.close()
     bad = {path: reason for path, reason in zip(index.paths, reasons, strict=True) if reason}
     if len(bad) == len(index):
@@ -139,8 +139,8 @@ def compare(name: str, found: Probabilities, reference: Probabilities, labels: n
     )
 
 
-_Answer = Callable[[Artefact, Sequence[Path]], tuple[Probabilities, list[str]]]
-"""(model, paths) -> (n, K) probabilities, NaN for a photo that cannot be read, and for each the reason or ""."""
+_Answer = Callable[[Artefact, Sequence[pipelines.Source]], tuple[Probabilities, list[str]]]
+"""(model, photos) -> (n, K) probabilities, NaN for a photo that cannot be read, and for each the reason or ""."""
 
 
 def _ways(decoders: Sequence[str], gpu: int | None, workers: int | None) -> tuple[dict[str, _Answer], dict[str, str]]:
@@ -167,9 +167,9 @@ def _ways(decoders: Sequence[str], gpu: int | None, workers: int | None) -> tupl
 def _straight(decoder: str, gpu: int | None, workers: int | None) -> _Answer:
     """Return the answers for photos decoded straight to the model's size."""
 
-    def answer(model: Artefact, paths: Sequence[Path]) -> tuple[Probabilities, list[str]]:
-        pixels = np.zeros((len(paths), model.image_size, model.image_size, 3), np.uint8)
-        verdicts = pipelines.decode(paths, model.image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
+    def answer(model: Artefact, sources: Sequence[pipelines.Source]) -> tuple[Probabilities, list[str]]:
+        pixels = np.zeros((len(sources), model.image_size, model.image_size, 3), np.uint8)
+        verdicts = pipelines.decode(sources, model.image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
         probabilities = model.probabilities(pixels)
         probabilities[[not verdict.ok for verdict in verdicts]] = np.nan
         return probabilities, [str(verdict.reason) for verdict in verdicts]
@@ -177,12 +177,12 @@ def _straight(decoder: str, gpu: int | None, workers: int | None) -> _Answer:
     return answer
 
 
-def _whole(model: Artefact, paths: Sequence[Path]) -> tuple[Probabilities, list[str]]:
+def _whole(model: Artefact, sources: Sequence[pipelines.Source]) -> tuple[Probabilities, list[str]]:
     """Answer for photos decoded by Pillow in their own size, one at a time."""
-    probabilities = np.full((len(paths), len(model.classes)), np.nan, np.float32)
+    probabilities = np.full((len(sources), len(model.classes)), np.nan, np.float32)
     verdicts = []
-    for row, path in zip(probabilities, paths, strict=True):
-        pixels, verdict = pipelines.decode_whole(path)
+    for row, source in zip(probabilities, sources, strict=True):
+        pixels, verdict = pipelines.decode_whole(source)
         verdicts.append(str(verdict.reason))
         if verdict.ok:
             row[:] = model.probabilities(pixels[None])[0]

@@ -1,4 +1,4 @@
-"""Photos to pixels: paths or bytes in, (n, size, size, 3) uint8 out, and a verdict for every source.
+"""Photos to pixels: paths, parts of files or bytes in, (n, size, size, 3) uint8 out, and a verdict for every source.
 
 A decoder is one module with `decode` and `identity` (and `close`, where it keeps something) and one line in `BACKENDS`.
 """
@@ -12,11 +12,11 @@ from types import ModuleType
 
 import numpy as np
 
-from pipelines.verdict import MAX_PIXELS, Box, Source, Verdict
+from pipelines.verdict import MAX_PIXELS, Box, Member, Source, Verdict
 
 __all__ = [
-    "BACKENDS", "MAX_PIXELS", "Boxes", "DecoderUnavailable", "Verdict", "choose", "close", "decode", "decode_whole",
-    "identity",
+    "BACKENDS", "MAX_PIXELS", "Boxes", "DecoderUnavailable", "Member", "Source", "Verdict", "choose", "close",
+    "decode", "decode_whole", "identity",
 ]  # fmt: skip
 
 BACKENDS = {
@@ -73,7 +73,7 @@ def decode(
 ) -> list[Verdict]:
     """Write the pixels of each usable source into its row of `out`; return a verdict a source, in their order.
 
-    sources: n paths, or encoded photos as bytes.
+    sources: n paths, encoded photos as bytes, or parts of files (`Member`).
     out: (n, size, size, 3) uint8, C-contiguous. The photo upright, RGB, squashed to size x size (bilinear,
         antialiased). Rows of unusable sources are zeroed.
     boxes: (n, 4) float: left, top, right, bottom in pixels of the upright photo. What the row shows; None: all of it.

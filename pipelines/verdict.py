@@ -4,13 +4,23 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-Source = str | os.PathLike[str] | bytes
-"""A path (str or PathLike), or the encoded photo itself (bytes)."""
+
+class Member(NamedTuple):
+    """A photo that is a part of a file, as in a tar archive: `size` bytes from `offset` on."""
+
+    archive: str
+    offset: int
+    size: int
+
+
+Source = str | os.PathLike[str] | bytes | Member
+"""A path (str or PathLike), the encoded photo itself (bytes), or the part of a file that holds it."""
 
 Box = np.ndarray | Callable[[int, int], np.ndarray]
 """(4,) left, top, right, bottom in pixels of the upright photo, or what gives them from its width and height."""
@@ -64,16 +74,30 @@ def read(source: Source) -> bytes:
     if isinstance(source, bytes):
         data = source
     else:
+        path = source.archive if isinstance(source, Member) else source
         try:
             # A named pipe would block for ever, a device never end.
-            if not stat.S_ISREG(os.stat(source).st_mode):  # noqa: PTH116 - 3 us less than Path.stat
-                raise Unusable("unreadable", "a folder" if Path(source).is_dir() else "not a regular file")
-            with open(source, "rb", buffering=0) as file:  # noqa: PTH123 - likewise
-                data = file.readall()
+            info = os.stat(path)  # noqa: PTH116 - 3 us less than Path.stat
+            if not stat.S_ISREG(info.st_mode):
+                raise Unusable("unreadable", "a folder" if Path(path).is_dir() else "not a regular file")
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - likewise
+                data = _part(file, source, info.st_size) if isinstance(source, Member) else file.readall()
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise Unusable("unreadable", getattr(error, "strerror", None) or str(error)) from error
     if not data:
         raise Unusable("empty")
+    return data
+
+
+def _part(file: FileIO, member: Member, length: int) -> bytes:
+    """Return a part of a file of this length: beyond its end no memory is asked for."""
+    data = b""
+    if member.offset + member.size <= length:
+        file.seek(member.offset)
+        while len(data) < member.size and (more := file.read(member.size - len(data))):
+            data += more
+    if len(data) < member.size:
+        raise Unusable("truncated", "the archive ends before it does")
     return data
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"errors"},
     {"config", "files", "launch"},
-    {"ranks"},
+    {"ranks", "tar"},
+    {"shards"},
     {
         "index",
         "augment",
@@ -44,7 +45,7 @@ LEVELS = [
     {"export", "serve"},
     {"finish", "memory", "resume"},
     {"finite"},
-    {"train", "data", "doctor"},
+    {"train", "data", "doctor", "shard_writer"},
     {"slot"},
     {"sweep"},
     {"sweep_agent"},
@@ -57,9 +58,11 @@ DECODING = {
     "check_page",
     "dataset",
     "doctor",
+    "index",
     "loader",
     "predict",
     "serve",
+    "shard_writer",
     "skew",
 }  # what may import pipelines
 
