@@ -27,6 +27,6 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     | tee "$out/cuda_tests.txt" || { [ "${PIPESTATUS[0]}" -eq 5 ] || exit 1; }
 fi
 if "$python" -c 'import triton' 2>/dev/null; then
-  "$python" -m bench.kernels --quick --types bf16 | tee "$out/kernels.md"
+  "$python" -m bench.kernels --quick --types bf16 --activations relu gelu | tee "$out/kernels.md"
 fi
 "$python" -m bench --out "$out" ${arguments[@]+"${arguments[@]}"}

@@ -344,17 +344,18 @@ def test_compiled_around_the_blocks_captured_uncaptured(compiler: None) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_compiling_halves_the_launches_around_the_blocks(precision: str) -> None:
+@pytest.mark.parametrize("augmentations", [(), ("flip", "shift")])
+def test_compiling_halves_the_launches_around_the_blocks(augmentations: tuple[str, ...]) -> None:
     """Counted in the code that inductor makes for a GPU, which needs none."""
-    sys.path.insert(0, str(ROOT))
-    from bench import launches
-
-    before, after = (launches.launches(engine, precision, ("flip", "shift")) for engine in ("fused", "fused+compiled"))
-    print(f"\nlaunches, {precision}: {dict(before)} before, {dict(after)} after")
-    assert before[launches.BLOCKS] == after[launches.BLOCKS] == 24
-    assert after.total() - 24 < (before.total() - 24) / 2
+    text, code = printed("bench.launches", "--precisions", "bf16", "fp32", "--augment", *augmentations)
+    print("\n" + text)
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    found = {(engine, precision): (int(blocks), int(total)) for engine, precision, blocks, *_, total in rows}
+    for precision in ("bf16", "fp32"):
+        (blocks, before), (same, after) = found["fused", precision], found["fused+compiled", precision]
+        assert blocks == same == 24
+        assert after - blocks < (before - blocks) / 2
 
 
 def test_evaluation_by_fused_blocks_is_the_plain_one() -> None:
@@ -461,10 +462,10 @@ def test_tiles_cover_maps_once() -> None:
         assert (programs - 1) * covering["per_program"] < 10 <= programs * covering["per_program"]
 
 
-def compiled_table(*arguments: str) -> tuple[str, int]:
-    """What `python -m bench.kernels` prints, in a process of its own: without the interpreter."""
+def printed(module: str, *arguments: str) -> tuple[str, int]:
+    """What a module prints and its exit code, in a process of its own: without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.kernels", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.stdout, done.stderr
     return done.stdout, done.returncode
@@ -472,7 +473,9 @@ def compiled_table(*arguments: str) -> tuple[str, int]:
 
 def test_machine_code_without_a_gpu() -> None:
     """For one network and one GPU, the tiles that are used unmeasured: tensor cores, nothing spilled."""
-    text, code = compiled_table("--types", "bf16", "--architectures", "90", "--activations", "relu", "--quick")
+    text, code = printed(
+        "bench.kernels", "--types", "bf16", "--architectures", "90", "--activations", "relu", "--quick"
+    )
     assert code == 0, text
     assert "| block_forward | 90 | bf16 |" in text
     assert "11 kernels, 0 that spill or multiply 16-bit values without tensor cores" in text
@@ -480,7 +483,7 @@ def test_machine_code_without_a_gpu() -> None:
 
 @pytest.mark.long
 def test_machine_code_of_all_shipped_tiles() -> None:
-    text, code = compiled_table()
+    text, code = printed("bench.kernels")
     print("\n" + text)
     assert code == 0, text
 
