@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import launch
-from fastcnn.errors import FastCNNError, FastCNNWarning, first_line
+from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, first_line
 
 Value = TypeVar("Value")
 STARTING = timedelta(minutes=10)  # until all are there
@@ -152,10 +152,14 @@ def joined(device: str) -> Iterator[Ranks]:
     number = {name: int(os.environ.get(name, default)) for name, default in _VARIABLES.items()}
     rank, restarts = number["RANK"], number["TORCHELASTIC_RESTART_COUNT"]
     if device == "cuda":
+        if number["LOCAL_WORLD_SIZE"] > torch.cuda.device_count():
+            raise UsageError(
+                f"--devices {number['LOCAL_WORLD_SIZE']}: this machine has {torch.cuda.device_count()} GPUs"
+            )
         torch.cuda.set_device(number["LOCAL_RANK"])
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by the first rank
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    with noticing():
+    with noticing("the ranks do not find each other"):
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             number["MASTER_PORT"],
@@ -210,7 +214,7 @@ def _exit_code(ranks: Ranks) -> int:
 
 
 @contextlib.contextmanager
-def noticing() -> Iterator[None]:
+def noticing(what: str = "another rank ended") -> Iterator[None]:
     """Turn the end of another rank, which gloo and NCCL notice in the midst of a collective, into Gone."""
     try:
         yield
@@ -218,7 +222,7 @@ def noticing() -> Iterator[None]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise
         reason = first_line(error).partition("] ")[2] or first_line(error)  # gloo begins with its source's path
-        raise Gone(f"another rank ended ({reason})") from None
+        raise Gone(f"{what} ({reason})") from None
 
 
 @contextlib.contextmanager

@@ -74,11 +74,10 @@ def fit(
     Raises DataError where the photos cannot be used, Interrupted on SIGINT and SIGTERM after saving `last.pt`, and
     FastCNNError for whatever else the user can mend.
     """
-    if config.devices != (launch.num_ranks() or 1):
-        raise UsageError(
-            f"--devices {config.devices}: {launch.num_ranks() or 1} of them here; "
-            "`fastcnn train --devices` or torchrun starts more"
-        )
+    started = launch.num_ranks()
+    if config.devices != (started or 1):
+        here = f"torchrun has started {started}" if started else "`fastcnn train` or torchrun starts them"
+        raise UsageError(f"--devices {config.devices}: {here}")
     with signals.raising(), ranks.joined(runtime.pick_device(config.device).type) as group:
         config = _resolve(config, group)
         console = console if console and group.first else Console(quiet=True)
@@ -104,7 +103,7 @@ def _folder(
     with contextlib.ExitStack() as stack:
 
         def find() -> tuple[Path, bool]:
-            kept = group.recall("run folder") if group.restarts else None
+            kept = (group.recall("run folder") or run_dir) if group.restarts else None
             going_on = resume or (kept if kept and (Path(kept) / runs.CONFIG).is_file() else None)
             if going_on:
                 folder = runs.find(going_on)
@@ -159,7 +158,7 @@ def _fit(
                 image_size=config.decoded_size,
                 decoder=config.decoder,
                 gpu=device.index if device.type == "cuda" else None,
-                workers=config.workers or (max(1, runtime.num_cores() // group.local_count) if group.joined else None),
+                workers=config.workers,
                 cache_dir=config.cache_dir,
                 loader=config.loader,
                 memory_limit=config.memory_limit,
@@ -284,6 +283,7 @@ def _resolve(config: Config, group: Ranks) -> Config:
         raise UsageError(
             f"--device {config.device} is one device, and there are {group.count} ranks: give {device.type}"
         )
+    cores = max(1, runtime.num_cores() // group.local_count)
     return dataclasses.replace(
         config,
         data=str(Path(config.data).resolve()),
@@ -295,7 +295,8 @@ def _resolve(config: Config, group: Ranks) -> Config:
         precision=runtime.pick_precision(
             config.precision, device, deterministic=config.deterministic, strict=config.strict
         ),
-        threads=config.threads or max(1, runtime.num_cores() // group.local_count),
+        threads=config.threads or cores,
+        workers=config.workers or (cores if group.count > 1 else None),
     )
 
 

@@ -165,7 +165,7 @@ def test_batches_that_cannot_be_shared(options: dict[str, Any], message: str) ->
 
 
 def test_fit_needs_a_launcher_for_several_devices(photos: Path) -> None:
-    with pytest.raises(UsageError, match="1 of them here; `fastcnn train --devices` or torchrun starts more"):
+    with pytest.raises(UsageError, match="--devices 2: `fastcnn train` or torchrun starts them"):
         fit(Config(data=str(photos), devices=2))
 
 
