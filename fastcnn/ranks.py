@@ -214,7 +214,7 @@ def _exit_code(ranks: Ranks) -> int:
 
 
 @contextlib.contextmanager
-def noticing(what: str = "another rank ended") -> Iterator[None]:
+def noticing(what: str = "another rank ended or cannot be reached") -> Iterator[None]:
     """Turn the end of another rank, which gloo and NCCL notice in the midst of a collective, into Gone."""
     try:
         yield

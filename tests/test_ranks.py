@@ -18,7 +18,7 @@ import two_ranks
 import yaml
 from two_ranks import CASES, PLANTED, SMALL
 
-from fastcnn import Config, checkpoint, fit, launch
+from fastcnn import Config, checkpoint, fit, launch, shard_writer
 from fastcnn.cli import main
 from fastcnn.errors import UsageError
 from fastcnn.model import BatchNorm, SmallCNN
@@ -35,10 +35,12 @@ def torchrun(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def uneven(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """119 photos: 88 to train on, which is 5 batches and a half, and 31 to validate."""
+    """119 photos: 88 to train on, which is 5 batches and a half, and 31 to validate. Beside them 3 shards of them."""
     folder = tmp_path_factory.mktemp("uneven") / "photos"
     shutil.copytree(photos, folder)
     next(iter(sorted(folder.glob("*/*")))).unlink()
+    shard_writer.write(folder, f"{folder}-shards", photos_each=40)
+    assert len(list(Path(f"{folder}-shards").glob("*.tar"))) == 3
     return folder
 
 
@@ -88,6 +90,9 @@ def test_norms_of_each_rank_are_other_norms_and_agree_in_the_checkpoint(both: tu
 
 def test_a_cold_cache_built_by_two_ranks_is_that_of_one_process(both: tuple[Path, Path]) -> None:
     for header in (both[0] / "cache").glob("*/cache.json"):
+        assert len(list((both[1] / "cache").glob("*/cache.json"))) == len(
+            list((both[0] / "cache").glob("*/cache.json"))
+        )
         other = both[1] / "cache" / header.parent.name
         for name in ("cache.json", "pixels.bin", "photos.jsonl"):
             if (header.parent / name).exists():  # stream has no pixels

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mapped": {"loader": "mapped"},
     "stream": {"loader": "stream"},
     "norm of each": {"sync_batch_norm": False},
+    "shards": {},
 }
 PLANTED = "planted"
 """A case in which the second rank fails."""
@@ -50,9 +51,8 @@ def train(photos: str, out: Path, case: str, devices: int) -> None:
     """Train one case in a folder of its own; the cache is shared by all of them."""
     from fastcnn import Config, fit
 
-    config = Config(
-        **{**SMALL, **CASES.get(case, {}), "data": photos, "cache_dir": str(out / "cache")}, devices=devices
-    )
+    data = f"{photos}-shards" if case == "shards" else photos
+    config = Config(**{**SMALL, **CASES.get(case, {}), "data": data, "cache_dir": str(out / "cache")}, devices=devices)
     fit(config, run_dir=out / case)
 
 
