@@ -247,7 +247,7 @@ def gradients_along_a_run(num_states: int, every: int = 1, **options: Any) -> fl
     for number in range(num_states * every):
         if number % plain.num_steps == 0:
             plain.start_epoch(7, number)
-            step.feed.permutation.copy_(plain.feed.permutation)
+            step.start_epoch(7, number)
         if number % every == 0:
             for a, b in zip(step.state(), plain.state(), strict=True):
                 a.copy_(b)
