@@ -101,11 +101,12 @@ def train(
     **options: Any,
 ) -> None:
     """Train on the photos in DATA: DATA/<class>/... or DATA/train/<class>/..."""
-    import dataclasses
     from pathlib import Path
 
-    start = time.perf_counter()
+    start, ranks = time.perf_counter(), launch.num_ranks()
     given = {name: value for name, value in {"data": data, **options}.items() if value is not None}
+    if ranks is not None:
+        given.setdefault("devices", ranks)
     if resume:
         if recipe or config_file or run_dir:
             raise UsageError("--resume goes on as before: leave out --recipe, --config and --run-dir")
@@ -123,12 +124,9 @@ def train(
 
         click.echo(yaml.safe_dump(run.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
-    ranks = launch.num_ranks()
-    if ranks is not None:
-        if options["devices"] is not None and run.devices != ranks:
-            raise UsageError(f"--devices {run.devices}: torchrun has started {ranks}; leave it out")
-        run = dataclasses.replace(run, devices=ranks)
-    elif run.devices > 1:
+    if ranks is not None and run.devices != ranks:
+        raise UsageError(f"--devices {run.devices}: torchrun has started {ranks}; leave it out")
+    if ranks is None and run.devices > 1:
         context = click.get_current_context()
         context.exit(launch.train(run.devices, context.meta["arguments"], max_restarts))
     from fastcnn import cache

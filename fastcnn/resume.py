@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -56,9 +57,9 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
     if not (folder / "last.pt").is_file():  # killed before its first step was saved
         return resolve(read_yaml(folder / "config.yaml"), changes)
     state = checkpoint.load(folder / "last.pt")
-    if changes.get("devices", state["config"]["devices"]) != state["config"]["devices"]:
-        changes = {**changes, "threads": None, "workers": None}  # they were a share of the cores
     config = resolve(state["config"], changes)
+    if config.devices != state["config"]["devices"]:
+        config = dataclasses.replace(config, threads=None, workers=None)  # they were a share of the cores
     if config.epochs <= state["epoch"] and is_finished(folder):
         raise UsageError(f"--resume: {run} has its {state['epoch']} epochs: give more with --epochs")
     return config
