@@ -153,7 +153,8 @@ def prepare(
     if classes is not None:
         splits = index.folders
     elif split:
-        splits = indexes.read_split(Path(split), index)
+        own = Path(split)
+        splits = ranks.share(lambda: indexes.read_split(own, index))
     else:
         splits = indexes.split(index, val_fraction, seed)
     listed = splits != ""
