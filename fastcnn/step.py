@@ -122,14 +122,14 @@ class TrainingStep:
         self.num_steps = min(len(feed) // batch_size, limit or len(feed))
         share = batch_size // ranks.count
         self.offsets = torch.arange(ranks.rank * share, (ranks.rank + 1) * share, device=device)
-        self.weights = torch.ones(share, device=device)
+        self.sums = Sums(device)
+        self.weights = self.sums.values.new_ones(share)
         self.shares = torch.full((share,), 1 / batch_size, dtype=wide, device=device)  # of each loss in the mean
         self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # of each place in the epoch's order
         self.one_hot = torch.eye(parameters.model.output.out_features, dtype=wide, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
         # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
         self.skipped = torch.zeros((), device=device)
-        self.sums = Sums(device)
         self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
 
     def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: Chances | None = None) -> Feed:
