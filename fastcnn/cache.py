@@ -189,7 +189,7 @@ def build(
                     "--cache-dir that all machines share"
                 )
             size = max(1, min(CHUNK, -(-len(missing) // ranks.count)))
-            chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+            chunks = _chunks(missing, size)
             mine = range(ranks.rank, len(chunks), ranks.count)
             # A chunk is written while the next is decoded.
             with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
@@ -449,7 +449,7 @@ def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) 
     if not path.exists():
         return [i for _, i, _ in kept]
     with ThreadPoolExecutor() as threads:  # reading and summing let go of the interpreter
-        return [i for part in threads.map(check, _chunks(kept)) for i in part]
+        return [i for part in threads.map(check, _chunks(kept, CHUNK)) for i in part]
 
 
 @contextlib.contextmanager
@@ -478,9 +478,8 @@ def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
 _Some = TypeVar("_Some", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
 
 
-def _chunks(some: _Some) -> Iterator[_Some]:
-    for start in range(0, len(some), CHUNK):
-        yield some[start : start + CHUNK]
+def _chunks(some: _Some, size: int) -> list[_Some]:
+    return [some[start : start + size] for start in range(0, len(some), size)]
 
 
 def _append(

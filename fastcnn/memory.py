@@ -34,10 +34,8 @@ def advice(config: Config, why: str, last: Path) -> str:
     fits = largest_batch_size(config)
     what = f"out of memory on {config.device} ({why})"
     if fits is None:
-        least = 2 * config.devices
-        return (
-            f"{what}: not even a batch of {least} fits; use fewer --filters, a smaller --image-size, another --device"
-        )
+        other = "use fewer --filters, a smaller --image-size or another --device"
+        return f"{what}: not even one batch of {2 * config.devices} fits; {other}"
     if config.loader in ("auto", "resident") and fits == config.batch_size:
         resumed = f"fastcnn train --resume {last.parent} --loader mapped goes on" if last.is_file() else ""
         return f"{what}: --loader mapped fits with --batch-size {fits}" + (f"; {resumed}" if resumed else "")

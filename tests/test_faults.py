@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from torch import Tensor
 import fastcnn.step
 from fastcnn import Config, cache, checkpoint, fit, loader, memory, metrics, signals, tracker, train
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
+from fastcnn.ranks import ALONE
 from fastcnn.resume import Interrupted, resumed_config
 from fastcnn.step import TrainingStep
 
@@ -83,7 +85,7 @@ def go_on(run_dir: Path | str, **changes: Any) -> Path:
 
 def test_a_run_killed_before_its_first_step_was_saved_begins_again(config: Config, whole: Path) -> None:
     Path("cut").mkdir()
-    train._write_config(Path("cut"), train._resolve(config))
+    train._write_config(Path("cut"), train._resolve(config, ALONE))
     with pytest.raises(FastCNNError, match="not empty: choose another with --run-dir, or go on with --resume cut"):
         fit(config, run_dir="cut")
     assert_equal(go_on("cut"), whole)
@@ -221,17 +223,16 @@ def test_a_signal_while_photos_are_decoded(
     config: Config, whole: Path, sent: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Config(**{**config.to_dict(), "cache_dir": "cache"})
-    plain = cache._chunks
+    plain, calls = cache.Workers.decode, itertools.count()
 
-    def stopping(photos: Any) -> Iterator[Any]:
-        for number, chunk in enumerate(plain(photos)):
-            if number == 3:
-                signal.raise_signal(sent)
-            yield chunk
+    def stopping(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            signal.raise_signal(sent)
+        return plain(*arguments)
 
     monkeypatch.setattr(cache, "CHUNK", 20)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_chunks", stopping)
+        patch.setattr(cache.Workers, "decode", stopping)
         with pytest.raises(Interrupted, match="the same command goes on") as caught:
             fit(config, run_dir="cut")
     assert caught.value.exit_code == code
@@ -447,7 +448,7 @@ def test_other_errors_are_not_taken_for_it(photos: Path, monkeypatch: pytest.Mon
 
 
 def test_the_batch_that_fits_is_tried(photos: Path) -> None:
-    assert memory.largest_batch_size(train._resolve(Config(data=str(photos), **SMALL))) == 16
+    assert memory.largest_batch_size(train._resolve(Config(data=str(photos), **SMALL), ALONE)) == 16
 
 
 # A full disk
