@@ -291,6 +291,8 @@ def compiled_around(num_states: int, **options: Any) -> float:
     step, _ = fused_and_plain(**options)
     step.forward = plain.forward
     worst = 0.0
+    for one in (step, plain):
+        one.start_epoch(7, 1)
     torch._dynamo.reset()
     with fallback_random():
         engines.build("fused+compiled", step, strict=True)
@@ -307,7 +309,7 @@ def compiled_around(num_states: int, **options: Any) -> float:
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_compiled_around_the_blocks_from_equal_states(compiler: None) -> None:
-    assert compiled_around(1, augmentations=("flip", "shift")) < 1e-5
+    assert compiled_around(1, augmentations=("flip", "shift")) < 3e-5
 
 
 @pytest.mark.long
