@@ -42,8 +42,8 @@ class FlatParameters:
         """What the loss is differentiated by, in the buffer's order."""
         self._num_low = sum(p.dtype != self.values.dtype for p in self.inputs)
 
-    def set_gradients(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
-        """Copy a gradient a parameter, in the order of `inputs`, and the loss () into `reduced`.
+    def set_gradients(self, gradients: Sequence[Tensor], loss: Tensor | None = None) -> None:
+        """Copy a gradient a parameter, in the order of `inputs`, into the flat gradient, and a loss () behind it.
 
         One `cat` for each type: of mixed types a GPU would copy tensor by tensor.
         """
@@ -51,7 +51,9 @@ class FlatParameters:
         split = sum(self._sizes[: self._num_low])
         if self._num_low:
             self.gradient[:split].copy_(torch.cat(pieces[: self._num_low]))
-        torch.cat([*pieces[self._num_low :], loss.view(1)], out=self.reduced[split:])
+        rest = pieces[self._num_low :] + ([] if loss is None else [loss.view(1)])
+        if rest:
+            torch.cat(rest, out=self.reduced[split:] if loss is not None else self.gradient[split:])
 
     def weights_only(self, value: float) -> Tensor:
         """Return (P,): `value` at the weights of convolutions and dense layers, 0 at biases and batch norms."""

@@ -221,7 +221,8 @@ def noticing(what: str = "another rank ended or cannot be reached") -> Iterator[
     except RuntimeError as error:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise
-        reason = first_line(error).partition("] ")[2] or first_line(error)  # gloo begins with its source's path
+        line = first_line(error)
+        reason = (line.partition("] ")[2] or line).partition(". ")[0]  # gloo begins with a path and ends in advice
         raise Gone(f"{what} ({reason})") from None
 
 

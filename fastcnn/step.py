@@ -161,15 +161,15 @@ class TrainingStep:
         return batch, self._targets(batch)
 
     def collect(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
-        """Put the gradients of the parameters and the sum of the losses into one flat tensor, for the ranks to add."""
-        self.parameters.set_gradients(gradients, losses.sum())
+        """Put the gradients into the flat one, and behind it, for the ranks to add, the sum of the losses."""
+        self.parameters.set_gradients(gradients, losses.sum() if self.ranks.joined else None)
 
     def update(self, losses: Tensor, guesses: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
         """Update the weights by the flat gradient, add to the sums, and move on.
 
         buffers: the network's as they were before the batch, where a step may be left out because of its loss.
         """
-        skip = self._update(self.parameters.loss)
+        skip = self._update(self.parameters.loss if self.ranks.joined else losses.sum())
         weights = self.weights
         if self.skip_nan:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)

@@ -90,7 +90,7 @@ def test_the_flat_update_is_adam_to_the_bit() -> None:
     single = torch.optim.Adam(plain.parameters(), lr=torch.tensor(1e-3), fused=True)
     for _ in range(5):
         gradients = [torch.randn_like(p) for _, p in ordered(plain)]
-        parameters.set_gradients(gradients, torch.zeros(()))
+        parameters.set_gradients(gradients)
         flat.step(torch.zeros(()))
         for (_, p), gradient in zip(ordered(plain), gradients, strict=True):
             p.grad = gradient
@@ -172,7 +172,7 @@ def test_gradients_reach_their_parameters(filters: tuple[int, ...], kernel_size:
     plain = SmallCNN(4, **options)  # type: ignore[arg-type]
     parameters = FlatParameters(model, dtype)
     gradients = [torch.randn(p.shape).to(p.dtype) for p in parameters.inputs]
-    parameters.set_gradients(gradients, torch.zeros(()))
+    parameters.set_gradients(gradients)
     parameters.values.sub_(parameters.gradient)
     parameters.refresh()
     for (name, p), gradient in zip(ordered(plain), gradients, strict=True):
