@@ -20,8 +20,8 @@ def num_ranks() -> int | None:
 
 
 def speaks() -> bool:
-    """Return whether this process tells the user of what is the same on all ranks."""
-    return num_ranks() is None or os.environ["RANK"] == "0"
+    """Return whether this process tells the user of what is the same on all ranks of its machine."""
+    return num_ranks() is None or os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0"
 
 
 def train(devices: int, arguments: Sequence[str], max_restarts: int = 0) -> int:

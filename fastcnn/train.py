@@ -78,7 +78,7 @@ def fit(
     if config.devices != (started or 1):
         here = f"torchrun has started {started}" if started else "`fastcnn train` or torchrun starts them"
         raise UsageError(f"--devices {config.devices}: {here}")
-    with signals.raising(), ranks.joined(runtime.pick_device(config.device).type) as group:
+    with signals.raising(), ranks.joined(_kind(config)) as group:
         config = _resolve(config, group)
         console = console if console and group.first else Console(quiet=True)
         try:
@@ -268,6 +268,16 @@ def _make_ready(
         if device.type != "cpu":  # an eager engine has run nothing yet: does the step fit?
             engines.time_step(engine, session.step, 1)
     return feeds, session, engine, evaluator
+
+
+def _kind(config: Config) -> str:
+    """Return cpu, cuda or mps; ranks that are not joined yet and have none of it say so once."""
+    try:
+        return runtime.pick_device(config.device).type
+    except FastCNNError as error:
+        if launch.speaks():
+            raise
+        raise ranks.Told(error.exit_code) from None
 
 
 def _device(config: Config, group: Ranks) -> torch.device:

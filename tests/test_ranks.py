@@ -157,6 +157,14 @@ def test_what_cannot_be_used_is_told_once_and_the_exit_code_is_its_own(tmp_path:
     assert line.startswith("fastcnn: error: only one class, 'only', in ")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_told_once(photos: Path) -> None:
+    command = [sys.executable, "-m", "fastcnn.cli", "train", str(photos), "--device", "cuda", "--devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("torch sees no NVIDIA GPU here") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
