@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.pictures import PICTURES, draw
-from bench.record import Record, record
-from bench.report import report, summary
+from bench.report.page import report, summary
+from bench.report.plots import PICTURES, draw
+from bench.report.record import Record, record
 from fastcnn.errors import nearest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def _fail(message: str, code: int) -> int:
 
 def groups() -> list[str]:
     """Return the groups of benchmarks, in the order in which they run."""
-    found = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
+    found = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench" / "suites").glob("bench_*.py"))
     others = [name for name in found if name not in FIRST + LAST]
     return [*(name for name in FIRST if name in found), *others, *(name for name in LAST if name in found)]
 
@@ -116,7 +116,9 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any] | None, float]:
         command += [f"--photos={args.photos.resolve()}"] if args.photos else []
         command += [f"--device={args.device}"] if args.device else []
         command += [f"--budget={_budget(args)}"]
-        command += [str(ROOT / "bench" / f"bench_{name}.py") for name in groups() if name in (args.only or groups())]
+        command += [
+            str(ROOT / "bench" / "suites" / f"bench_{name}.py") for name in groups() if name in (args.only or groups())
+        ]
         subprocess.run(command, cwd=ROOT, check=False)
         found = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else None
     return found, time.perf_counter() - start

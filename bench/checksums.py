@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastcnn import Config, cache, checkpoint, index
-from fastcnn.model import SmallCNN
-from fastcnn.optim import Adam, FlatParameters
+from fastcnn import Config
+from fastcnn.data import cache, index
+from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.storage import checkpoint
+from fastcnn.training.optimizers import Adam, FlatParameters
 
 ROUNDS = 9
 

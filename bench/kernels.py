@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastcnn.model import ACTIVATIONS
-from fastcnn.runtime import DTYPES
+from fastcnn.network.small_cnn import ACTIVATIONS
+from fastcnn.system.device import DTYPES
 
 FILTERS = [(32,) * 5, (64,) * 5, (32, 64, 128, 256, 512)]
 ARCHITECTURES = 80, 90
@@ -102,7 +102,8 @@ def launches(
     every_tile: bool = False,
 ) -> list[Any]:
     """Return what a training step with batch norm starts. Nothing is computed."""
-    from fastcnn.kernels import fused, launching
+    from fastcnn.network.kernels import autotune as launching
+    from fastcnn.network.kernels import block_operators as fused
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")

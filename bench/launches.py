@@ -9,7 +9,7 @@ The step runs on a CPU; what is counted is what it would start on a GPU:
   graphs are traced on the CPU and then moved to a GPU that is pretended, so the kernels are fused as they are there,
   not as the C++ for a CPU is; what nobody has is the GPU to run them on. Kernels within a library call count as one.
 
-So figures may be too low by a few, for either engine. What `bench/profile.py` counts on a GPU would settle it.
+So figures may be too low by a few, for either engine. What `gpu_profile.py` counts on a GPU would settle it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from bench.steps import make_step, random_feed
-from fastcnn import engines
-from fastcnn import fused as fusing
-from fastcnn.config import STRENGTHS
-from fastcnn.kernels import launching
-from fastcnn.step import TrainingStep
+from bench.harness.step_setup import make_step, random_feed
+from fastcnn.config.fields import STRENGTHS
+from fastcnn.network import fused_forward as fusing
+from fastcnn.network.kernels import autotune as launching
+from fastcnn.training import engines
+from fastcnn.training.step import TrainingStep
 
 GPU = torch.device("cuda", 0)
 BLOCKS = "blocks"

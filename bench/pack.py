@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.slot import Epoch, Job, Slot
+from fastcnn.sweeps.trial_process import Epoch, Job, Slot
 
 
 def main() -> None:

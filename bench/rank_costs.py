@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from bench.rates import GRADIENT_BYTES, PHOTO_BYTES, STATISTICS_BYTES
-from fastcnn import cache
-from fastcnn.cache import CHUNK
+from fastcnn.data import cache
+from fastcnn.data.cache import CHUNK
 
 CALLS = 1000
 ROWS, ROWS_A_READ = 16384, 256

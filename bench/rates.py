@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bench.record import Record, read
+from bench.report.record import Record, read
 
 PUBLISHED = Path(__file__).parent / "results" / "published" / "amd-epyc-2-cores.json"
 PHOTO_BYTES = 128 * 128 * 3

@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from bench import tables
-from bench.machine import slug
-from bench.record import FORMAT, Record, Row
-from fastcnn import checkpoint, dataset, runtime
-from fastcnn.config import Config, read_recipe, read_yaml, resolve
-from fastcnn.evaluate import BATCH_SIZE, Evaluator, restore
-from fastcnn.loader import Options, resident
-from fastcnn.optim import FlatParameters
-from fastcnn.step import Normalise
-from fastcnn.train import fit
+from bench.harness.machine import slug
+from bench.report import tables
+from bench.report.record import FORMAT, Record, Row
+from fastcnn.config.fields import Config, read_recipe, read_yaml, resolve
+from fastcnn.data import dataset
+from fastcnn.data.loaders import Options, resident
+from fastcnn.runs.fit import fit
+from fastcnn.storage import checkpoint
+from fastcnn.system import device as runtime
+from fastcnn.training.evaluation import BATCH_SIZE, Evaluator, restore
+from fastcnn.training.optimizers import FlatParameters
+from fastcnn.training.step import Normalise
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from bench.harness.roofline import floor_seconds, fused_passes
 from bench.rates import GRADIENT_BYTES, STATISTICS_BYTES
-from bench.roofline import floor_seconds, fused_passes
 
 FILTERS = (32,) * 5
 A_NODE = 8

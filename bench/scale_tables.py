@@ -10,10 +10,10 @@ from typing import Any
 
 from bench import rates, scale, scale_step
 from bench.pipeline import simulate
-from bench.record import read
+from bench.report.record import read
+from bench.report.tables import fill, markdown
 from bench.scale import ALL_BUILT, AS_BUILT, Plan
 from bench.scale_step import Values
-from bench.tables import fill, markdown
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 PHOTOS = [10**power for power in range(3, 10)]

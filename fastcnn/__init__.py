@@ -10,29 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcnn.artefact import open as open_artefact
-    from fastcnn.config import Config
+    from fastcnn.config.fields import Config
+    from fastcnn.data.index import Index, scan
     from fastcnn.errors import FastCNNError
-    from fastcnn.export import export_run
-    from fastcnn.index import Index, scan
-    from fastcnn.model import SmallCNN
-    from fastcnn.predict import predict_photos
-    from fastcnn.rescore import evaluate_run
-    from fastcnn.train import Result, fit
+    from fastcnn.export.exporters import export_run
+    from fastcnn.inference.artefact import open as open_artefact
+    from fastcnn.inference.predict import predict_photos
+    from fastcnn.network.small_cnn import SmallCNN
+    from fastcnn.runs.evaluate_run import evaluate_run
+    from fastcnn.runs.fit import Result, fit
 
 # Lazy (PEP 562), so that `fastcnn --help` does not wait for torch.
 _PUBLIC = {
-    "Config": "fastcnn.config:Config",
+    "Config": "fastcnn.config.fields:Config",
     "FastCNNError": "fastcnn.errors:FastCNNError",
-    "Index": "fastcnn.index:Index",
-    "Result": "fastcnn.train:Result",
-    "SmallCNN": "fastcnn.model:SmallCNN",
-    "evaluate_run": "fastcnn.rescore:evaluate_run",
-    "export_run": "fastcnn.export:export_run",
-    "fit": "fastcnn.train:fit",
-    "open_artefact": "fastcnn.artefact:open",
-    "predict_photos": "fastcnn.predict:predict_photos",
-    "scan": "fastcnn.index:scan",
+    "Index": "fastcnn.data.index:Index",
+    "Result": "fastcnn.runs.fit:Result",
+    "SmallCNN": "fastcnn.network.small_cnn:SmallCNN",
+    "evaluate_run": "fastcnn.runs.evaluate_run:evaluate_run",
+    "export_run": "fastcnn.export.exporters:export_run",
+    "fit": "fastcnn.runs.fit:fit",
+    "open_artefact": "fastcnn.inference.artefact:open",
+    "predict_photos": "fastcnn.inference.predict:predict_photos",
+    "scan": "fastcnn.data.index:scan",
 }
 
 __all__ = [

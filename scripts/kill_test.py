@@ -145,7 +145,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
     """Return what a run ends in, without what the clock decides."""
     import torch
 
-    from fastcnn import checkpoint
+    from fastcnn.storage import checkpoint
 
     found: dict[str, object] = {}
     for name in ("last.pt", "best.pt"):
@@ -170,7 +170,9 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 def train(descriptor: int, arguments: list[str]) -> None:
     """Be the command under test: as a user's, but that it tells the stages it is in and writes the cache often."""
-    from fastcnn import cache, cli, metrics
+    from fastcnn.cli import app as cli
+    from fastcnn.data import cache
+    from fastcnn.training import metrics
 
     plain = metrics.Stopwatch.stage
     around = ["-"]

@@ -3,7 +3,7 @@
     python scripts/readme_tables.py            # writes them
     python scripts/readme_tables.py --check    # exits with 1 where they differ
 
-A table stands between <!-- table: NAME --> and <!-- end -->; the names are those of bench.tables.TABLES.
+A table stands between <!-- table: NAME --> and <!-- end -->; the names are those of bench.report.tables.TABLES.
 """
 
 import sys
@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import tables  # noqa: E402
-from bench.record import Record, read  # noqa: E402
+from bench.report import tables  # noqa: E402
+from bench.report.record import Record, read  # noqa: E402
 
 PUBLISHED = ROOT / "bench" / "results" / "published"
 ON_CPU = {

@@ -11,60 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEVELS = [
-    {"errors"},
-    {"config", "files", "launch"},
-    {"ranks", "tar"},
-    {"shards"},
-    {
-        "index",
-        "augment",
-        "crops",
-        "feed",
-        "metrics",
-        "console",
-        "container",
-        "runtime",
-        "kernels",
-        "signals",
-        "runs",
-        "archive",
-        "twins",
-        "sweepfile",
-        "options",
-    },
-    {"study"},
-    {"artefact", "wandb_tracker", "model", "cache", "checkpoint", "scorecard", "pictures", "page", "fetch"},
-    {"tracker", "optim", "loader", "report", "deploy", "sweep_pictures"},
-    {"sync", "dataset", "check"},
-    {"step"},
-    {"fused"},
-    {"engines", "check_page"},
-    {"evaluate", "predict", "skew", "triton_server", "card"},
-    {"verify", "rescore", "session", "batcher"},
-    {"export", "serve"},
-    {"finish", "memory", "resume"},
-    {"finite"},
-    {"train", "data", "doctor", "shard_writer"},
-    {"slot"},
-    {"sweep"},
-    {"sweep_agent"},
+# Top floor first: a room imports only from those on floors below its own.
+FLOORS = [
     {"cli"},
+    {"sweeps"},
+    {"runs", "data_tools"},
+    {"reporting", "training", "export", "network", "inference", "data"},
+    {"storage"},
+    {"system"},
+    {"config"},
+    {"errors"},
 ]
-DECODING = {
-    "batcher",
-    "cache",
-    "check",
-    "check_page",
-    "dataset",
-    "doctor",
-    "index",
-    "loader",
-    "predict",
-    "serve",
-    "shard_writer",
-    "skew",
-}  # what may import pipelines
+DECODING = {"data", "data_tools", "inference", "export", "cli"}  # what may import pipelines
 
 
 def imported(path: Path) -> set[str]:
@@ -77,26 +35,26 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-MODULES = sorted(
-    p.stem
-    for p in (ROOT / "fastcnn").iterdir()
-    if (p.suffix == ".py" or (p / "__init__.py").is_file()) and p.stem != "__init__"
+ROOMS = sorted(
+    p.stem for p in (ROOT / "fastcnn").iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
 )
+ROOMS.remove("__init__")
 
 
-def test_every_module_has_a_level() -> None:
-    assert set(MODULES) == set().union(*LEVELS)
+def test_every_room_has_a_floor() -> None:
+    assert set(ROOMS) == set().union(*FLOORS)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down(module: str) -> None:
-    level = next(i for i, names in enumerate(LEVELS) if module in names)
-    below = set().union(*LEVELS[:level])
-    path = ROOT / "fastcnn" / module
-    names = set().union(*map(imported, path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]))
-    used = {name.split(".")[1] for name in names if name.startswith("fastcnn.")}
-    assert used & set(MODULES) <= below | {module}
-    assert module in DECODING or not any(name.partition(".")[0] == "pipelines" for name in names)
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_down(room: str) -> None:
+    floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+    below = set().union(*FLOORS[floor + 1 :])
+    path = ROOT / "fastcnn" / room
+    for module in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        names = imported(module)
+        used = {name.split(".")[1] for name in names if name.startswith("fastcnn.")}
+        assert used & set(ROOMS) <= below | FLOORS[floor], module
+        assert room in DECODING or not any(name.partition(".")[0] == "pipelines" for name in names), module
 
 
 def test_pipelines_know_nothing_of_fastcnn() -> None:

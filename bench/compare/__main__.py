@@ -1,0 +1,374 @@
+"""Is a revision slower than another? Both measured in turn on this machine, with confidence intervals.
+
+    scripts/bench_compare.sh BASE [HEAD] [--json FILE]     # HEAD left out: the working tree as it is
+
+Each revision's code runs in processes of its own, from a temporary git worktree, with the packages installed here. They
+work in short slices that alternate, A B and then B A, so that the drift of a shared machine falls on both; every pair
+gives a ratio. What is shown is the pairs' typical ratio (Hodges-Lehmann) with the 95% interval of Wilcoxon's test.
+A revision is slower where that whole interval lies below a margin.
+
+Exit codes: 0 no slowdown, 4 a slowdown beyond the noise, 2 a revision or an option is wrong, 1 a revision that the
+measurement cannot drive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MEASURED = {"step": ("training step, batch 32", 32), "decode": ("decoding, turbo", 1)}
+"""What is measured -> its name in the table and the images in a unit of it, as bench/compare/worker.py has them."""
+
+SLICE_SECONDS = 0.1  # short: the machine's load changes from second to second, and more pairs say more than longer ones
+ROUND_SECONDS = 10.0
+MIN_ROUNDS, MIN_PAIRS = 3, 8
+NARROW = 0.8  # an interval of this part of the margin, on either side, is narrow enough
+WORKING_TREE = "the working tree"
+
+
+class CannotCompare(Exception):
+    """The comparison cannot be made; the message says why in one line."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How fast the second is over the first."""
+
+    ratio: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        """Return the interval's width on either side, as a part of the ratio."""
+        return math.sqrt(self.high / self.low) - 1
+
+    def verdict(self, margin: float) -> str:
+        """Return what the interval says: "slower" and "faster" only where all of it lies beyond the margin."""
+        if self.high < 1 - margin:
+            return "slower"
+        if self.low > 1 / (1 - margin):
+            return "faster"
+        return "the same" if 1 - margin <= self.low and self.high <= 1 / (1 - margin) else "no clear difference"
+
+
+def speed_ratio(base: Sequence[float], head: Sequence[float], confidence: float = 0.95) -> Ratio:
+    """Return how fast `head` is over `base`, of seconds taken in pairs.
+
+    The Hodges-Lehmann estimate of the pairs' log ratios, with the interval that inverts Wilcoxon's signed-rank test
+    (M. Hollander, D. A. Wolfe, E. Chicken, "Nonparametric Statistical Methods", 3.2 and 3.3; the normal approximation).
+    A few pairs that the machine spoilt move it little.
+    """
+    logs = np.log(base) - np.log(head)
+    n = len(logs)
+    rows, columns = np.triu_indices(n)
+    averages = np.sort((logs[rows] + logs[columns]) / 2)
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    left_out = max(0, round(n * (n + 1) / 4 - z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24)))
+    ratio, low, high = np.exp([np.median(averages), averages[left_out], averages[-1 - left_out]]).tolist()
+    return Ratio(ratio, low, high, n)
+
+
+class Probe:
+    """A process that works with a revision's code when it is told to."""
+
+    def __init__(self, tree: Path, photos: Path, cache: Path, name: str, threads: int) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
+        # -P and PYTHONPATH: modules come from the revision's folder, and none from bench/ beside the script.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(photos), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Wait until it is ready and return what it says of itself."""
+        return self._answer()
+
+    def __call__(self, what: str, count: int) -> float:
+        """Do so many units of work and return the seconds."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # the answer, or that there is none, says why
+            print(what, count, file=self._process.stdin, flush=True)
+        seconds: float = self._answer()["seconds"]
+        return seconds
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            raise CannotCompare(f"{self.name} cannot be measured by bench/compare/worker.py: {answer['error']}", 1)
+        return answer
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else f"it ended with code {self._process.wait()}"
+
+
+def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of every slice, by kind of work: all of the base's, and all of the head's in the same order.
+
+    It goes on until the intervals are narrow enough, or the time is up: a busy machine takes longer. The processes are
+    started anew every round: how memory happens to lie makes one a little faster than its twin.
+    """
+    seconds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in args.only or MEASURED}
+    units: dict[str, int] = {}
+    end, turn, wide = time.monotonic() + 60 * args.minutes, 0, list(seconds)
+    while wide and (turn < MIN_ROUNDS or time.monotonic() < end):
+        with contextlib.ExitStack() as stack:
+            probes = [
+                stack.enter_context(
+                    contextlib.closing(Probe(tree, args.photos, folder / f"cache-{number}", name, args.threads))
+                )
+                for number, (tree, name) in enumerate(zip(trees, names, strict=True))
+            ]
+            facts = [probe.facts() for probe in probes]
+            for what in seconds if turn < MIN_ROUNDS else wide:
+                if what not in units:
+                    units[what] = units_a_slice(probes[0], what)
+                for probe in probes:
+                    probe(what, units[what])
+                alternate(probes, what, units[what], seconds[what], turn)
+        turn += 1
+        intervals = {what: speed_ratio(*taken) for what, taken in seconds.items()}
+        wide = [what for what, found in intervals.items() if found.half_width > args.margin * NARROW]
+        shown = [f"{what} {found.low:.2f} to {found.high:.2f}" for what, found in intervals.items()]
+        note(f"round {turn}: head / base: {', '.join(shown)}")
+    return {"facts": facts, "units": units, "seconds": seconds, "rounds": turn}
+
+
+def alternate(
+    probes: Sequence[Probe], what: str, units: int, seconds: tuple[list[float], list[float]], first: int
+) -> None:
+    """Add a round's pairs of slices to `seconds`: A B, B A, A B ..."""
+    end, pair = time.monotonic() + ROUND_SECONDS, first
+    while pair < first + MIN_PAIRS or time.monotonic() < end:
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            seconds[which].append(probes[which](what, units))
+        pair += 1
+
+
+def units_a_slice(probe: Probe, what: str) -> int:
+    """Return how many units of work fill a slice."""
+    count = 1
+    while (took := probe(what, count)) < SLICE_SECONDS / 2:
+        count = math.ceil(count * min(4.0, SLICE_SECONDS / took))
+    return max(1, round(count * SLICE_SECONDS / took))
+
+
+def note(line: str) -> None:
+    """Show where it is, to a person."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def summary(found: dict[str, Any], names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what is shown and kept of a measurement."""
+    rows = []
+    for what, (base, head) in found["seconds"].items():
+        title, images = MEASURED[what]
+        ratio = speed_ratio(base, head)
+        per_slice = images * found["units"][what]
+        rates = {side: per_slice / statistics.median(taken) for side, taken in (("base", base), ("head", head))}
+        rows.append(
+            {
+                "what": what,
+                "title": title,
+                "images_per_second": rates,
+                **asdict(ratio),
+                "verdict": ratio.verdict(args.margin),
+                "seconds": {"base": base, "head": head},
+            }
+        )
+    sides = [{"name": name, **facts} for name, facts in zip(names, found["facts"], strict=True)]
+    return {
+        "base": sides[0],
+        "head": sides[1],
+        "margin": args.margin,
+        "threads": args.threads,
+        "rounds": found["rounds"],
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Return the lines that are shown."""
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    lines = [
+        f"{side}: {result[side]['name']}: {result[side]['engine']} engine, {result[side]['precision']}, "
+        f"{result[side]['device']}, {threads}, torch {result[side]['torch']}"
+        for side in ("base", "head")
+    ]
+    lines.append(
+        f"{'images/s':24} {'base':>8} {'head':>8} {'head / base':>12} {'95% interval':>16} {'pairs':>6}  verdict"
+    )
+    for row in result["rows"]:
+        rates = row["images_per_second"]
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        lines.append(
+            f"{row['title']:24} {rates['base']:>8,.0f} {rates['head']:>8,.0f} {row['ratio']:>12.3f} {interval:>16} "
+            f"{row['n']:>6}  {row['verdict']}"
+        )
+    lines += [
+        f"{row['title']}: the machine was too busy to tell less than {row['high'] / row['low'] - 1:.0%} apart"
+        for row in result["rows"]
+        if row["verdict"] == "no clear difference"
+    ]
+    slower = [row["title"] for row in result["rows"] if row["verdict"] == "slower"]
+    margin = f"{result['margin']:.0%}"
+    lines.append(
+        f"slower by more than {margin}: {', '.join(slower)}" if slower else f"nothing is slower by more than {margin}"
+    )
+    return lines
+
+
+@contextlib.contextmanager
+def worktree(revision: str | None, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Give a folder with a revision's files, gone afterwards, and the revision's name; None is the working tree."""
+    if revision is None:
+        yield ROOT, "the working tree"
+        return
+    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
+    if not commit:
+        raise CannotCompare(f"no revision '{revision}' here: a branch, a tag or a commit, see git log", 2)
+    try:
+        git("worktree", "add", "--detach", "--quiet", str(folder), commit)
+        if not (folder / "fastcnn").is_dir():
+            raise CannotCompare(f"no fastcnn in '{revision}' ({commit[:10]}): it cannot be compared", 1)
+        yield folder, f"{revision} ({commit[:10]})" if not commit.startswith(revision) else commit[:10]
+    finally:
+        git("worktree", "remove", "--force", str(folder))
+
+
+def git(*arguments: str) -> str:
+    """Return the output of git, "" where it fails."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    # Whole or not at all: a worktree that is half made cannot be removed. Signals are seen to afterwards.
+    with signals_held():
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP wait until the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def options() -> argparse.ArgumentParser:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench_compare.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", help="a revision")
+    parser.add_argument("head", nargs="?", help="another; left out: the working tree as it is")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file, too")
+    parser.add_argument("--margin", type=float, default=0.05, help="how much slower is slower (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=3, help="at most, where the machine is busy (%(default)s)")
+    parser.add_argument("--threads", type=int, help="left out: every core, or 1 where the machine is busy")
+    parser.add_argument("--only", action="append", choices=list(MEASURED), help="measure this alone")
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs to decode; left out: 200 generated ones")
+    return parser
+
+
+def idle_threads() -> int:
+    """Return the threads to measure with: one where others keep the machine busy.
+
+    Threads that wait for each other many times a step, on cores that others hold, make its time vary tenfold: at a load
+    of 10 on two cores, two minutes of pairs left an interval of 0.6 to 1.3 (docs/notes.md).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
+    return 1 if busy else cores
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure both revisions and return the summary. Raises CannotCompare."""
+    args.threads = args.threads or idle_threads()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcnn-compare-"))).resolve()
+        sides = [stack.enter_context(worktree(args.base, folder / "base"))]
+        sides.append(stack.enter_context(worktree(args.head, folder / "head")))
+        trees, names = zip(*sides, strict=True)
+        if args.photos is None:
+            args.photos = folder / "photos"
+            script = [sys.executable, str(ROOT / "scripts" / "make_dataset.py"), str(args.photos)]
+            subprocess.run([*script, "--classes", "10", "--photos", "200"], check=True, stdout=subprocess.DEVNULL)
+        args.photos = args.photos.resolve()
+        return summary(measure(trees, names, folder, args), names, args)
+
+
+def main() -> int:
+    """Compare, show and return the exit code."""
+    args = options().parse_args()
+    for signum in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # clears up on the way out
+    try:
+        result = run(args)
+    except CannotCompare as error:
+        note("")
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        note("")
+        print("stopped: nothing was left behind", file=sys.stderr)
+        return 130
+    note("")
+    print("\n".join(table(result)))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 4 if any(row["verdict"] == "slower" for row in result["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

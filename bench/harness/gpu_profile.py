@@ -1,0 +1,42 @@
+"""What a step does besides computing: kernels launched, time the GPU waits, synchronisations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.harness.timing import synchronize
+
+
+def count_events(run: Callable[[], object], num_steps: int, device: torch.device) -> dict[str, float]:
+    """Return of `run`, which does `num_steps` steps: kernels and operators a step, the GPU's idle share, syncs."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    synchronize(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(activities=activities) as trace:
+            run()
+        return _counted(list(trace.events() or []), num_steps)
+
+
+def _counted(events: list[Any], num_steps: int) -> dict[str, float]:
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if str(event.device_type).endswith("CUDA") and "mem" not in event.name.lower()
+    )
+    busy = sum(end - start for start, end in kernels)
+    span = kernels[-1][1] - kernels[0][0] if kernels else 0
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item")
+    return {
+        "kernels_per_step": len(kernels) / num_steps,
+        "idle_share": 1 - busy / span if span else 0.0,
+        "synchronisations": sum(event.name in waits for event in events),
+        "host_to_device_copies": sum("HtoD" in event.name for event in events),
+        "operators_per_step": sum(event.name.startswith("aten::") for event in events) / num_steps,
+    }

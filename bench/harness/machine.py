@@ -1,0 +1,32 @@
+"""What this machine can do at best, and what it is."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+
+from bench.harness.timing import seconds_a_call
+from fastcnn.system import device as runtime
+
+
+@functools.cache
+def rates(device: torch.device) -> dict[str, float]:
+    """Return copy bandwidth (bytes read and written a second) and matrix rates (FLOP/s): fp32, bf16 where it has it."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty(1 << (32 if on_gpu else 28), dtype=torch.uint8, device=device)
+    target, side = torch.empty_like(source), 8192 if on_gpu else 2048
+    found = {"copy_bytes_per_second": 2 * source.numel() / seconds_a_call(lambda: target.copy_(source), device)}
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if runtime.has_bf16(device) else {})
+    for name, dtype in kinds.items():
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        found[f"{name}_flop_per_second"] = 2 * side**3 / seconds_a_call(functools.partial(torch.mm, a, b), device)
+    return found
+
+
+def slug(hardware: dict[str, Any]) -> str:
+    """Return a folder's name for hardware: the GPU, or the processor and its cores."""
+    name = hardware.get("gpu") or f"{hardware.get('cpu') or hardware['machine']} {hardware['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,71 @@
+"""Training steps over random photos, ready to be timed: a step's time does not depend on what the photos show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastcnn.data.loaders import Feed
+from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.system import device as runtime
+from fastcnn.system.ranks import ALONE, Ranks
+from fastcnn.training.augment import Augment
+from fastcnn.training.engines import Engine
+from fastcnn.training.optimizers import Adam, FlatParameters
+from fastcnn.training.step import Normalise, TrainingStep
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NUM_CLASSES = 10
+
+
+def random_feed(device: torch.device, count: int, size: int) -> Feed:
+    """Return a feed of random pixels."""
+    return Feed(
+        images=torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=device),
+        labels=torch.randint(0, NUM_CLASSES, (count,), device=device),
+        permutation=torch.randperm(count, device=device),
+        cursor=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def make_step(
+    feed: Feed,
+    filters: tuple[int, ...],
+    batch: int,
+    precision: str,
+    augmentations: Sequence[tuple[str, float]] = (),
+    ranks: Ranks = ALONE,
+) -> TrainingStep:
+    """Return a training step of the reference network, with augmentations by name and strength."""
+    device, dtype = feed.images.device, runtime.DTYPES[precision]
+    torch.manual_seed(0)
+    if device.type == "cpu":
+        pool.load()
+    model = SmallCNN(NUM_CLASSES, filters=filters, image_size=feed.images.shape[1]).to(device)
+    parameters = FlatParameters(model, dtype)
+    parameters.compute.train()
+    rates = torch.full((1_000_000,), 1e-4)
+    size = feed.images.shape[1]
+    step = TrainingStep(
+        parameters,
+        Adam(parameters, 1e-4),
+        feed,
+        Normalise(MEAN, STD, size, dtype, device),
+        batch_size=batch,
+        rates=rates,
+        augment=Augment(augmentations, size),
+        ranks=ranks,
+    )
+    step.draws.copy_(step.augment.draw(len(feed), (0, 1)))
+    return step
+
+
+def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:
+    """Run a number of steps, over as many epochs as they take."""
+    while num_steps:
+        step.feed.cursor.zero_()
+        portion = min(num_steps, step.num_steps)
+        engine.run(portion)
+        num_steps -= portion

@@ -1,0 +1,115 @@
+"""Whole runs as commands, ours and the baselines', each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BASELINES = ("seed", "tuned")
+PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
+"""Baselines that need a package: raced in the full form, where it is installed."""
+SHOWN = {"True": "on", "False": "off"}
+
+
+class Runs:
+    """Commands, each in a process of its own, with the output of every run so far."""
+
+    def __init__(self, folder: Path, photos: Path, device: torch.device, scale: dict[str, Any]) -> None:
+        self.folder, self.photos, self.device, self.scale = folder, photos, device, scale
+        self.count = itertools.count()
+        self.done: dict[str, list[dict[str, Any]]] = {}
+        self._settings: dict[str, list[str]] = {}
+
+    def train(self, photos: Path, cache: Path, **options: object) -> dict[str, Any]:
+        """Run `fastcnn train` and return its result.json, with the command's wall time as `wall_seconds`."""
+        run_dir = self.folder / f"run-{next(self.count)}"
+        given = {
+            "epochs": self.scale["epochs"],
+            "image_size": self.scale["image_size"],
+            "device": self.device,
+            **options,
+        }
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        script = [ROOT / "scripts" / "train.py", photos, "--run-dir", run_dir, "--quiet", *arguments]
+        # Kernels, timings and photos: everything that a first run makes is in the cache folder.
+        seconds, _ = run([sys.executable, *script], {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "disabled"})
+        return {**json.loads((run_dir / "result.json").read_text()), "wall_seconds": seconds, "run_dir": str(run_dir)}
+
+    @property
+    def baselines(self) -> list[str]:
+        """Return the names of the baselines to race."""
+        peers = [name for name, package in PEERS.items() if self.scale["peers"] and importlib.util.find_spec(package)]
+        return [*BASELINES, *peers]
+
+    def baseline(self, name: str, split: Path) -> float:
+        """Run a baseline with its best settings on the photos of a split and return its seconds."""
+        seconds, output = run(self._command(name) + self.settings(name) + ["--split", str(split)], {})
+        found = json.loads(output.splitlines()[-1])
+        steady = found["epochs"][1:] or found["epochs"]
+        found["images_per_second"] = statistics.harmonic_mean([row["images_per_second"] for row in steady])
+        self.done.setdefault(name, []).append(found)
+        return seconds
+
+    def settings(self, name: str) -> list[str]:
+        """Return a baseline's fastest settings as options, tried once."""
+        if name not in self._settings:
+            # Trying out compilation takes a minute on two cores, and it has never won there (docs/notes.md).
+            compiling = name == "tuned" and (self.device.type == "cuda" or self.scale["try_compile"])
+            left_out = [] if compiling or name != "tuned" else ["--compile", "off"]
+            _, output = run([*self._command(name), "--probe", *left_out], {})
+            found = json.loads(output.splitlines()[-1])
+            self._settings[name] = [
+                f"--{key.replace('_', '-')}={SHOWN.get(str(value), value)}" for key, value in found.items()
+            ]
+        return self._settings[name]
+
+    def _command(self, name: str) -> list[str]:
+        size, epochs = str(self.scale["image_size"]), str(self.scale["epochs"])
+        script = [sys.executable, "-m", f"bench.baselines.{name}", str(self.photos)]
+        return [*script, "--image-size", size, "--epochs", epochs]
+
+
+def run(command: list[Any], environment: dict[str, str]) -> tuple[float, str]:
+    """Return the seconds and the output of a command."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - start, done.stdout
+
+
+def stages(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the median seconds of each stage; `start` is what the command took before the first of them."""
+    found = {
+        stage: statistics.median(result["seconds"][stage] for result in results) for stage in results[0]["seconds"]
+    }
+    found["start"] = statistics.median(result["wall_seconds"] - result["seconds"]["total"] for result in results)
+    return found
+
+
+def to_first_step(results: list[dict[str, Any]]) -> float:
+    """Return the median seconds from the start of the command to the first step."""
+    before = ("import", "scan", "decode", "upload", "compile")
+    return float(
+        statistics.median(
+            result["wall_seconds"] - result["seconds"]["total"] + sum(result["seconds"][stage] for stage in before)
+            for result in results
+        )
+    )

@@ -1,0 +1,96 @@
+"""A record as a page, report.md, and as a few lines for the terminal."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from bench.report import tables
+from bench.report.growth import MEMORY_WITHIN, SECONDS_WITHIN
+from bench.report.record import Record
+from bench.report.tables import TABLES, Table, markdown, rates
+
+
+def report(record: Record, results: Path, pictures: dict[str, str]) -> str:
+    """Return report.md: what it was measured on, tables, pictures (name -> why it was left out), what is missing."""
+    parts = [f"# Benchmarks: {tables.machine(record)}", _made_with(record, results)]
+    for table in _tables(record):
+        if lines := table.lines(record):
+            parts.append(f"## {table.title}\n\n{markdown(table.head, lines)}")
+            if table is TABLES["growth"]:
+                parts.append(_judged(record))
+    drawn = [f"![{name}]({name})" for name, why in pictures.items() if not why]
+    parts += ["## Pictures", *drawn, *(f"{name} was not drawn: {why}" for name, why in pictures.items() if why)]
+    if record.failed:
+        parts.append("## Failed\n\n" + "\n".join(f"- {name}" for name in record.failed))
+    if record.skipped:
+        parts.append(
+            "## Left out\n\n" + "\n".join(f"- {one['name']}: {_one_line(one['reason'])}" for one in record.skipped)
+        )
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def summary(record: Record) -> str:
+    """Return a line a group, the fastest of it, and what failed or was left out for time."""
+    lines = []
+    for group in record.groups:
+        row = max(record.of(group), key=lambda row: float(row["extra_info"]["images_per_second"]))
+        info = row["extra_info"]
+        over = "".join(f"; {tables.ratio(ratio)} x {name}" for name, ratio in info["over"].items())
+        lines.append(
+            f"{group:9} {row['name']}: {tables.rate(info['images_per_second'])} images/s{over} (n = {row['n']})"
+        )
+        for name, ratio in info.get("steady_over", {}).items():
+            lines.append(f"{'':9} from the second epoch on: {tables.ratio(ratio)} x {name}")
+    if record.growth:
+        lines.append(f"{'':9} {_judged(record)}")
+    late = sum(one["reason"] == "out of time" for one in record.skipped)
+    if late:
+        lines.append(f"left out  {late} for time (report.md lists them; --budget gives more)")
+    lines += [f"failed    {name}" for name in record.failed]
+    return "\n".join(lines)
+
+
+def _tables(record: Record) -> list[Table]:
+    """Return the tables to show: those that are known, and one for every group that has none of its own."""
+    known = {"train", "growth", *TABLES}
+    return [*TABLES.values(), *(rates(group) for group in record.groups if group not in known)]
+
+
+def _made_with(record: Record, results: Path) -> str:
+    own = ", ".join(f"{name.partition('_')[0]} {value / 1e9:,.0f} G" for name, value in record.rates.items())
+    facts = {
+        "command": f"`{record.command}`",
+        "date": f"{record.date} UTC, {record.seconds:,.0f} s in all",
+        "commit": record.commit or "not known",
+        "machine": ", ".join(f"{name} {value}" for name, value in record.hardware.items()),
+        "versions": tables.versions(record),
+        "the machine's own rates, a second": own.replace("copy ", "bytes copied ").replace(" G,", " G,"),
+        "results": f"`{results.name}`",
+    }
+    shown = markdown(["made with", ""], [[name, value] for name, value in facts.items()])
+    return (
+        f"{shown}\nRates and seconds are medians of n rounds. Ratios are medians of rounds taken in turn with the "
+        "baseline's (A B A B), with the lowest and the highest: seconds drift on a shared machine, ratios less."
+    )
+
+
+def _judged(record: Record) -> str:
+    assert record.growth
+    points = record.growth["points"]
+    last = points[-1]
+    hold = functools.partial(_holds, record.growth)
+    return (
+        f"A photo at {last['num_photos']:,} takes {last['over_fewest']:.2f} of the time that it takes at "
+        f"{points[0]['num_photos']:,} ({hold('seconds_hold')} within {SECONDS_WITHIN:.0%} at every size); "
+        f"memory grows by {last['memory_over_sizes']:.2f} of the photos' sizes "
+        f"({hold('memory_holds')} within {MEMORY_WITHIN:.0%})."
+    )
+
+
+def _holds(growth: dict[str, bool], what: str) -> str:
+    return "it is" if growth[what] else "it is NOT"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

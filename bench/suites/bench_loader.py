@@ -1,0 +1,98 @@
+"""Photos to the step: training images a second with each loader, over the resident one, and what a DataLoader decodes.
+
+The first asks what it costs not to have the photos in memory; the second what a DataLoader could feed at best, were
+the step free.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipelines
+from bench.baselines import decoding
+from bench.harness.step_setup import make_step
+from bench.harness.timing import clocked
+from bench.suites.conftest import Race
+from fastcnn.data import dataset
+from fastcnn.data.dataset import Dataset
+from fastcnn.data.loaders import LOADERS, Options
+from fastcnn.system import device as runtime
+from fastcnn.training import engines
+from fastcnn.training.engines import Engine
+from fastcnn.training.step import TrainingStep
+
+
+@dataclass
+class Training:
+    """Epochs over a split's training photos with a loader, one a call."""
+
+    step: TrainingStep
+    engine: Engine
+    num_epochs: int = 0
+
+    def __call__(self) -> None:
+        """Train for an epoch."""
+        self.num_epochs += 1
+        with self.step.feed.start_epoch(0, self.num_epochs) as feed:
+            feed.drive(self.engine.run, self.step.num_steps)
+
+    @property
+    def images(self) -> int:
+        """Photos that an epoch trains on."""
+        return self.step.num_steps * self.step.batch_size
+
+
+@pytest.fixture(scope="module")
+def make_data(photos: Path, device: torch.device, scale: dict[str, Any], work_dir: Path) -> Callable[[str], Dataset]:
+    """What prepares the photos for a loader."""
+
+    def prepare(loader: str) -> Dataset:
+        name: Any = loader
+        gpu = device.index or 0 if device.type == "cuda" else None
+        return dataset.prepare(
+            photos, image_size=scale["image_size"], gpu=gpu, cache_dir=work_dir / "cache", loader=name
+        )
+
+    return functools.cache(prepare)
+
+
+def train_with(loader: str, data: Dataset, device: torch.device, batch: int, filters: tuple[int, ...]) -> Training:
+    """Return what trains with a loader, on the engine that is the default here."""
+    options = Options(device=device, batch_size=batch, decoder=data.decoder)
+    feed = LOADERS[loader](data.index, data.cache, data.photos("train"), options)
+    precision = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    step = make_step(feed, filters, batch, precision)
+    return Training(step, engines.build("graphed" if device.type == "cuda" else "eager", step)[0])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def bench_loader(race: Race, loader: str, make_data: Callable[[str], Dataset]) -> None:
+    """Ours."""
+    device, batch, filters = race.device, race.scale["batches"][0], race.scale["networks"][0]
+    ours = train_with(loader, make_data(loader), device, batch, filters)
+    resident = train_with("resident", make_data("resident"), device, batch, filters)
+    baselines = {} if loader == "resident" else {"resident": clocked(resident, device)}
+    if baselines:
+        resident()  # warm
+    race(f"{loader}, batch {batch}", ours, baselines, images=ours.images, loader=loader, batch=batch)
+    score = ours.step.sums.read()
+    assert score.count == ours.images * ours.num_epochs
+    assert math.isfinite(score.loss)
+    pipelines.close()
+
+
+def bench_data_loader(race: Race, make_data: Callable[[str], Dataset]) -> None:
+    """What a DataLoader with Pillow decodes, with no step to feed."""
+    data = make_data("resident")
+    paths = [data.index.root / data.index.paths[photo] for photo in data.photos("train")]
+    run = decoding.pillow_loader(paths, race.scale["image_size"], runtime.num_cores())
+    race(f"DataLoader + Pillow, {runtime.num_cores()} workers, no step", run, {}, images=len(paths), peer=True)
+    assert len(run()) == len(paths)

@@ -1,0 +1,190 @@
+"""The training step: images a second by engine, batch, filters and precision, over plain loops on the same shapes.
+
+Beside the rates stand their shares: FLOP/s over the machine's matrix rate, bytes/s over its copy bandwidth, both
+measured in this process, and time over the counted floor (`harness/roofline.py`): the fused kernels' own for theirs.
+Compiling and capturing are apart, as `build_seconds`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import machine
+from bench.harness.gpu_profile import count_events
+from bench.harness.roofline import floor_seconds, fused_passes, passes
+from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_steps
+from bench.harness.timing import Apart, clocked
+from bench.suites.conftest import SCALES, Race
+from fastcnn.network import fused_forward as fused
+from fastcnn.system import device as runtime
+from fastcnn.training import engines
+from fastcnn.training.step import Normalise
+
+ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
+    **engines.ENGINES,
+    "graphed, 8 a replay": functools.partial(engines.graphed, steps_per_replay=8),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """List the combinations, the reference first: where time runs out, what is left is the least asked for."""
+    if "engine" not in metafunc.fixturenames:
+        return
+    device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
+    best = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    networks, batches = SCALES[name]["networks"], SCALES[name]["batches"]
+    if on_gpu(device):
+        precisions = ["bf16", "fp16", "fp32"] if name == "full" else [best]
+        shapes = list(itertools.product(precisions, networks, batches, ENGINES))
+    else:  # one thing changed at a time: all combinations would take a CPU hours
+        reference = (best, networks[0], batches[0], "eager")
+        shapes = [reference, *((best, networks[0], batch, "eager") for batch in batches[1:2])]
+        shapes += [(best, network, batches[0], "eager") for network in networks[1:]]
+        if name == "full":
+            shapes += [("fp32", networks[0], batches[0], "eager"), (best, networks[0], batches[0], "compiled")]
+    metafunc.parametrize(("precision", "filters", "batch", "engine"), list(dict.fromkeys(shapes)))
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Return whether the device is an NVIDIA GPU."""
+    return device.type == "cuda"
+
+
+class Rivals:
+    """The loops to race against on the shapes at hand; on a CPU in processes with the settings they come with."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.shape: tuple[object, ...] = ()
+        self.runs: dict[str, Apart] = {}
+
+    def on(self, size: int, filters: tuple[int, ...], batch: int, precision: str) -> dict[str, Apart]:
+        """Return name -> what does some of a loop's steps and says the seconds of one."""
+        if (size, filters, batch, precision) != self.shape:
+            self.close()
+            loops = {"plain fp32 loop": ("plain", "fp32")}
+            if precision != "fp32":
+                loops[f"plain {precision} loop"] = ("plain", precision)
+            if on_gpu(self.device):
+                loops[f"max-autotune {precision} loop"] = ("max-autotune", precision)
+            work = "bench.baselines.loops:random_steps"
+            self.runs = {
+                name: Apart(work, loop, max(512, 2 * batch), size, filters, batch, kind)
+                for name, (loop, kind) in loops.items()
+            }
+            for run in self.runs.values():
+                run(3)  # compiles
+            self.shape = size, filters, batch, precision
+        return self.runs
+
+    def close(self) -> None:
+        """End the processes."""
+        for run in self.runs.values():
+            run.close()
+
+
+@pytest.fixture(scope="module")
+def rivals(device: torch.device) -> Iterator[Rivals]:
+    """The loops to race against."""
+    found = Rivals(device)
+    yield found
+    found.close()
+
+
+def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int, ...], batch: int, engine: str) -> None:
+    """Ours."""
+    device, size, rounds = race.device, race.scale["image_size"], race.scale["rounds"]
+    step = make_step(random_feed(device, max(512, 2 * batch), size), filters, batch, precision)
+    start = time.perf_counter()
+    try:
+        runner = ENGINES[engine](step)
+    except engines.NoEngine as error:
+        pytest.skip(str(error))
+    build_seconds = time.perf_counter() - start
+    run_steps(step, runner, 3)
+    num_steps = max(3, math.ceil(0.5 / (clocked(lambda: run_steps(step, runner, 3), device)() / 3)))
+    step.sums.reset()
+    seconds = race(
+        f"{engine}, {precision}, {','.join(map(str, filters))}, batch {batch}",
+        lambda: run_steps(step, runner, num_steps),
+        {name: functools.partial(run, num_steps) for name, run in rivals.on(size, filters, batch, precision).items()},
+        images=batch * num_steps,
+        engine=engine,
+        precision=precision,
+        filters=list(filters),
+        batch=batch,
+        build_seconds=build_seconds,
+    )
+    score = step.sums.read()
+    assert score.count == batch * num_steps * (rounds + 1)
+    assert math.isfinite(score.loss)
+    race.note(**shares(engine, filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
+    if on_gpu(device) and batch == min(race.scale["batches"]):
+        race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
+
+
+@pytest.mark.parametrize("batch", [32, 2048])
+def bench_first_block(race: Race, batch: int) -> None:
+    """Ours, forward and backward of the first block alone, from uint8 photos, against cuDNN's from normalised ones."""
+    device, size = race.device, 128
+    if not on_gpu(device) or fused.unavailable(device):
+        pytest.skip(fused.unavailable(device) or "needs an NVIDIA GPU")
+    from fastcnn.network.kernels.block_operators import first_block
+
+    images = random_feed(device, batch, size).images
+    normalise = Normalise(MEAN, STD, size, torch.bfloat16, device)
+    conv = torch.nn.Conv2d(3, 32, 3, padding=1).to(device, torch.bfloat16)
+    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert conv.bias is not None
+    weights = [conv.weight, conv.bias]
+    x, gradient = normalise(images), torch.randn(batch, 32, size // 2, size // 2, device=device).to(torch.bfloat16)
+    gradient = gradient.to(memory_format=torch.channels_last)
+
+    def ours() -> Sequence[Tensor]:
+        pooled = first_block(images, None, None, normalise.colours, *weights, "relu", True, 1e-5)[0]
+        return [pooled, *torch.autograd.grad(pooled, weights, gradient.permute(0, 2, 3, 1))]
+
+    def theirs() -> Sequence[Tensor]:
+        pooled = F.relu(F.max_pool2d(conv(x), 2))
+        moments = torch.var_mean(pooled.detach().float(), (0, 2, 3))
+        return [pooled, *torch.autograd.grad(pooled, weights, gradient), *moments]
+
+    for a, b in zip((ours()[1], ours()[2]), (theirs()[1], theirs()[2]), strict=True):
+        assert F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.98
+    race.benchmark.group = "block"
+    race(
+        f"first block, forward and backward, bf16, 32 filters, batch {batch}",
+        ours,
+        {"cuDNN": clocked(theirs, device)},
+        images=batch,
+        batch=batch,
+    )
+
+
+def shares(
+    engine: str, filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """Return a step's FLOP/s and bytes/s as shares of the machine's own rates, and the counted floor's of its time."""
+    rates = machine.rates(device)
+    count = fused_passes if engine.startswith("fused") else passes
+    counted = count(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
+    matrix = rates["fp32_flop_per_second" if precision == "fp32" else "bf16_flop_per_second"]
+    flops, moved = sum(one.flops for one in counted), sum(one.bytes for one in counted)
+    return {
+        "step_seconds": seconds,
+        "flops": flops,
+        "bytes": moved,
+        "share_of_matrix_rate": flops / seconds / matrix,
+        "share_of_copy_bandwidth": moved / seconds / rates["copy_bytes_per_second"],
+        "share_of_floor": floor_seconds(counted, rates["copy_bytes_per_second"], matrix) / seconds,
+    }

@@ -1,0 +1,241 @@
+"""What the benchmarks share: sizes, photos, and a race that is timed in turn with its baselines (A B A B).
+
+python -m pytest bench/suites/bench_step.py --scale quick  # one of them; `fastcnn bench` runs all and writes a report
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.harness import machine
+from bench.harness.timing import Clocked, clocked, ratios
+from bench.harness.whole_runs import Runs
+from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.system import device as runtime
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+NETWORKS = [(32,) * 5, (64,) * 5, (32, 64, 128, 256, 512)]
+SCALES: dict[str, dict[str, Any]] = {
+    "full": {
+        "rounds": 7,
+        "image_size": 128,
+        "num_photos": 2000,
+        "decode_photos": 1000,
+        "networks": NETWORKS,
+        "batches": [32, 128, 512, 2048],
+        "epochs": 10,
+        "train_rounds": 3,
+        "try_compile": True,
+        "peers": True,
+        "growth_photos": [1000, 5000, 20_000, 50_000],
+        "growth_batches": [32, 128, 512, 2048],
+        "infer_rounds": {1: 200, 64: 30},
+    },
+    "quick": {
+        "rounds": 5,
+        "image_size": 128,
+        "num_photos": 1000,
+        "decode_photos": 1000,
+        "networks": NETWORKS[:1],
+        "batches": [32],
+        "epochs": 2,
+        "train_rounds": 1,
+        "try_compile": False,
+        "peers": False,
+        "growth_photos": [1000, 3000],
+        "growth_batches": [32, 256],
+        "infer_rounds": {1: 200, 64: 30},
+    },
+    # For the tests: that the parts work, not what they show.
+    "smoke": {
+        "rounds": 2,
+        "image_size": 32,
+        "num_photos": 200,
+        "decode_photos": 100,
+        "networks": [(8,) * 5],
+        "batches": [8],
+        "epochs": 2,
+        "train_rounds": 1,
+        "try_compile": False,
+        "peers": False,
+        "growth_photos": [60, 120],
+        "growth_batches": [8, 16],
+        "infer_rounds": {1: 2, 64: 2},
+    },
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what `fastcnn bench` passes on."""
+    group = parser.getgroup("fastcnn")
+    group.addoption("--scale", choices=list(SCALES), default="full")
+    group.addoption("--photos", type=Path, help="a folder of photos by class; left out, generated ones")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--work-dir", type=Path, help="where generated photos are kept between runs")
+    group.addoption("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
+
+
+OUTCOMES: dict[str, list[dict[str, str]]] = {"skipped": [], "failed": []}
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Show no dots between the lines that `race` prints."""
+    shown = report.when == "call" or report.skipped
+    return None if report.failed else (report.outcome if shown else "", "", "")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what was left out and why, and what failed."""
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        OUTCOMES["skipped"].append({"name": report.nodeid, "reason": reason.removeprefix("Skipped: ")})
+    elif report.failed:
+        OUTCOMES["failed"].append({"name": report.nodeid})
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Keep the files that could not be read: a package that they need is missing, say."""
+    if report.failed:
+        OUTCOMES["failed"].append({"name": report.nodeid})
+    elif report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        OUTCOMES["skipped"].append({"name": report.nodeid, "reason": reason})
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Keep what the figures depend on; host and user names are not among it."""
+    device = torch.device(config.getoption("--device"))
+    output_json["machine_info"] = {
+        "hardware": runtime.describe(device),
+        "versions": runtime.versions(),
+        "rates": machine.rates(device),
+    }
+    scale = config.getoption("--scale")
+    output_json["settings"] = {"scale": scale, "device": str(device), **SCALES[scale]}
+    output_json.update(OUTCOMES)
+
+
+@pytest.fixture(scope="session")
+def scale(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The sizes to measure at."""
+    return SCALES[request.config.getoption("--scale")]
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the network runs."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _settings(device: torch.device) -> Iterator[None]:
+    """Measure with the settings of a run, in a process whose kernels are built."""
+    if device.type == "cpu":
+        pool.load()
+    with runtime.settings(device, threads=None, deterministic=False):
+        yield
+
+
+STARTED = time.perf_counter()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what comes after the time is up: before its fixtures, which train and compile."""
+    if time.perf_counter() - STARTED > item.config.getoption("--budget"):
+        pytest.skip("out of time")
+
+
+@pytest.fixture(scope="session")
+def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the benchmarks make."""
+    return request.config.getoption("--work-dir") or tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="session")
+def photos(request: pytest.FixtureRequest, work_dir: Path, scale: dict[str, Any]) -> Path:
+    """A folder of photos of real size: generated ones in 10 classes, or the user's own."""
+    own: Path | None = request.config.getoption("--photos")
+    if own:
+        return own.resolve()
+    folder = work_dir / f"photos-{scale['num_photos']}"
+    importlib.import_module("make_dataset").make(folder, classes=10, photos=scale["num_photos"], seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(photos: Path, device: torch.device, scale: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Whole runs as commands."""
+    for package in ("yaml", "click", "rich"):
+        pytest.importorskip(package)
+    return Runs(tmp_path_factory.mktemp("runs"), photos, device, scale)
+
+
+class Race:
+    """Times a contender with pytest-benchmark, and before each of its rounds every baseline once."""
+
+    def __init__(self, benchmark: Any, device: torch.device, scale: dict[str, Any]) -> None:
+        self.benchmark, self.device, self.scale = benchmark, device, scale
+
+    def __call__(
+        self,
+        name: str,
+        contender: Callable[[], object],
+        baselines: Mapping[str, Clocked],
+        *,
+        images: int,
+        rounds: int | None = None,
+        warm_up: bool = True,
+        **info: object,
+    ) -> list[float]:
+        """Return the contender's seconds, a round each; what else is known goes into the results file.
+
+        name: what stands in the report.
+        contender: what is timed; a benchmark checks its result afterwards.
+        baselines: name -> what does the same work and says its seconds.
+        images: photos that each of them handles in a call.
+        """
+        rounds = rounds or self.scale["rounds"]
+        theirs: dict[str, list[float]] = {baseline: [] for baseline in baselines}
+
+        def setup() -> None:
+            for baseline, run in baselines.items():
+                theirs[baseline].append(run())
+
+        self.benchmark.name = name
+        self.benchmark.pedantic(clocked(contender, self.device), setup=setup, rounds=rounds, warmup_rounds=int(warm_up))
+        ours: list[float] = self.benchmark.stats.stats.data
+        self.note(
+            images_per_second=images / statistics.median(ours),
+            over={baseline: ratios(ours, seconds[-rounds:]) for baseline, seconds in theirs.items()},
+            baseline_images_per_second={
+                baseline: images / statistics.median(seconds[-rounds:]) for baseline, seconds in theirs.items()
+            },
+            baseline_seconds={baseline: statistics.median(seconds[-rounds:]) for baseline, seconds in theirs.items()},
+            **info,
+        )
+        facts = self.benchmark.extra_info
+        shown = "".join(f"  {ratio['median']:.2f}x {baseline}" for baseline, ratio in facts["over"].items())
+        print(f"{self.benchmark.group}: {name}: {facts['images_per_second']:,.0f} images/s{shown}", flush=True)
+        return ours
+
+    def note(self, **info: object) -> None:
+        """Put more into the results file."""
+        self.benchmark.extra_info.update(info)
+
+
+@pytest.fixture
+def race(benchmark: Any, device: torch.device, scale: dict[str, Any], request: pytest.FixtureRequest) -> Race:
+    """What times a contender against baselines."""
+    benchmark.group = request.module.__name__.rpartition("bench_")[2]
+    return Race(benchmark, device, scale)

@@ -1,0 +1,455 @@
+"""A folder of photos, or of shards, as an Index: which photo, which class, which split. Reads names, never pixels."""
+
+from __future__ import annotations
+
+import csv
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcnn.data import shards
+from fastcnn.data.shards import Shards
+from fastcnn.errors import DataError, nearest, warn
+from fastcnn.storage import files
+from fastcnn.storage.files import printable as printable
+from pipelines.verdict import Member
+
+Split = Literal["train", "val", "test"]
+HELD_OUT: dict[str, Split] = {"val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Every candidate photo below `root`: files sorted by path, then those in shards, as they stand there."""
+
+    root: Path
+    classes: tuple[str, ...]
+    """Class names, sorted; of shards by their numbers. A label is a position in it."""
+    paths: tuple[str, ...]
+    """Paths relative to `root`, with forward slashes; of a photo in a shard <archive>/<name in it>."""
+    labels: npt.NDArray[np.int64]
+    """(N,) class of each photo."""
+    sizes: npt.NDArray[np.int64]
+    """(N,) bytes."""
+    mtimes: npt.NDArray[np.int64]
+    """(N,) modification time, nanoseconds; of a photo in a shard another number that changes with the archive."""
+    offsets: npt.NDArray[np.int64]
+    """(N,) where the bytes of a photo begin in its shard, -1 for a file of its own."""
+    folders: npt.NDArray[np.str_]
+    """(N,) the split folder that each photo stands in: train, val or test; train in a flat layout."""
+    num_hidden: int
+    """Hidden files that were skipped."""
+
+    def __len__(self) -> int:
+        """Return the number of photos."""
+        return len(self.paths)
+
+    def source(self, photo: int | np.integer[Any]) -> Path | Member:
+        """Return where a photo's bytes are, for any decoder."""
+        path, offset = self.paths[photo], int(self.offsets[photo])
+        if offset < 0:
+            return self.root / path
+        return Member(str(self.root / shards.archive_of(path)), offset, int(self.sizes[photo]))
+
+    def sources(self, photos: Iterable[int | np.integer[Any]] | None = None) -> list[Path | Member]:
+        """Return where the bytes of photos are; None is all of them."""
+        return [self.source(photo) for photo in (range(len(self)) if photos is None else photos)]
+
+    def take(self, keep: npt.NDArray[np.bool_]) -> Index:
+        """Return the Index of the photos where `keep` (N,) is true."""
+        return Index(
+            root=self.root,
+            classes=self.classes,
+            paths=tuple(path for path, kept in zip(self.paths, keep, strict=True) if kept),
+            labels=self.labels[keep],
+            sizes=self.sizes[keep],
+            mtimes=self.mtimes[keep],
+            offsets=self.offsets[keep],
+            folders=self.folders[keep],
+            num_hidden=self.num_hidden,
+        )
+
+
+def scan(root: str | Path) -> Index:
+    """Return the Index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
+
+    In the place of class folders there may be shards, see `shards`: root/000000.tar, or root/train/000000.tar.
+    Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
+    hold a class that the training folder lacks.
+    """
+    root = Path(root)
+    _check_folder(root)
+    split_folders = _split_folders(root) or {"train": root}
+    train_folder = split_folders.get("train", root)
+    found = _shards(root, split_folders)
+    classes = _classes(found["train"]) if "train" in found else tuple(_class_names(train_folder))
+    if not classes:
+        raise DataError(
+            f"no class folders in {train_folder}: expected {train_folder.name}/<class>/<photos>, "
+            f"or {root.name}/train/<class>/<photos>, or shards (*.tar) in their place"
+        )
+    if len(classes) == 1:
+        raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two or more")
+    index = _read(root, split_folders, classes, found)
+    check_classes(index)
+    return index
+
+
+def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
+    """Return the Index of the photos that a folder has for scoring a model of these classes.
+
+    They are the photos of its val and test folders; without those, of its train folder; without that, of root/<class>.
+    `folders` says which: val, test, train or all. Labels are positions in `classes`.
+
+    Raises DataError for a folder that is missing or empty, or has a class that is not among `classes`; a class
+    without photos is a warning.
+    """
+    root = Path(root)
+    _check_folder(root)
+    parts = {"train": "train", **HELD_OUT}
+    found: dict[str, Path] = {}
+    for folder in (p for p in _folders(root) if p.name in parts and p.name not in classes):
+        part = parts[folder.name]
+        if part in found:
+            raise DataError(f"{root} has two validation folders, {found[part].name} and {folder.name}: keep one")
+        found[part] = folder
+    if len(found) > 1:
+        found.pop("train", None)
+    known = tuple(classes)
+    for place in found.values() or [root]:
+        for name in _class_names(place):
+            if name not in known:
+                raise DataError(
+                    f"{place / name} is a class that the model does not know; "
+                    f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
+                )
+    places = found or {"all": root}
+    index = _read(root, places, known, _shards(root, places))
+    if not len(index):
+        raise DataError(
+            f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
+        )
+    return index
+
+
+def scan_loosely(root: str | Path) -> tuple[Index, str]:
+    """Return the Index of whatever photos a folder has, and why `scan` refuses it, "" where it does not.
+
+    Without class folders all files below it are of one class without a name. Raises DataError for no folder, and for
+    shards that `scan` refuses: there is no looking into them.
+    """
+    try:
+        return scan(root), ""
+    except DataError as error:
+        problem = str(error)
+    root = Path(root)
+    _check_folder(root)
+    if any(map(_holds_shards, [root, *(p for p in _folders(root) if p.name in {"train", *HELD_OUT})])):
+        raise DataError(problem)
+    named = {p.name: p for p in _folders(root) if not p.name.startswith(".")}
+    parts = {HELD_OUT.get(name, name): folder for name, folder in named.items() if name in {"train", *HELD_OUT}}
+    split_folders = parts if parts and len(parts) == len(named) else {"train": root}
+    classes = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
+    return _read(root, split_folders, tuple(classes or [""]), {}), problem
+
+
+def outside(root: Path) -> list[str]:
+    """Return the visible files of a folder that are in no class folder, and so in no Index; paths below it, sorted."""
+    parts = [p for p in _folders(root) if p.name in {"train", *HELD_OUT}]
+    places = [root, *(p for p in parts if _class_names(p) or _holds_shards(p))]
+    sharded = any(map(_holds_shards, places))
+    names = [
+        os.path.relpath(entry.path, root).replace(os.sep, "/")
+        for place in places
+        for entry in os.scandir(place)
+        if not entry.name.startswith(".") and not _is_folder(entry)
+        if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
+        if not (entry.name.endswith(".tar") and _holds_shards(place))
+    ]
+    return sorted(names)
+
+
+def check_classes(index: Index) -> None:
+    """Raise DataError where the training folder has no photo of a class; warn where a held-out folder has none."""
+    for split in ("train", "val", "test"):
+        here = index.folders == split
+        if not here.any() and split != "train":
+            continue
+        present = np.bincount(index.labels[here], minlength=len(index.classes)) > 0
+        missing = [name for name, there in zip(index.classes, present, strict=True) if not there]
+        if missing and split == "train":
+            what = "photos at all" if len(missing) == len(index.classes) else f"usable photos of class '{missing[0]}'"
+            raise DataError(f"no {what} in {index.root}: add photos or remove the folder")
+        if missing:
+            warn(f"the {split} folder of {index.root} has no photos of: {', '.join(missing)}")
+
+
+def split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
+    """Return (N,) train, val or test for each photo, as the folders say, or stratified by `seed`.
+
+    With both a validation and a test folder they are used as they are. With one of them, that is the test set. The
+    training photos are then split so that each class gives round(n * val_fraction) of its n photos, at least one and
+    at most n - 1, to validation.
+    """
+    splits = index.folders.astype("<U5")
+    held_out = set(splits) - {"train"}
+    if held_out == {"val", "test"}:
+        return splits
+    splits[splits == "val"] = "test"
+    for label in range(len(index.classes)):
+        mine = np.flatnonzero((index.labels == label) & (splits == "train"))
+        if len(mine) < 2:
+            raise DataError(
+                f"class '{index.classes[label]}' has {len(mine)} usable training photo: two or more are needed"
+            )
+        num_val = min(max(1, _round_half_up(len(mine) * val_fraction)), len(mine) - 1)
+        order = np.random.default_rng([seed, label]).permutation(len(mine))
+        splits[mine[order[:num_val]]] = "val"
+    return splits
+
+
+def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:
+    """Write path, label and split of every photo as CSV."""
+    labels = (index.classes[label] for label in index.labels)
+    files.write_csv(path, [("path", "label", "split"), *zip(index.paths, labels, splits, strict=True)])
+
+
+def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
+    """Return (N,) train, val, test or "" (not listed) for each photo of the index, from a split.csv.
+
+    Raises DataError where the file is no split.csv, or lists a photo or class that the folder does not hold.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, csv.Error) as error:
+        raise DataError(f"cannot read the split {path}: {error}") from None
+    splits = np.full(len(index), "", "<U5")
+    position = {photo: i for i, photo in enumerate(index.paths)}
+    for line, row in enumerate(rows, 2):
+        photo, label, part = row.get("path"), row.get("label"), row.get("split")
+        if photo is None or part not in ("train", "val", "test"):
+            raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
+        if photo not in position:
+            raise DataError(
+                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; "
+                "was the split made from another folder?"
+            )
+        if index.classes[index.labels[position[photo]]] != label:
+            raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
+        splits[position[photo]] = part
+    if not {"train", "val"} <= set(splits):
+        raise DataError(f"{path} names no photos for training or none for validation")
+    return splits
+
+
+def _check_folder(root: Path) -> None:
+    try:
+        kind = root.stat().st_mode
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        where = "does not exist" if missing else f"cannot be read: {error.strerror}"
+        raise DataError(f"the data folder {printable(str(root))} {where}{_sibling(root) if missing else ''}") from None
+    if not stat.S_ISDIR(kind):
+        raise DataError(f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}")
+
+
+def _read(
+    root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...], found: Mapping[str, Shards]
+) -> Index:
+    """Return the Index of the class folders in each split folder, or of the shards `found` in their place."""
+    counts: Counter[str] = Counter()
+    photos = []  # (path, label, bytes, mtime, split, offset)
+    for split, split_folder in split_folders.items():
+        if split in found:
+            continue
+        for label, name in [(0, "")] if classes == ("",) else _labelled(split_folder, split, classes):
+            photos += [
+                (path, label, size, mtime, split, -1) for path, size, mtime in _files(root, split_folder / name, counts)
+            ]
+    photos.sort()
+    for split, part in found.items():
+        labels = _labels(root, part, classes)
+        photos += [
+            (photo.path, labels[photo.label], photo.size, photo.mtime, split, photo.offset) for photo in part.photos
+        ]
+        counts["hidden"] += part.num_hidden
+    columns = zip(*photos, strict=True) if photos else [()] * 6
+    paths, numbers, sizes, mtimes, splits, offsets = columns
+    index = Index(
+        root=root,
+        classes=classes,
+        paths=paths,
+        labels=np.array(numbers, np.int64),
+        sizes=np.array(sizes, np.int64),
+        mtimes=np.array(mtimes, np.int64),
+        offsets=np.array(offsets, np.int64),
+        folders=np.array(splits, np.str_),
+        num_hidden=counts["hidden"],
+    )
+    if counts["unreadable"]:
+        num = counts["unreadable"]
+        warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: what is inside is left out")
+    return index
+
+
+def _holds_shards(folder: Path) -> bool:
+    return not _class_names(folder) and bool(shards.archives(folder))
+
+
+def _shards(root: Path, split_folders: Mapping[str, Path]) -> dict[str, Shards]:
+    """Return what is in the split folders that hold archives and no folders."""
+    return {split: shards.read(root, folder) for split, folder in split_folders.items() if _holds_shards(folder)}
+
+
+def _classes(train: Shards) -> tuple[str, ...]:
+    """Return the classes of the photos in shards, by number: their names, or the numbers where those have none.
+
+    One without photos is a warning: some of a set's shards are a set, too, and no line of classes.txt can go.
+    """
+    numbers = sorted({photo.label for photo in train.photos})
+    if train.names is None:
+        return tuple(map(str, numbers))
+    present = set(numbers)
+    missing = [printable(name) for number, name in train.names.items() if number not in present]
+    if missing:
+        some = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
+        warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {some}")
+    return tuple(train.names[number] for number in numbers if number in train.names)
+
+
+def _labels(root: Path, part: Shards, classes: Sequence[str]) -> dict[int, int]:
+    """Return number -> label, for the numbers that there are.
+
+    A number is the class of that line in classes.txt. Without that it is the class of that name, and where classes have
+    other names, the one in that place.
+    """
+    names = part.names
+    if names is None:
+        numbered = all(name.isascii() and name.isdecimal() for name in classes)
+        names = {int(name): name for name in classes} if numbered else dict(enumerate(classes))
+    labels = {}
+    for photo in part.photos:
+        if photo.label in labels:
+            continue
+        name = names.get(photo.label)
+        if name not in classes:
+            what = f"label {photo.label}{'' if name is None else f', {printable(name)},'}"
+            raise DataError(
+                f"{printable(str(root / photo.path))} has the {what} which is none of the {len(classes)} classes: "
+                f"{', '.join(map(printable, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
+            )
+        labels[photo.label] = classes.index(name)
+    return labels
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Return the split folders of a root/train/<class> layout, or {} for a flat one.
+
+    A class may be called 'train': then its folder holds photos and no folders.
+    """
+    folders = {p.name: p for p in _folders(root)}
+    if "train" not in folders:
+        held_out = sorted(set(folders) & set(HELD_OUT))
+        if folders and len(held_out) == len([name for name in folders if not name.startswith(".")]):
+            raise DataError(
+                f"{root} has {', '.join(held_out)} but no train folder: expected {root.name}/train/<class>/<photos>"
+            )
+        return {}
+    others = {name for name in folders if not name.startswith(".") and name not in HELD_OUT and name != "train"}
+    if others and not _class_names(folders["train"]) and not _holds_shards(folders["train"]):
+        return {}
+    found: dict[str, Path] = {"train": folders["train"]}
+    for name, part in HELD_OUT.items():
+        if name not in folders:
+            continue
+        if part in found:
+            raise DataError(f"{root} has two validation folders, {found[part].name} and {name}: keep one")
+        found[part] = folders[name]
+    return found
+
+
+def _class_names(folder: Path) -> list[str]:
+    return [p.name for p in _folders(folder) if not p.name.startswith(".")]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without links to itself or above it: they would be a class of all photos.
+
+    Raises DataError where it cannot be read.
+    """
+    try:
+        found = [folder / entry.name for entry in os.scandir(folder) if _is_folder(entry)]
+    except OSError as error:
+        raise DataError(f"the folder {printable(str(folder))} cannot be read: {error.strerror}") from None
+    here = folder.resolve()
+    return sorted(path for path in found if not (path.is_symlink() and path.resolve() in (here, *here.parents)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where we may not look
+        return False
+
+
+def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Yield label and folder name of each class folder; a held-out folder may not bring a class of its own."""
+    for name in _class_names(folder):
+        if name not in classes:
+            raise DataError(
+                f"{folder.name}/{name} is a class that the training folder does not have{nearest(name, classes)}; "
+                f"its {split} photos cannot be scored"
+            )
+        yield classes.index(name), name
+
+
+def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield path below root, bytes and mtime of each file below a folder, following links but never in a circle.
+
+    Plain strings and DirEntry, not pathlib: 100,000 files index three times as fast. A link to nothing is yielded,
+    so that it is reported with the photos that cannot be read.
+    """
+    start = len(os.path.join(root, ""))  # noqa: PTH118
+    stack = [(str(folder), frozenset[tuple[int, int]]())]
+    while stack:
+        here, above = stack.pop()
+        try:
+            info = os.stat(here)  # noqa: PTH116
+            entries = list(os.scandir(here))
+        except OSError:
+            counts["unreadable"] += 1
+            continue
+        inode = (info.st_dev, info.st_ino)
+        if inode in above:
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                counts["hidden"] += 1
+            elif _is_folder(entry):
+                stack.append((entry.path, above | {inode}))
+            else:
+                path = entry.path[start:].replace(os.sep, "/")
+                try:
+                    info = entry.stat()
+                    yield path, info.st_size, info.st_mtime_ns
+                except OSError:
+                    yield path, 0, 0
+
+
+def _round_half_up(x: float) -> int:
+    return int(x + 0.5)
+
+
+def _sibling(root: Path) -> str:
+    try:
+        return nearest(root.name, [entry.name for entry in os.scandir(root.parent) if _is_folder(entry)])
+    except OSError:
+        return ""

@@ -1,0 +1,184 @@
+"""Photos in classes, packed into WebDataset shards: their bytes as they are, in an order that a seed draws."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcnn.data import index, shards
+from fastcnn.data.index import Index, printable
+from fastcnn.data_tools.http_download import check_space
+from fastcnn.errors import DataError, FastCNNError, UsageError
+from fastcnn.storage import files
+from fastcnn.system import signals
+from fastcnn.system.console import Console
+from pipelines.verdict import Unusable, image_format, read
+
+SHARD_BYTES = 256_000_000
+KEY = "{:08}"
+SHARD = "{:06}.tar"
+
+_PARTIAL = ".partial"
+_EXTENSIONS = {"JPEG": "jpg", "JPEG2000": "jp2"}  # of formats that are not called so
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What is in new shards."""
+
+    photos: int
+    shards: int
+    no_images: list[str]
+    """Paths of files that show no image's beginning; they are in the shards, too, as photos that cannot be used."""
+
+
+def write(
+    root: str | Path,
+    out: str | Path,
+    *,
+    photos_each: int | None = None,
+    bytes_each: int = SHARD_BYTES,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Written:
+    """Write the photos of a folder as shards: OUT/000000.tar, or where it has split folders OUT/train/000000.tar.
+
+    Beside the shards stands classes.txt, and in `out` paths.csv: each photo's path there, and the one that it had. The
+    same photos and seed give the same bytes. `out` is filled when everything is written, and left as it was otherwise.
+
+    Args:
+        root: what `index.scan` takes.
+        out: a folder that is empty, or not there.
+        photos_each: photos of a shard at most; None is as many as `bytes_each` allows.
+        bytes_each: bytes of a shard's photos at most, as long as there is more than one.
+        seed: of the order.
+        console: where progress goes.
+
+    Raises DataError where the folder cannot be used or a photo cannot be read, FastCNNError where `out` is not empty or
+    cannot be written.
+    """
+    out, console = Path(out), console or Console(quiet=True)
+    found = index.scan(root)
+    for name in found.classes:
+        if "\n" in name or "\r" in name or not name.strip():
+            raise DataError(f"class '{printable(name)}' of {found.root} cannot stand on a line of {shards.CLASSES}")
+    if out.resolve().is_relative_to(found.root.resolve()):
+        raise UsageError(f"{out} is inside the photos, which are never written to: choose another folder")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FastCNNError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: choose another folder")
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+        # A photo and its label have a header each, and are filled up to whole blocks.
+        check_space(above, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "what the shards will hold,")
+        with signals.raising(), _beside(out) as partial:
+            return _write(found, partial, out, photos_each or len(found), bytes_each, seed, console)
+    except OSError as error:
+        raise FastCNNError(f"cannot write the shards into {out}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """Yield a folder in `out` whose content becomes that of `out`; where that fails `out` is as it was before."""
+    made, partial = not out.exists(), out / _PARTIAL
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for path in sorted(partial.iterdir()):
+            path.rename(out / path.name)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+    partial.rmdir()
+
+
+def _write(
+    found: Index, folder: Path, out: Path, photos_each: int, bytes_each: int, seed: int, console: Console
+) -> Written:
+    splits = [name for name in ("train", "val", "test") if (found.folders == name).any()]
+    rows = [("photo", "path")]
+    no_images: list[str] = []
+    num_shards = 0
+    with console.progress("writing", "photos") as progress:
+        for number, split in enumerate(splits):
+            below = "" if splits == ["train"] else f"{split}/"
+            (folder / below).mkdir(exist_ok=True)
+            files.write(folder / below / shards.CLASSES, "".join(f"{name}\n" for name in found.classes))
+            mine = np.flatnonzero(found.folders == split)
+            order = np.random.default_rng([seed, number]).permutation(mine)
+            for shard, photos in enumerate(_parts(order, found.sizes, photos_each, bytes_each)):
+                num_shards += 1
+                name = below + SHARD.format(shard)
+                with (
+                    files.writing(folder / name) as file,
+                    tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+                ):
+                    for photo in photos:
+                        key, path = KEY.format(len(rows) - 1), found.paths[photo]
+                        content = _content(found, photo)
+                        extension = _extension(path, content)
+                        if not extension:
+                            no_images.append(path)
+                        member = f"{key}.{extension or 'jpg'}"
+                        _add(archive, member, content)
+                        _add(archive, f"{key}.cls", b"%d" % found.labels[photo])
+                        rows.append((f"{name}/{member}", path))
+                        progress(len(rows) - 1, len(found), "")
+    files.write_csv(folder / shards.ORIGINALS, rows)
+    return Written(photos=len(rows) - 1, shards=num_shards, no_images=no_images)
+
+
+def _parts(
+    photos: npt.NDArray[np.intp], sizes: npt.NDArray[np.int64], photos_each: int, bytes_each: int
+) -> Iterator[Sequence[int]]:
+    """Yield the photos of each shard."""
+    part: list[int] = []
+    num_bytes = 0
+    for photo in photos:
+        if part and (len(part) == photos_each or num_bytes + sizes[photo] > bytes_each):
+            yield part
+            part, num_bytes = [], 0
+        part.append(int(photo))
+        num_bytes += int(sizes[photo])
+    yield part
+
+
+def _content(found: Index, photo: int) -> bytes:
+    try:
+        return read(found.source(photo))
+    except Unusable as error:
+        if error.verdict.reason == "empty":
+            return b""
+        raise DataError(
+            f"{printable(str(found.root / found.paths[photo]))} cannot be copied ({error.verdict.reason}: "
+            f"{error.verdict.detail}): mend it or take it away"
+        ) from None
+
+
+def _extension(path: str, content: bytes) -> str:
+    """Return the extension of a photo in a shard: its own, or by its content; "" where that shows no image."""
+    own = PurePosixPath(path).suffix[1:].lower()
+    if own in shards.EXTENSIONS:
+        return own
+    with contextlib.suppress(Unusable):
+        name = image_format(content)
+        return _EXTENSIONS.get(name, name.lower())
+    return ""
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file that is nobody's and of no time, so that the same photos are the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))

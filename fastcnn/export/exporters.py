@@ -1,0 +1,286 @@
+"""A trained run as a file that carries its preprocessing and proves itself: photos in, probabilities out."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest
+from fastcnn.export import model_card as card
+from fastcnn.export.verify import Report
+from fastcnn.inference import artefact
+from fastcnn.inference import file_formats as container
+from fastcnn.inference.artefact import Images
+from fastcnn.network.inference_network import Deployed, Inference
+from fastcnn.storage import checkpoint
+from fastcnn.storage import files as whole
+from fastcnn.storage import run_folder as runs
+from fastcnn.system import device as runtime
+from fastcnn.training.augment import resized
+from fastcnn.training.evaluation import restore
+from fastcnn.training.step import Normalise
+
+Half = Literal["auto", "bf16", "fp16"]
+
+# Largest difference in a probability between the trained and the exported model, by the body's arithmetic.
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+
+# Likewise for golden inputs of another size. onnxruntime's resize differs from torch's by 6e-5 of a level, so that of
+# 49,152 values some 30 are rounded to the next level: 1.3e-4 in a probability, where another resize makes 3e-2.
+RESIZE_TOLERANCES = {"onnx": 1e-3}
+
+
+def export_run(
+    run: str | Path,
+    *,
+    format: str = "torchscript",
+    output: str | Path | None = None,
+    half: Half | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Export a run's best weights and return the file, after checking it in a process of its own.
+
+    Args:
+        run: a run folder, or a name under `runs/`.
+        format: a name in `EXPORTERS`.
+        output: the file; None is `model.<format>` in the run folder. An earlier export is replaced.
+        half: 16-bit weights and arithmetic between normalisation and softmax; auto is bf16, in ONNX fp16.
+        note: told what the check found, a line at a time.
+
+    Raises CheckError, and keeps nothing, where the file does not give the trained model's probabilities for the golden
+    inputs and the validation photos; see `verify`.
+    """
+    _check(format, half)
+    folder = runs.find(run)
+    state = checkpoint.load(folder / "best.pt")
+    path = Path(output) if output else folder / f"model.{format}"
+    if not path.suffix == f".{format}":
+        raise UsageError(f"--output: expected a name that ends in .{format}, got {path}")
+    try:
+        with tempfile.TemporaryDirectory() as unchecked:
+            temporary = Path(unchecked) / path.name
+            write(state, temporary, format, half)
+            report = _check_apart(temporary, folder)
+            if report.problems:
+                raise CheckError(f"{report.problems[0]}: the exported file was not kept; please report this")
+            whole.write(path, temporary.read_bytes())
+    except OSError as error:
+        raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
+    note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
+    for line in report.lines():
+        note(line)
+    _write_card(path, folder)
+    return path
+
+
+def _write_card(path: Path, run: Path) -> None:
+    """Write the model card of an exported file and of those beside it that hold the same model."""
+    metadata = _read_metadata(path)
+    files = [
+        file
+        for suffix in container.FORMATS
+        if (file := path.with_suffix(suffix)).is_file() and _read_metadata(file).get("golden") == metadata["golden"]
+    ]
+    card.write(path.parent, metadata, files, run)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        return container.FORMATS[path.suffix].read(path.read_bytes()).metadata
+    except (OSError, ValueError, RuntimeError):  # somebody else's file
+        return {}
+
+
+def _check(format: str, half: Half | None) -> None:
+    if format not in EXPORTERS:
+        raise UsageError(
+            f"--format: expected one of {', '.join(EXPORTERS)}, got '{format}'{nearest(format, EXPORTERS)}"
+        )
+    if half is not None and half not in get_args(Half):
+        raise UsageError(f"--half: expected one of {', '.join(get_args(Half))}, got '{half}'")
+
+
+def write(state: dict[str, Any], path: Path, format: str, half: Half | None = None) -> None:
+    """Write the network of a checkpoint as an exported file, unchecked."""
+    config, network = state["config"], restore(state)
+    # onnxruntime has no bf16 convolution on a CPU.
+    precision = "fp32" if half is None else half if half != "auto" else "fp16" if format == "onnx" else "bf16"
+    model = Deployed(
+        Inference(network),
+        config["image_size"],
+        config["mean"],
+        config["std"],
+        state["classes"],
+        runtime.DTYPES[precision],
+        always_resize=format != "torchscript",
+    ).eval()
+    metadata = {
+        "format": artefact.FORMAT,
+        "classes": state["classes"],
+        "image_size": config["image_size"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "input": "uint8 (N, H, W, 3), any N, H and W",
+        "output": f"float32 (N, {len(state['classes'])}) probabilities",
+        "chunk": model.chunk,
+        "precision": precision,
+        "tolerance": TOLERANCES[precision],
+        "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
+        "training": {name: _plain(value) for name, value in state["best"].items()},
+        "versions": runtime.versions(),
+        "golden": golden(network, config),
+    }
+    parts = EXPORTERS[format](model)
+    metadata["sha256"] = container.digest(parts, metadata)
+    path.write_bytes(container.FORMATS[path.suffix].pack(container.Contents(parts, metadata)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a figure as JSON has it: no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def golden(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return made-up images and what the trained network says of them, as plain data."""
+    normalise = Normalise(config["mean"], config["std"], config["image_size"])
+    size = config["image_size"]
+    found = []
+    for image in golden_images(size):
+        with torch.inference_mode():
+            pixels = resized(torch.from_numpy(image)[None], size)
+            probabilities = torch.softmax(network(normalise(pixels)), 1)[0]
+        found.append({**artefact.pack_image(image), "probabilities": probabilities.tolist()})
+    return found
+
+
+def golden_images(size: int) -> list[Images]:
+    """Return (H, W, 3) images: blocks and a slope of the size, noise that is smaller, blocks that are larger.
+
+    Photos would say something of whom they were taken of. Blocks keep the file small: they compress well.
+    """
+    rng = np.random.default_rng(0)
+
+    def blocks(height: int, width: int, side: int) -> Images:
+        colours = rng.integers(0, 256, (-(-height // side), -(-width // side), 3), np.uint8)
+        return np.ascontiguousarray(colours.repeat(side, 0).repeat(side, 1)[:height, :width])
+
+    slope = np.linspace([0, 255, 60], [255, 0, 200], size).round().astype(np.uint8)  # (size, 3)
+    return [
+        blocks(size, size, max(1, size // 16)),
+        np.ascontiguousarray(np.broadcast_to(slope, (size, size, 3))),
+        blocks(37, 53, 1),
+        blocks(size + size // 7, 2 * size - 5, max(1, size // 32)),
+    ]
+
+
+def _export_torchscript(model: Deployed) -> dict[str, bytes]:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
+        # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
+        torch.jit.save(torch.jit.script(model), file)
+    parts = container.read_archive(file.getvalue()).parts
+    # Where in our source each line stands, with the paths of this machine: only tracebacks lack it.
+    parts = {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
+    return {name: _ordered(part) if name.endswith(".py") else part for name, part in parts.items()}
+
+
+def _ordered(code: bytes) -> bytes:
+    """Return a class of TorchScript with its constants by name: torch writes them in another order in every process."""
+    lines = code.splitlines(keepends=True)
+    groups = itertools.groupby(lines, lambda line: b" : Final[" in line)
+    return b"".join(line for constants, group in groups for line in (sorted(group) if constants else group))
+
+
+def _export_pt2(model: Deployed) -> dict[str, bytes]:
+    file = io.BytesIO()
+    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the only one it can save
+    program = torch.export.export(model, (_example(model),), dynamic_shapes=(_any_size(),))
+    for node in program.graph.nodes:  # the source and its paths
+        node.meta = {name: value for name, value in node.meta.items() if name == "val"}
+    torch.export.save(program, file)
+    parts = container.read_archive(file.getvalue()).parts
+    # The example is pickled, and the guards are Python: neither is needed.
+    parts["data/sample_inputs/model.pt"] = b""
+    content = json.loads(parts["models/model.json"])
+    content["guards_code"] = []
+    parts["models/model.json"] = json.dumps(content).encode()
+    return parts
+
+
+def _export_onnx(model: Deployed) -> dict[str, bytes]:
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  (what the file is checked with)
+        import onnxscript  # noqa: F401  (torch's exporter asks for it later, in many lines)
+    except ImportError as error:
+        raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of torchvision, which is not needed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own parts
+        program = torch.onnx.export(
+            model,
+            (_example(model),),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=(_any_size(),),
+            opset_version=18,  # the first whose Resize has antialias
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    graph = proto.graph
+    for item in [graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output]:
+        item.ClearField("metadata_props")  # the source and its paths
+        item.ClearField("doc_string")
+    onnx.checker.check_model(proto)
+    return container.read_onnx(proto.SerializeToString(deterministic=True)).parts
+
+
+EXPORTERS: dict[str, Callable[[Deployed], dict[str, bytes]]] = {
+    "torchscript": _export_torchscript,
+    "onnx": _export_onnx,
+    "pt2": _export_pt2,
+}
+
+
+def _example(model: Deployed) -> Tensor:
+    """Return images to trace with; no two sides are equal, or the tracer would take them for one."""
+    size = model.image_size
+    return torch.zeros(2, size + 3, size + 5, 3, dtype=torch.uint8)
+
+
+def _any_size() -> dict[int, Any]:
+    return {0: torch.export.Dim("n"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+
+
+def _check_apart(path: Path, run: Path) -> Report:
+    """Return what a check of the file finds in a fresh process, which knows only the file and the run folder."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # -P: modules where the user stands are not ours.
+    command = [sys.executable, "-P", "-m", "fastcnn.export.verify", str(path), str(run)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment, encoding="utf-8")
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        raise CheckError(f"the process that checks the export ended with code {done.returncode}") from None
+    if "error" in answer:
+        raise CheckError(f"the exported file does not pass its check: {answer['error']}")
+    return Report(**answer)

@@ -1,0 +1,216 @@
+"""Classes of photos, from an exported model."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+import pipelines
+from fastcnn.data.index import printable
+from fastcnn.errors import FastCNNError
+from fastcnn.inference.artefact import Artefact, Images
+from pipelines.verdict import MAX_PIXELS, Source, Verdict
+from pipelines.workers import Workers, shared
+
+BATCH_SIZE = 64
+
+Probabilities = npt.NDArray[np.float32]
+NONE = np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of a photo."""
+
+    path: str
+    reason: str
+    """Why the photo cannot be used; "" where it can."""
+    probabilities: Probabilities
+    """(num_classes,); empty where the photo cannot be used."""
+
+
+class Classifier:
+    """Photos in, probabilities out: a decoder in processes that may die of a photo, and an exported model.
+
+    Args:
+        model: opened.
+        workers: decoding threads; None: one for each core.
+        max_pixels: a photo whose header claims more is "too large".
+    """
+
+    def __init__(self, model: Artefact, *, workers: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        decoder, _ = pipelines.choose("auto", gpu=False)
+        self.model = model
+        self.decode_seconds = self.model_seconds = 0.0
+        self._workers = Workers(decoder, threads=workers, max_pixels=max_pixels)
+        self._threads = ThreadPoolExecutor(pipelines.num_cores(), "model", _one_thread)
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown()
+        self._workers.close()
+
+    def warm_up(self) -> None:
+        """Do everything once that is slow at first: processes, imports, programs that specialise themselves."""
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, "JPEG")
+        for _ in range(3):
+            self([file.getvalue()] * 2)
+        self.decode_seconds = self.model_seconds = 0.0
+
+    def __call__(self, sources: Sequence[Source]) -> list[tuple[Verdict, Probabilities]]:
+        """Return a verdict for each source, and (num_classes,) probabilities where it is usable, else none.
+
+        Sources are decoded as for training, straight to the model's size. What is said of a photo does not depend on
+        what comes with it, to the bit: each goes through the model alone, as batches of other sizes round otherwise
+        (3e-7 in a probability), and so that cores are used, several at a time in a thread each.
+        """
+        size = self.model.image_size
+        start = time.perf_counter()
+        pixels = shared((len(sources), size, size, 3))
+        verdicts = self._workers.decode(sources, size, pixels)
+        decoded = time.perf_counter()
+        found = list(self._threads.map(self._probabilities, pixels, verdicts))
+        self.decode_seconds += decoded - start
+        self.model_seconds += time.perf_counter() - decoded
+        return list(zip(verdicts, found, strict=True))
+
+    def _probabilities(self, image: Images, verdict: Verdict) -> Probabilities:
+        return self.model.probabilities(image[None])[0] if verdict.ok else NONE
+
+
+def _one_thread() -> None:
+    """Keep torch's arithmetic in this thread from starting others."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def predict_photos(
+    model: Artefact,
+    inputs: Sequence[str | Path],
+    *,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Prediction]:
+    """Yield a prediction for each photo in `inputs`: see `find_photos`.
+
+    Args:
+        model: an exported model, opened.
+        inputs: photos, folders, globs.
+        workers: decoding threads; None: one for each core.
+        max_pixels: a photo whose header claims more is "too large".
+        progress: told photos done and photos to do.
+        note: told at the end how long it took.
+
+    Raises FastCNNError for an input that does not exist.
+    """
+    paths, bad = list(find_photos(inputs)), 0
+    begun = time.perf_counter()
+    with Classifier(model, workers=workers, max_pixels=max_pixels) as classify:
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch = paths[start : start + BATCH_SIZE]
+            for path, (verdict, probabilities) in zip(batch, classify(batch), strict=True):
+                bad += not verdict.ok
+                yield Prediction(path, verdict.reason, probabilities)
+            progress(start + len(batch), len(paths))
+    seconds = time.perf_counter() - begun
+    share = classify.decode_seconds / max(classify.decode_seconds + classify.model_seconds, 1e-9)
+    note(
+        f"{len(paths):,} photo{'s' * (len(paths) != 1)} in {seconds:.1f} s ({len(paths) / max(seconds, 1e-9):,.0f} "
+        f"photos/s, {share:.0%} of it decoding)" + (f"; {bad:,} cannot be used" if bad else "")
+    )
+
+
+def find_photos(inputs: Sequence[str | Path]) -> Iterator[str]:
+    """Yield each file given, each visible file below each folder given, and what each glob matches, sorted.
+
+    "-" are paths on standard input, a line each (or ended by null characters, as `find -print0` writes them). Raises
+    FastCNNError for an input that does not exist.
+    """
+    for item in inputs:
+        if str(item) == "-":
+            yield from _standard_input()
+        elif os.path.lexists(item):
+            yield from _below(str(item))
+        elif matches := sorted(glob.glob(str(item), recursive=True)):  # noqa: PTH207 - a string, whatever is in it
+            for match in matches:
+                yield from _below(match)
+        else:
+            raise FastCNNError(f"no photo or folder {printable(str(item))}")
+
+
+def _below(path: str) -> Iterator[str]:
+    if not Path(path).is_dir():
+        yield path
+        return
+    for folder, subfolders, files in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield from (str(Path(folder, name)) for name in sorted(files) if not name.startswith("."))
+
+
+def _standard_input() -> Iterator[str]:
+    text = os.fsdecode(sys.stdin.buffer.read())
+    for path in text.split("\0" if "\0" in text else "\n"):
+        if path:
+            yield from _below(path)
+
+
+def writer(format: str, classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
+    """Return a function that writes a prediction to standard output as table, csv or jsonl."""
+    return {"table": _table, "csv": _csv, "jsonl": _jsonl}[format](classes, top_k)
+
+
+def _table(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
+    def write(prediction: Prediction) -> None:
+        best = "  ".join(
+            f"{name} {probability:.4f}" for name, probability in ranked(prediction.probabilities, classes, top_k)
+        )
+        print(f"{printable(prediction.path)}  {best or f'not used: {prediction.reason}'}")
+
+    return write
+
+
+def _csv(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
+    lines = csv.writer(sys.stdout, lineterminator="\n")
+    lines.writerow(["path", "rank", "class", "probability", "error"])
+
+    def write(prediction: Prediction) -> None:
+        path = printable(prediction.path)
+        if prediction.reason:
+            lines.writerow([path, "", "", "", prediction.reason])
+        for rank, (name, probability) in enumerate(ranked(prediction.probabilities, classes, top_k), 1):
+            lines.writerow([path, rank, name, f"{probability:.6f}", ""])
+
+    return write
+
+
+def _jsonl(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
+    def write(prediction: Prediction) -> None:
+        best = [{"class": name, "probability": p} for name, p in ranked(prediction.probabilities, classes, top_k)]
+        result = {"error": prediction.reason} if prediction.reason else {"predictions": best}
+        print(json.dumps({"path": prediction.path, **result}))
+
+    return write
+
+
+def ranked(probabilities: Probabilities, classes: Sequence[str], top_k: int) -> list[tuple[str, float]]:
+    """Return the most probable classes with their probabilities, the first first."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [(classes[i], float(probabilities[i])) for i in order]

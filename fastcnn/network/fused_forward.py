@@ -1,0 +1,169 @@
+"""The network with its blocks fused: the same parameters and results, by kernels that write no map of full size."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
+from fastcnn.network.sync_layers import SyncBatchNorm
+from fastcnn.training.augment import Places
+from fastcnn.training.step import Normalise
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+
+
+def unavailable(device: torch.device) -> str:
+    """Return why fused kernels cannot run on a device; "" where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return "" if major >= 8 else f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return "it needs an NVIDIA GPU"
+
+
+def refusals(model: SmallCNN) -> list[str]:
+    """Return of each block why it takes the plain path; "" where it is fused."""
+    side, found = int(str(model.options["image_size"])), []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        found.append(_refusal(block, side))
+        side //= 2
+    return found
+
+
+def plain_blocks(model: SmallCNN) -> str:
+    """Return in words which blocks take the plain path, and why; "" where none does."""
+    found = [f"block {number} takes the plain path: {why}" for number, why in enumerate(refusals(model), 1) if why]
+    return "; ".join(found)
+
+
+def _refusal(block: Block, side: int) -> str:
+    out, into = block.conv.out_channels, block.conv.in_channels
+    if block.conv.kernel_size != (3, 3):
+        return f"its kernel is {block.conv.kernel_size[0]}x{block.conv.kernel_size[1]}, not 3x3"
+    if out % 16 or (into != 3 and into % 16):
+        return f"its channels, {into} to {out}, are not multiples of 16"
+    if side % 2:
+        return f"its side, {side}, is odd"
+    if isinstance(block.norm, SyncBatchNorm):
+        return "its batch norm takes the statistics of several devices (--no-sync-batch-norm: of each its own)"
+    if block.conv.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its type is {block.conv.weight.dtype}"
+    return ""
+
+
+class FusedForward:
+    """A forward of `training.step`'s kind with the network's blocks fused; it takes photos where they lie, too."""
+
+    takes_places = True
+    """Whether photos may come as `Places`, unread."""
+
+    def __init__(self, plain: Forward) -> None:
+        self.plain = plain
+
+    def __call__(
+        self, model: SmallCNN, normalise: Normalise, images: Tensor | Places, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the plain forward does."""
+        return self.plain(functools.partial(logits, model, normalise), _as_it_is, images, *rest)
+
+
+def _as_it_is(images: Any) -> Any:
+    return images
+
+
+def logits(model: SmallCNN, normalise: Normalise, images: Tensor | Places) -> Tensor:
+    """Return (N, num_classes) of uint8 photos (N, H, W, 3), or of where they lie.
+
+    A block's batch norm is applied by the block after it while it loads. `x` is therefore what was pooled, not yet
+    normalised, with the norm that is due: (2, C) mean and 1 / deviation and the module that has gamma and beta.
+    """
+    x: Tensor | None = None  # (N, H, W, C)
+    moments: Tensor | None = None
+    due: BatchNorm | None = None
+    norms: list[tuple[BatchNorm, Tensor, Tensor]] = []
+    for block, refusal in zip(model.blocks, refusals(model), strict=True):
+        assert isinstance(block, Block)
+        if refusal:
+            planar = normalise(_read(images)) if x is None else _normalised(x, moments, due)
+            x, moments, due = block(planar).permute(0, 2, 3, 1).contiguous(), None, None
+            continue
+        x, batch_moments, variance = _fused(block, x, moments, due, normalise, images)
+        due = block.norm if isinstance(block.norm, BatchNorm) else None
+        moments = None
+        if due is not None and model.training:
+            moments = batch_moments
+            norms.append((due, batch_moments, variance))
+        elif due is not None:
+            moments = torch.stack([due.running_mean, (due.running_var + due.eps).rsqrt()])
+    assert x is not None
+    _record(norms)
+    features = _normalised(x, moments, due).flatten(1)
+    return model.output(model.dropout(model.activation(model.dense(features))))  # type: ignore[no-any-return]
+
+
+def _fused(
+    block: Block,
+    x: Tensor | None,
+    moments: Tensor | None,
+    due: BatchNorm | None,
+    normalise: Normalise,
+    images: Tensor | Places,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a block has pooled, its moments and unbiased variances."""
+    from fastcnn.network.kernels import block_operators as fused
+
+    norm = block.norm
+    own = block.name, isinstance(norm, BatchNorm) and block.training, norm.eps if isinstance(norm, BatchNorm) else 0.0
+    weights = block.conv.weight, block.conv.bias
+    if x is None:
+        places = images if isinstance(images, Places) else Places(images, None, None)
+        made = fused.first_block(*places, normalise.colours, *weights, *own)
+    else:
+        scale = (None, None) if due is None else (due.weight, due.bias)
+        made = fused.block(x, moments, *scale, *weights, *own)
+    pooled, _, _, batch_moments, variance = made
+    return pooled, batch_moments, variance
+
+
+def _normalised(x: Tensor, moments: Tensor | None, due: BatchNorm | None) -> Tensor:
+    """(N, H, W, C) -> (N, C, H, W) in channels_last, with the norm that is due."""
+    if due is not None and moments is not None:
+        scale = moments[1] * due.weight
+        x = ((x.float() - moments[0]) * scale + due.bias).to(x.dtype)
+    return x.permute(0, 3, 1, 2)
+
+
+def _record(norms: list[tuple[BatchNorm, Tensor, Tensor]]) -> None:
+    """Move running statistics towards a batch's, all in one kernel."""
+    if not norms:
+        return
+    with torch.no_grad():
+        running = [tensor for norm, _, _ in norms for tensor in (norm.running_mean, norm.running_var)]
+        batch = [tensor.detach() for _, moments, variance in norms for tensor in (moments[0], variance)]
+        move_towards(running, batch, norms[0][0].momentum)
+
+
+@torch.library.custom_op("fastcnn::move_towards", mutates_args=("running",))
+def move_towards(running: list[Tensor], batch: list[Tensor], share: float) -> None:
+    """Move tensors a share of the way to others. An operator: a compiler would make a kernel for each."""
+    torch._foreach_lerp_(running, batch, share)
+
+
+@move_towards.register_fake
+def _(running: list[Tensor], batch: list[Tensor], share: float) -> None:
+    pass
+
+
+def _read(images: Tensor | Places) -> Tensor:
+    return images.read() if isinstance(images, Places) else images

@@ -1,0 +1,383 @@
+"""A block as one operator: convolution 3x3, activation, 2x2 max pool, statistics, and the batch norm before it.
+
+`block` reads what another block has pooled and normalises it while loading; `first_block` reads uint8 photos. Both
+write the pooled values and two bits for each that say where it came from, never a map of full size; their gradients
+are operators too, so torch.compile and CUDA graphs take them as they are. Sums are fp32 and repeat to the bit.
+
+Importing this needs triton. On a CPU the kernels run under TRITON_INTERPRET=1, for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.network.kernels import autotune as launching
+from fastcnn.network.kernels import backward, forward
+from fastcnn.network.kernels.activations import ACTIVATIONS
+from fastcnn.network.kernels.autotune import Launch, Maps, Tile
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+NOTHING = 0  # length of an output that this block does not have
+
+
+@torch.library.custom_op("fastcnn::block", mutates_args=())
+def block(
+    x: Tensor,
+    moments_in: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return pooled values, which of the four each was, slopes, their moments and unbiased variances.
+
+    Args:
+        x: (N, H, W, C) fp32, bf16 or fp16, contiguous, sides even, C a multiple of 16.
+        moments_in: (2, C) fp32 mean and 1 / deviation by which x is normalised while it is loaded; None leaves it.
+        gamma, beta: (C,) fp32 of the same norm.
+        weight: (K, C, 3, 3) in channels_last, of the type of x; K a multiple of 16.
+        bias: (K,).
+        activation: a name in `ACTIVATIONS`.
+        statistics: whether to take the moments of what is pooled.
+        eps: what is added to the variances in them.
+
+    Returns (N, H / 2, W / 2, K) pooled; (..., K / 4) uint8, two bits each; slopes as pooled where the activation's
+    are saved; (2, K) and (K,) fp32. What is not there has length 0.
+    """
+    maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
+    assert x.is_contiguous()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    out = _outputs(x, maps, activation, statistics)
+    arguments = {"x": x, "moments": moments_in, "gamma": gamma, "beta": beta, "weight": weight, "bias": bias}
+    _forward(forward.block_forward, maps, arguments, out, activation, statistics, eps)
+    return out
+
+
+@torch.library.custom_op("fastcnn::block_backward", mutates_args=())
+def block_backward(
+    d_pooled: Tensor,
+    d_moments: Tensor | None,
+    x: Tensor,
+    moments_in: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    slopes: Tensor,
+    moments: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, of weight and bias in one piece, and (4, C) of moments_in, gamma and beta."""
+    maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
+    num_parameters = (9 * maps.into + 1) * maps.out
+    length = num_parameters + (4 * maps.into if moments_in is not None else 0)
+    num_programs = launching.reducers(x.device, maps)
+    partial = x.new_empty((num_programs, length), dtype=torch.float32)
+    d_x = torch.empty_like(x)
+    d_parameters = weight.new_empty(num_parameters)
+    d_norm = x.new_empty((4, maps.into) if moments_in is not None else NOTHING, dtype=torch.float32)
+    upstream = _upstream(d_pooled, d_moments, pooled, index, slopes, moments, activation, maps)
+    gradients = {"weight": weight, "d_x": d_x, "OUT": maps.out, "PRECISION": upstream["PRECISION"]}
+    common = {"x": x, "moments_in": moments_in, "gamma": gamma, "partial": partial, "length": length, "index": index}
+    common |= {"d_winner": torch.empty_like(pooled), "INTO": maps.into}
+    launching.run(
+        "weight_gradient",
+        maps,
+        x.dtype,
+        lambda tile: Launch(
+            backward.weight_gradient,
+            (3, num_programs, -(-maps.out // tile.channels) * (maps.into // tile.chunk)),
+            {**upstream, **common, "beta": beta, **tile.covering(maps, num_programs), "CHUNK": tile.chunk},
+            tile.warps,
+            tile.stages,
+        ),
+    )
+    launching.run(
+        "input_gradient",
+        maps,
+        x.dtype,
+        lambda tile: Launch(
+            backward.input_gradient,
+            (num_programs, -(-maps.into // tile.channels)),
+            {**common, **gradients, **tile.covering(maps, num_programs), "CHUNK": tile.chunk},
+            tile.warps,
+            tile.stages,
+        ),
+    )
+    Launch(
+        backward.finish_block,
+        (-(-length // 256), 1),
+        {
+            "partial": partial,
+            "d_parameters": d_parameters,
+            "d_norm": d_norm if moments_in is not None else None,
+            "num_programs": num_programs,
+            "length": length,
+            "num_parameters": num_parameters,
+            "SIZE": 256,
+            "PROGRAMS": 16,
+        },
+    ).run()
+    return d_x, d_parameters, d_norm
+
+
+@torch.library.custom_op("fastcnn::first_block", mutates_args=())
+def first_block(
+    images: Tensor,
+    photos: Tensor | None,
+    moves: Tensor | None,
+    colours: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `block` does, of photos: normalised, flipped and shifted while they are loaded.
+
+    Args:
+        images: (M, H, W, 3) uint8, contiguous, sides even.
+        photos: (N,) int64 which of them; None takes all, in their order.
+        moves: (N, 3) int32 for each: 1, or -1 where it is mirrored, and the column and the row of `images` that stand
+            in column 0 and row 0; None leaves them. The edge fills what comes free.
+        colours: (3, 3) fp32; a row each of whole numbers that are subtracted, of scales, and of what is added then.
+        weight, bias, activation, statistics, eps: see `block`.
+    """
+    count = len(images) if photos is None else len(photos)
+    maps = Maps(count, images.shape[1] // 2, images.shape[2] // 2, 3, weight.shape[0])
+    assert images.is_contiguous()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    out = _outputs(weight, maps, activation, statistics)
+    arguments = {
+        "images": images,
+        "photos": photos,
+        "moves": moves,
+        "colours": colours,
+        "weight": weight,
+        "bias": bias,
+    }
+    _forward(forward.first_forward, maps, arguments, out, activation, statistics, eps)
+    return out
+
+
+@torch.library.custom_op("fastcnn::first_block_backward", mutates_args=())
+def first_block_backward(
+    d_pooled: Tensor,
+    d_moments: Tensor | None,
+    images: Tensor,
+    photos: Tensor | None,
+    moves: Tensor | None,
+    colours: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    slopes: Tensor,
+    moments: Tensor,
+    activation: str,
+) -> Tensor:
+    """Return the gradients of weight and bias in one piece."""
+    maps = Maps(pooled.shape[0], pooled.shape[1], pooled.shape[2], 3, pooled.shape[3])
+    num_programs, length = launching.reducers(pooled.device, maps), 49 * maps.out
+    partial = pooled.new_empty((num_programs, length), dtype=torch.float32)
+    d_parameters = pooled.new_empty(28 * maps.out)
+    shared = _upstream(d_pooled, d_moments, pooled, index, slopes, moments, activation, maps)
+    shared |= {"images": images, "photos": photos, "moves": moves, "colours": colours}
+    shared |= {"partial": partial, "length": length}
+    launching.run(
+        "first_weight_gradient",
+        maps,
+        pooled.dtype,
+        lambda tile: Launch(
+            backward.first_weight_gradient,
+            (num_programs, -(-maps.out // tile.channels)),
+            {**shared, **tile.covering(maps, num_programs)},
+            tile.warps,
+            tile.stages,
+        ),
+    )
+    arguments = {"partial": partial, "colours": colours, "d_parameters": d_parameters, "num_programs": num_programs}
+    arguments |= {"length": length, "OUT": maps.out, "SIZE": 128, "PROGRAMS": 16}
+    Launch(backward.finish_first, (-(-28 * maps.out // 128), 1), arguments).run()
+    return d_parameters
+
+
+def _outputs(like: Tensor, maps: Maps, activation: str, statistics: bool) -> Outputs:
+    """Return what a block writes, empty: pooled, index, slopes, moments, variance."""
+    shape = maps.photos, maps.height, maps.width, maps.out
+    return (
+        like.new_empty(shape),
+        like.new_empty((*shape[:3], maps.out // 4), dtype=torch.uint8),
+        like.new_empty(shape if ACTIVATIONS[activation].saved else NOTHING),
+        like.new_empty((2, maps.out) if statistics else NOTHING, dtype=torch.float32),
+        like.new_empty(maps.out if statistics else NOTHING, dtype=torch.float32),
+    )
+
+
+def _forward(
+    kernel: Any,
+    maps: Maps,
+    inputs: dict[str, Any],
+    out: Outputs,
+    activation: str,
+    statistics: bool,
+    eps: float,
+) -> None:
+    pooled, index, slopes, moments, variance = out
+    function = ACTIVATIONS[activation]
+    constants = {
+        "OUT": maps.out,
+        "VALUE": function.value,
+        "SLOPE": function.slope,
+        "MONOTONE": function.monotone,
+        "SAVED": function.saved,
+        "STATISTICS": statistics,
+        "PRECISION": launching.precision(pooled.dtype),
+    }
+    most = launching.most_programs(pooled.device)
+    partial = pooled.new_empty((most, 3, maps.out) if statistics else NOTHING, dtype=torch.float32)
+    outputs = {"pooled": pooled, "index": index, "slopes": slopes, "partial": partial}
+    first = kernel is forward.first_forward
+
+    def prepare(tile: Tile) -> Launch:
+        sizes: dict[str, Any] = tile.covering(maps, most)
+        chunks = {} if first else {"CHUNK": tile.chunk, "INTO": maps.into}
+        grid = tile.num_programs(maps, most), -(-maps.out // tile.channels)
+        return Launch(kernel, grid, {**inputs, **outputs, **constants, **sizes, **chunks}, tile.warps, tile.stages)
+
+    launch = launching.run("first_forward" if first else "block_forward", maps, pooled.dtype, prepare)
+    if statistics:
+        Launch(
+            forward.finish_statistics,
+            (-(-maps.out // 16), 1),
+            {
+                "partial": partial,
+                "moments": moments,
+                "variance": variance,
+                "num_programs": launch.grid[0],
+                "eps": eps,
+                "OUT": maps.out,
+                "CHANNELS": 16,
+                "PROGRAMS": 64,
+            },
+        ).run()
+
+
+def _upstream(
+    d_pooled: Tensor,
+    d_moments: Tensor | None,
+    pooled: Tensor,
+    index: Tensor,
+    slopes: Tensor,
+    moments: Tensor,
+    activation: str,
+    maps: Maps,
+) -> dict[str, Any]:
+    """Return the arguments that say what a block's gradient is made of."""
+    function = ACTIVATIONS[activation]
+    return {
+        "d_pooled": d_pooled.contiguous(),
+        "d_moments": None if d_moments is None else d_moments.contiguous(),  # of a sum, it is one number expanded
+        "moments": moments,
+        "pooled": pooled,
+        "slopes": slopes,
+        "index": index,
+        "num_values": maps.photos * maps.height * maps.width,
+        "OUT": maps.out,
+        "SLOPE": function.slope,
+        "SAVED": function.saved,
+        "PRECISION": launching.precision(pooled.dtype),
+    }
+
+
+@block.register_fake
+def _(
+    x: Tensor,
+    moments_in: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    statistics: bool,
+    eps: float,
+) -> Outputs:
+    maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
+    return _outputs(x, maps, activation, statistics)
+
+
+@first_block.register_fake
+def _(
+    images: Tensor,
+    photos: Tensor | None,
+    moves: Tensor | None,
+    colours: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    statistics: bool,
+    eps: float,
+) -> Outputs:
+    count = len(images) if photos is None else len(photos)
+    maps = Maps(count, images.shape[1] // 2, images.shape[2] // 2, 3, weight.shape[0])
+    return _outputs(weight, maps, activation, statistics)
+
+
+@block_backward.register_fake
+def _(d_pooled: Tensor, d_moments: Tensor | None, x: Tensor, moments_in: Tensor | None, gamma: Tensor | None,
+      beta: Tensor | None, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    norm = (4, x.shape[3]) if moments_in is not None else NOTHING
+    return (
+        torch.empty_like(x),
+        weight.new_empty(weight.numel() + len(weight)),
+        x.new_empty(norm, dtype=torch.float32),
+    )
+
+
+@first_block_backward.register_fake
+def _(d_pooled: Tensor, *rest: object) -> Tensor:
+    return d_pooled.new_empty(28 * d_pooled.shape[3])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what the gradient needs. Nothing is differentiable but pooled values and moments."""
+    *tensors, activation, _, _ = inputs
+    pooled, index, slopes, moments, variance = output
+    ctx.mark_non_differentiable(index, slopes, variance)
+    ctx.set_materialize_grads(False)  # zeros of the size of each output, else
+    ctx.save_for_backward(*tensors, pooled, index, slopes, moments)
+    ctx.activation = activation
+
+
+def _block_gradients(ctx: Any, d_pooled: Tensor, _: None, __: None, d_moments: Tensor | None, ___: None) -> Any:
+    x, moments_in, gamma, beta, weight, _bias, *output = ctx.saved_tensors
+    d_x, d_parameters, d_norm = block_backward(
+        d_pooled, d_moments, x, moments_in, gamma, beta, weight, *output, ctx.activation
+    )
+    norm = (None, None, None) if moments_in is None else (d_norm[:2], d_norm[2], d_norm[3])
+    return d_x, *norm, *_unpacked(d_parameters, weight), None, None, None
+
+
+def _first_gradients(ctx: Any, d_pooled: Tensor, _: None, __: None, d_moments: Tensor | None, ___: None) -> Any:
+    images, photos, moves, colours, weight, _bias, *output = ctx.saved_tensors
+    d_parameters = first_block_backward(
+        d_pooled, d_moments, images, photos, moves, colours, *output, ctx.activation
+    )  # fmt: skip
+    return None, None, None, None, *_unpacked(d_parameters, weight), None, None, None
+
+
+def _unpacked(d_parameters: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a channels_last weight and of a bias, as views."""
+    out, into, height, width = weight.shape
+    d_weight, d_bias = d_parameters.split([weight.numel(), out])
+    return d_weight.view(out, height, width, into).permute(0, 3, 1, 2), d_bias
+
+
+block.register_autograd(_block_gradients, setup_context=_keep)
+first_block.register_autograd(_first_gradients, setup_context=_keep)

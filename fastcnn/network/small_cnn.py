@@ -1,0 +1,170 @@
+"""SmallCNN: five blocks of convolution, activation, max pool and batch norm; a dense layer; an output layer."""
+
+# No `from __future__ import annotations`: TorchScript reads the types of attributes.
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
+
+from fastcnn.config.fields import MIN_IMAGE_SIZE, NUM_BLOCKS
+from fastcnn.errors import UsageError, nearest
+from fastcnn.network.kernels import cpu_max_pool as pool
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "selu": nn.SELU,
+    "tanh": nn.Tanh,
+}
+
+# Non-decreasing: max pooling before them gives the same values and gradients at a quarter of the cost.
+MONOTONE = frozenset({"relu", "elu", "leaky_relu", "selu", "tanh"})
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over (N, H, W) as nn.BatchNorm2d, without its count of batches: a kernel a layer that nobody reads.
+
+    S. Ioffe and C. Szegedy, "Batch Normalization", arXiv:1502.03167.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.momentum, self.eps = momentum, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape; training uses and records the batch's own statistics."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+class Block(nn.Module):
+    """Convolution (same padding), activation, 2x2 max pool, and batch norm where asked for.
+
+    `pool_first` pools before the activation; left out, wherever that changes nothing (`MONOTONE`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        activation: str,
+        batch_norm: bool,
+        pool_first: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.activation = ACTIVATIONS[activation]()
+        self.name = activation
+        self.pool = nn.MaxPool2d(2)
+        self.norm = BatchNorm(out_channels) if batch_norm else nn.Identity()
+        self.pool_first = activation in MONOTONE if pool_first is None else pool_first
+        self.relu = activation == "relu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) float -> (N, out_channels, H // 2, W // 2)."""
+        x = self.conv(x)
+        # TorchScript knows nothing of kernels and skips what stands under this condition alone.
+        if not is_scripting():  # noqa: SIM102
+            if self.pool_first and not torch.compiler.is_compiling() and pool.usable(x):
+                x = pool.max_pool(x, self.relu)
+                return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
+        x = self.activation(self.pooled(x)) if self.pool_first else self.pooled(self.activation(x))
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the maxima of 2x2 windows."""
+        if not is_scripting():  # noqa: SIM102
+            if torch.compiler.is_compiling():
+                return pool.compilable_max_pool(x)
+        return self.pool(x)  # type: ignore[no-any-return]
+
+
+class SmallCNN(nn.Module):
+    """The network of the reference assignment, configurable, in channels_last layout.
+
+    Args:
+        num_classes: width of the output layer.
+        filters: channels of the five convolutions.
+        kernel_size: side of their kernels, odd.
+        activation: a name in `ACTIVATIONS`, after each convolution and the dense layer.
+        batch_norm: whether each block ends in a batch norm.
+        dense_neurons: width of the dense layer.
+        dropout: probability before the output layer.
+        image_size: side of the square input in pixels, 32 or more.
+        pool_first: see `Block`.
+
+    Raises UsageError, naming what is allowed, for a wrong value.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        filters: Sequence[int] = (32, 32, 32, 32, 32),
+        kernel_size: int = 3,
+        activation: str = "relu",
+        batch_norm: bool = True,
+        dense_neurons: int = 128,
+        dropout: float = 0.0,
+        image_size: int = 128,
+        pool_first: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise UsageError(
+                f"activation: expected one of {', '.join(ACTIVATIONS)}, "
+                f"got '{activation}'{nearest(activation, ACTIVATIONS)}"
+            )
+        for name, value, ok, expected in (
+            ("num_classes", num_classes, num_classes >= 2, "2 or more"),
+            ("filters", filters, len(filters) == NUM_BLOCKS and min(filters) > 0, "five numbers above 0"),
+            ("kernel_size", kernel_size, kernel_size > 0 and kernel_size % 2 == 1, "an odd number"),
+            ("dense_neurons", dense_neurons, dense_neurons >= 1, "1 or more"),
+            ("dropout", dropout, 0 <= dropout < 1, "0 to below 1"),
+            ("image_size", image_size, image_size >= MIN_IMAGE_SIZE, f"{MIN_IMAGE_SIZE} or more"),
+        ):
+            if not ok:
+                raise UsageError(f"{name}: expected {expected}, got {value}")
+        self.options: dict[str, object] = {
+            "num_classes": num_classes,
+            "filters": list(filters),
+            "kernel_size": kernel_size,
+            "activation": activation,
+            "batch_norm": batch_norm,
+            "dense_neurons": dense_neurons,
+            "dropout": dropout,
+            "image_size": image_size,
+        }
+        channels = [3, *filters]
+        self.blocks = nn.Sequential(
+            *(
+                Block(channels[i], channels[i + 1], kernel_size, activation, batch_norm, pool_first)
+                for i in range(NUM_BLOCKS)
+            )
+        )
+        side = image_size // 2**NUM_BLOCKS
+        self.dense = nn.Linear(filters[-1] * side * side, dense_neurons)
+        self.activation = ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(dense_neurons, num_classes)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, image_size, image_size) normalised float -> (N, num_classes) logits."""
+        x = self.blocks(x).flatten(1)
+        return self.output(self.dropout(self.activation(self.dense(x))))  # type: ignore[no-any-return]

@@ -1,0 +1,126 @@
+"""What a network on several ranks computes of the whole batch: statistics of batch norm and masks of dropout."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
+from fastcnn.system.ranks import Ranks, noticing
+
+
+def convert(model: SmallCNN, ranks: Ranks, *, batch_norm: bool) -> None:
+    """Let a model on a rank's share of a batch compute what one process computes on the whole.
+
+    batch_norm: whether its statistics are those of all ranks; else each rank's are its own.
+    """
+    if ranks.count == 1:
+        return
+    operators()
+    model.dropout = SharedDropout(model.dropout.p, ranks)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if batch_norm and isinstance(block.norm, BatchNorm):
+            block.norm = SyncBatchNorm(block.norm, ranks)
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout by this rank's rows of the mask that one process draws for the whole batch.
+
+    On a CPU these are the masks of nn.Dropout there; a GPU draws its own for shapes of its own.
+    """
+
+    def __init__(self, p: float, ranks: Ranks) -> None:
+        super().__init__(p)
+        self.rank, self.count = ranks.rank, ranks.count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        mask = x.new_empty((self.count * len(x), *x.shape[1:])).bernoulli_(1 - self.p).div_(1 - self.p)
+        return x * mask.narrow(0, self.rank * len(x), len(x))
+
+
+class SyncBatchNorm(BatchNorm):
+    """Batch norm over the batches of all ranks, which are of one size.
+
+    torch's own SyncBatchNorm refuses CPUs. This takes torch's kernels for known statistics, and adds what they leave
+    out of the gradient: that the statistics depend on the input.
+    """
+
+    def __init__(self, norm: BatchNorm, ranks: Ranks) -> None:
+        super().__init__(norm.weight.numel(), norm.momentum, norm.eps)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.count = ranks.count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `BatchNorm.forward`."""
+        if not self.training:
+            return super().forward(x)
+        y, mean, variance = _SyncNorm.apply(x, self.weight, self.bias, self.eps, self.count)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            number = self.count * x.numel() // x.size(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance * (number / (number - 1))).to(self.running_var.dtype), self.momentum)
+        return y  # type: ignore[no-any-return]
+
+
+class _SyncNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        variance, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
+        # As Chan, Golub and LeVeque (1979) combine parts of one size: nothing cancels.
+        every = torch.ops.fastcnn.every_rank(torch.stack([mean, variance]), count)  # (ranks, 2, C)
+        mean, variance = every[:, 0].mean(0), every[:, 1].mean(0) + every[:, 0].var(0, correction=0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.number = eps, count * x.numel() // x.size(1)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, variance = ctx.saved_tensors
+        by_value, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.ops.fastcnn.sum_of_ranks(torch.stack([by_weight, by_bias])) / ctx.number
+        deviation = (variance + ctx.eps).rsqrt()
+        slope = weight * deviation.square() * sums[0]
+        start = weight * deviation * sums[1] - slope * mean
+        rest = torch.addcmul(start[:, None, None], x.to(weight.dtype), slope[:, None, None])
+        return (by_value - rest).to(x.dtype), by_weight, by_bias, None, None
+
+
+@functools.cache
+def operators() -> None:
+    """Register the collectives as operators, which torch.compile leaves alone."""
+
+    @torch.library.custom_op("fastcnn::every_rank", mutates_args=())
+    def every_rank(part: Tensor, count: int) -> Tensor:
+        parts = part.new_empty((count, *part.shape))
+        with noticing():
+            torch.distributed.all_gather(list(parts.unbind(0)), part)
+        return parts
+
+    @every_rank.register_fake
+    def _(part: Tensor, count: int) -> Tensor:
+        return part.new_empty((count, *part.shape))
+
+    @torch.library.custom_op("fastcnn::sum_of_ranks", mutates_args=())
+    def sum_of_ranks(part: Tensor) -> Tensor:
+        whole = part.clone()
+        with noticing():
+            torch.distributed.all_reduce(whole)
+        return whole
+
+    @sum_of_ranks.register_fake
+    def _(part: Tensor) -> Tensor:
+        return torch.empty_like(part)

@@ -1,0 +1,135 @@
+"""What a model got on a set of photos, class by class, as plain data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcnn.data.index import printable
+from fastcnn.training.metrics import Score, confusion_matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorecard:
+    """Figures of a set of photos. What is not defined, as the recall of a class without photos, is no number.
+
+    A class that has photos and is never predicted has precision and F1 0. Means are over the classes with photos.
+    """
+
+    classes: tuple[str, ...]
+    score: Score
+    top5: float
+    """Share of photos whose right class is among the five most probable ones."""
+    confusion: npt.NDArray[np.int64]
+    """(K, K) photos: a row a true class, a column a predicted one."""
+
+    @property
+    def photos(self) -> npt.NDArray[np.int64]:
+        """(K,) photos of each class."""
+        return np.asarray(self.confusion.sum(1))
+
+    @property
+    def precision(self) -> npt.NDArray[np.float64]:
+        """(K,) share of the photos predicted as a class that are of it."""
+        precision = _ratio(self.confusion.diagonal(), self.confusion.sum(0))
+        return np.where((self.photos > 0) & np.isnan(precision), 0.0, precision)
+
+    @property
+    def recall(self) -> npt.NDArray[np.float64]:
+        """(K,) share of the photos of a class that are predicted as it."""
+        return _ratio(self.confusion.diagonal(), self.confusion.sum(1))
+
+    @property
+    def f1(self) -> npt.NDArray[np.float64]:
+        """(K,) harmonic mean of precision and recall."""
+        return _ratio(2 * self.confusion.diagonal(), self.confusion.sum(0) + self.confusion.sum(1))
+
+    def rows(self) -> list[tuple[str, int, list[float]]]:
+        """Return name, photos and [precision, recall, F1] of each class, and last their plain means."""
+        columns = self.precision, self.recall, self.f1
+        classes = [
+            (name, int(count), [float(column[i]) for column in columns])
+            for i, (name, count) in enumerate(zip(self.classes, self.photos, strict=True))
+        ]
+        return [*classes, ("mean", int(self.photos.sum()), [_mean(column[self.photos > 0]) for column in columns])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data; what is no number is None."""
+        names = ("precision", "recall", "f1")
+        *classes, mean = [
+            {"class": name, "photos": photos, **dict(zip(names, map(_plain, figures), strict=True))}
+            for name, photos, figures in self.rows()
+        ]
+        return {
+            "photos": self.score.count,
+            "accuracy": _plain(self.score.accuracy),
+            "loss": _plain(self.score.loss),
+            "top5_accuracy": _plain(self.top5),
+            "mean": {name: mean[name] for name in names},
+            "per_class": classes,
+            "confusion_matrix": self.confusion.tolist(),
+        }
+
+    def table(self) -> str:
+        """Return the figures as text for a terminal."""
+        from rich.cells import cell_len  # a letter may take two columns
+
+        lines = [
+            f"{self.score.count:,} photos  accuracy {self.score.accuracy:.4f}  loss {self.score.loss:.4f}  "
+            f"top-5 {self.top5:.4f}"
+        ]
+        rows = [(printable(name), photos, figures) for name, photos, figures in self.rows()]
+        width = max(len("class"), *(cell_len(name) for name, *_ in rows))
+        lines.append(f"{'class':{width}}  {'photos':>8}  {'precision':>9}  {'recall':>9}  {'F1':>9}")
+        for name, photos, figures in rows:
+            padding = " " * (width - cell_len(name))
+            shown = "  ".join(f"{number(figure):>9}" for figure in figures)
+            lines.append(f"{name}{padding}  {photos:>8,}  {shown}")
+        return "\n".join(lines)
+
+
+def make(
+    classes: Sequence[str],
+    score: Score,
+    labels: npt.NDArray[np.int64],
+    predicted: npt.NDArray[np.int64],
+    probabilities: npt.NDArray[np.float32],
+) -> Scorecard:
+    """Return the scorecard of M photos: labels (M,), predicted (M,), probabilities (M, K)."""
+    return Scorecard(
+        classes=tuple(classes),
+        score=score,
+        top5=top_k_accuracy(labels, probabilities, 5),
+        confusion=confusion_matrix(labels, predicted, len(classes)),
+    )
+
+
+def top_k_accuracy(labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float32], k: int) -> float:
+    """Return the share of photos whose right class is among the k most probable; of equal ones the first come first."""
+    if not len(labels):
+        return float("nan")
+    right = np.take_along_axis(probabilities, labels[:, None], 1)  # (M, 1)
+    first = np.arange(probabilities.shape[1]) < labels[:, None]
+    rank = ((probabilities > right) | ((probabilities == right) & first)).sum(1)
+    return float(((rank < k) & np.isfinite(right[:, 0])).mean())
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Return a figure as text; "-" for what is no number."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else "-"
+
+
+def _ratio(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,92 @@
+"""A sweep that W&B directs: this process is its agent, and runs what the server asks for in a slot of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastcnn.config import fields as config
+from fastcnn.errors import FastCNNError, first_line, warn
+from fastcnn.runs.wandb_tracker import logged_in
+from fastcnn.sweeps.sweep import SWEEPS
+from fastcnn.sweeps.sweep_file import Sweep
+from fastcnn.sweeps.trial_process import Epoch, Job, Slot
+from fastcnn.system.console import Console
+
+
+def run(
+    sweep: Sweep,
+    options: Mapping[str, Any],
+    *,
+    sweep_id: str | None = None,
+    trials: int | None = None,
+    folder: Path | None = None,
+    console: Console | None = None,
+) -> str:
+    """Run trials as an agent of a W&B sweep until the server has no more, or `trials` of them; return the sweep's id.
+
+    Args:
+        sweep: what is varied; begun on the server as the file says, where there is no `sweep_id`.
+        options: of every trial, as `config.resolve` takes them.
+        sweep_id: of a sweep that was begun: ID, PROJECT/ID or ENTITY/PROJECT/ID.
+        trials: how many this agent runs; None is as many as the server asks for.
+        folder: where the run folders go, each under its W&B id; None is `sweeps/` with the sweep's name.
+        console: where progress is shown; None shows nothing.
+
+    Raises FastCNNError where nobody is logged in or the server refuses.
+    """
+    import wandb
+
+    console = console or Console(quiet=True)
+    folder = folder or SWEEPS / sweep.name
+    base = config.resolve(options)
+    if not logged_in(wandb.setup().settings):
+        raise FastCNNError("--wandb: not logged in: wandb login, or leave out --wandb to search with Optuna, here")
+    project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    slot = Slot(_go_on, warn)
+
+    def trial() -> None:
+        """Run what the agent was given: it says so by variables and a file."""
+        run_id = os.environ["WANDB_RUN_ID"]
+        values = read_parameters(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
+        console.line(f"{run_id}  " + " ".join(f"{name}={value}" for name, value in values.items()))
+        ending = slot.run(
+            Job(
+                options={**options, **values},
+                run_dir=str((folder / run_id).resolve()),
+                lock=str((folder / "locks" / run_id).resolve()),
+                # Not the agent's own service: the trial has one of its own.
+                environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
+            )
+        )
+        if ending.state == "failed":
+            raise FastCNNError(ending.reason)
+
+    try:
+        if sweep_id is None:
+            sweep_id = wandb.sweep(dict(sweep.text), project=project)
+        wandb.agent(sweep_id, function=trial, project=project, count=trials)
+    except FastCNNError:
+        raise
+    except Exception as error:  # whatever the server says
+        raise FastCNNError(f"W&B: {first_line(error)}") from None
+    finally:
+        slot.close()
+    return sweep_id
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Return the options in the file that W&B's agent writes for a run: a mapping of names to {value: ...}."""
+    given = config.read_yaml(path, 4)
+    return {
+        name: entry["value"]
+        for name, entry in given.items()
+        if isinstance(entry, dict) and "value" in entry and name != "wandb_version"
+    }
+
+
+def _go_on(epoch: Epoch) -> bool:
+    return False  # it is the server that gives runs up

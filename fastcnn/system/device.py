@@ -1,0 +1,222 @@
+"""The machine's settings, in one place: device, precision, threads, allocator, determinism, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcnn.config.fields import Precision
+from fastcnn.errors import FastCNNError, fall_back
+
+# glibc's mallopt parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+
+
+def pick_device(name: str, number: int = 0) -> torch.device:
+    """Return the device of that name; "auto" is the first of cuda, mps and cpu that is there.
+
+    number: of the GPU, where the name does not say.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FastCNNError(f"--device: expected cpu, cuda, cuda:N or mps, got '{name}'") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise FastCNNError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu, or see nvidia-smi")
+        index = number if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise FastCNNError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise FastCNNError("--device mps: torch has no Metal device here; use --device cpu")
+    return device
+
+
+def pick_precision(name: Precision, device: torch.device, *, deterministic: bool, strict: bool) -> Precision:
+    """Return what was asked for; for "auto" bf16 where the hardware computes it, else fp16 on a GPU, else fp32."""
+    if name == "auto":
+        if deterministic:
+            return "fp32"
+        return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    if name in ("fp16", "tf32") and device.type != "cuda":
+        fall_back(f"{name} is for NVIDIA GPUs: training in fp32", strict=strict)
+        return "fp32"
+    if name == "bf16" and not has_bf16(device):
+        fall_back(f"{device.type} has no bf16 arithmetic here: training in fp32", strict=strict)
+        return "fp32"
+    return name
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device computes in bf16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", None)  # not in the oldest torch that we support
+        capabilities = known() if known else {}
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    return False
+
+
+@contextlib.contextmanager
+def settings(device: torch.device, *, threads: int | None, deterministic: bool, tf32: bool = False) -> Iterator[None]:
+    """Set threads, allocator and determinism for the time of a run, and put back what was there."""
+    before_threads, before_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before_cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    if device.type == "cpu":
+        keep_freed_memory()
+        torch.set_num_threads(threads or num_cores())
+    if device.type == "cuda":
+        before_device = torch.cuda.current_device()
+        torch.cuda.set_device(device)  # events, streams and captures are the current device's
+        _allow_tf32(tf32)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before_threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(before_device)
+            _allow_tf32(False)
+        _use_deterministic_algorithms(before_deterministic)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before_cudnn
+
+
+def _use_deterministic_algorithms(mode: bool) -> None:
+    # Only where it changes something: the call imports inductor, a second of every start.
+    if mode != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(mode)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 and later advise another spelling, which inductor trips over
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed blocks instead of giving them back; return whether it took that.
+
+    Every step frees and allocates the same tensors of tens of MiB. By default each goes back to the system and is
+    faulted in again, page by page: eager fp32 training ran 1.8 times as fast without (docs/notes.md).
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    never = 2**31 - 1
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, never), mallopt(_M_TOP_PAD, 64 << 20)])
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the memory of the device that is free: a GPU's own, else what the system and the control group leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):  # macOS: half of what is built in; Windows does not say
+        built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        return built_in // 2
+    return max(0, min([free, *_left_in_control_group()]))
+
+
+def _left_in_control_group() -> list[int]:
+    """Return what this container may still take, where it has a limit; files it has cached do not count."""
+    for limit, usage, group in (("memory.max", "memory.current", ""), (*_CGROUP_1, "memory")):
+        folder = Path("/sys/fs/cgroup") / group
+        with contextlib.suppress(OSError, ValueError):
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            used = int((folder / usage).read_text()) - (int(cached[1]) if cached else 0)
+            return [int((folder / limit).read_text()) - used]  # "max" is no number: no limit
+    return []
+
+
+_CGROUP_1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device, or the machine, has no memory left."""
+    # torch has no class of its own for the machine's memory.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use at once: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # Linux: a process's ru_maxrss begins at what the one that started it had
+        peak_kib = re.search(
+            r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE
+        )
+        if peak_kib:
+            return int(peak_kib[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what determines a run's figures."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("fastcnn", "numpy", "pillow", "simplejpeg", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return the hardware in words: never a host or user name."""
+    facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": num_cores()}
+    with contextlib.suppress(OSError):  # Linux has it
+        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if name:
+            facts["cpu"] = name[1].strip()
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

@@ -1,0 +1,162 @@
+"""A model's score on a Feed: every photo counted once, whatever the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcnn.data.loaders import Feed
+from fastcnn.errors import FastCNNError, first_line
+from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.system.ranks import ALONE, Ranks
+from fastcnn.training.augment import resized
+from fastcnn.training.engines import Eager, Engine, Step
+from fastcnn.training.metrics import Score, Sums
+from fastcnn.training.step import Normalise, forward
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A score and what it was made of."""
+
+    score: Score
+    predicted: Tensor
+    """(M,) int64 most probable class of each photo, on the device, in the order of the feed's permutation; of several
+    ranks each has its own photos', and all photos' where probabilities were asked for."""
+    probabilities: Tensor
+    """(M, num_classes) fp32 in the same order; (M, 0) where none were asked for."""
+
+
+class EvaluationStep:
+    """One batch of an evaluation, as a function of device tensors like the training step.
+
+    Every batch has the same shape: the last is filled up with the last photo, whose repeats weigh nothing. With
+    `num_classes`, the width of the network's output, every photo's probabilities are kept too.
+    """
+
+    PARTS = ("forward",)
+
+    def __init__(
+        self,
+        model: SmallCNN,
+        feed: Feed,
+        normalise: Normalise,
+        batch_size: int = BATCH_SIZE,
+        num_classes: int = 0,
+    ) -> None:
+        device, count = feed.images.device, len(feed)
+        batch_size = feed.batch_size or max(1, min(batch_size, count))
+        self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
+        self.num_steps = -(-count // batch_size)
+        self.offsets = torch.arange(batch_size, device=device)
+        self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last takes the repeats
+        self.probabilities = torch.zeros(count + 1, num_classes, device=device)
+        self.sums = Sums(device)
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = _forward_logits if num_classes else forward
+
+    def __call__(self) -> None:
+        """Score the batch at the feed's cursor and move the cursor behind it."""
+        feed, count = self.feed, len(self.feed)
+        places = feed.cursor + self.offsets
+        photos = feed.permutation.index_select(0, places.clamp(max=count - 1))
+        labels = feed.labels.index_select(0, photos)
+        with torch.no_grad():
+            images = resized(feed.images.index_select(0, photos), self.normalise.image_size)
+            losses, guesses = self.forward(self.model, self.normalise, images, labels)
+            if self.probabilities.size(1):
+                self.probabilities.index_copy_(0, places.clamp(max=count), guesses.softmax(1).float())
+                guesses = guesses.argmax(1)
+        self.sums.add(losses, guesses == labels, places < count)
+        self.predicted.index_copy_(0, places.clamp(max=count), guesses)
+        feed.cursor.add_(self.batch_size)
+
+    @property
+    def network(self) -> SmallCNN:
+        """What computes."""
+        return self.model
+
+    def state(self) -> list[Tensor]:
+        """Return every tensor that outlives a call and is changed by it."""
+        return [self.predicted, self.probabilities, self.feed.cursor, self.sums.values]
+
+
+class Evaluator:
+    """Scores a model on a feed as often as asked, by one engine.
+
+    Of several ranks each has a feed of its own, every count-th photo, and all of them learn what the whole set scores.
+    """
+
+    def __init__(
+        self,
+        model: SmallCNN,
+        feed: Feed,
+        normalise: Normalise,
+        engine: Callable[[Step], Engine] = Eager,
+        num_classes: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.step, self.ranks = EvaluationStep(model, feed, normalise, num_classes=num_classes), ranks
+        with _evaluating(model):
+            self.engine = engine(self.step) if len(feed) else Eager(self.step)
+
+    def __call__(self) -> Evaluation:
+        """Return the model's score on all photos of the feed."""
+        step = self.step
+        step.sums.reset()
+        with _evaluating(step.model), step.feed.start_in_order() as feed:
+            feed.drive(self.engine.run, step.num_steps)
+        self.ranks.sum_(step.sums.values)
+        score = step.sums.read()
+        kept = step.predicted[:-1].clone(), step.probabilities[:-1].clone()
+        if step.probabilities.size(1):  # else nobody asks for what became of each photo
+            kept = self.ranks.interleaved(kept[0], score.count), self.ranks.interleaved(kept[1], score.count)
+        return Evaluation(score, *kept)
+
+
+def _forward_logits(model: SmallCNN, normalise: Normalise, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (N,) cross-entropy and (N, num_classes) logits of a uint8 batch."""
+    logits = model(normalise(images))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="none"), logits
+
+
+class _evaluating:  # noqa: N801  (read as a function)
+    """Put a model into evaluation mode for a while."""
+
+    def __init__(self, model: SmallCNN) -> None:
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.was_training)
+
+
+def restore(state: dict[str, Any]) -> SmallCNN:
+    """Return the network of a checkpoint, with its weights, ready to be evaluated.
+
+    Raises FastCNNError where it and its weights are not of one network; nothing of any size is made before that.
+    """
+    network, config = state["network"], {**state["config"], "num_classes": len(state["classes"])}
+    try:
+        other = next((name for name in network if network[name] != config.get(name)), None)
+        if other:
+            raise ValueError(f"'{other}' is {network[other]} for the network and {config.get(other)} elsewhere")
+        with torch.device("meta"):  # shapes alone
+            expected = SmallCNN(**network).state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in state["model"].items()}:
+            raise ValueError("its weights are of another network")
+        model = SmallCNN(**network)
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise FastCNNError(f"the checkpoint cannot be used: {first_line(error)}") from None
+    return model.eval()

@@ -1,0 +1,233 @@
+"""The training step, from gather to metric sums, as one function of device tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcnn.data.feeds import Chances, Feed
+from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.system.ranks import ALONE, Ranks
+from fastcnn.training.augment import Augment, Batch
+from fastcnn.training.metrics import Sums
+from fastcnn.training.optimizers import FlatParameters, LossScale, Optimizer
+
+
+class Normalise:
+    """uint8 photos to the network's input: (N, H, W, 3) to (N, 3, H, W) channels_last, float."""
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        # For a whole row of pixels (W * 3,): broadcasting three numbers takes 3.5 times as long on a CPU.
+        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(image_size)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).repeat(image_size)
+        self.dtype, self.image_size = dtype, image_size
+        # The same in a form that 16 bits hold: whole numbers to subtract, scales, and what is left to add.
+        middle = [min(max(round(255 * m), 0), 255) for m in mean]
+        rest = [(c / 255 - m) / s for c, m, s in zip(middle, mean, std, strict=True)]
+        self.colours = torch.tensor([middle, [1 / (255 * s) for s in std], rest], device=device)  # (3, 3) fp32
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the normalised images. The arithmetic is fp32; the result is rounded once."""
+        rows = images.flatten(2)  # (N, H, W * 3)
+        return torch.addcmul(self.shift, rows, self.scale).to(self.dtype).view(images.shape).permute(0, 3, 1, 2)
+
+
+def forward(
+    model: nn.Module,
+    normalise: Normalise,
+    images: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (N,) cross-entropy and (N,) most probable class of a uint8 batch. This is what is compiled.
+
+    targets: (N,) int64 labels, or (N, num_classes) what each class counts for.
+    """
+    logits = model(normalise(images))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing)
+    return losses, logits.detach().argmax(1)
+
+
+class TrainingStep:
+    """One optimizer step over a Feed. Calling it does no host work and returns nothing: results are in `sums`.
+
+    Every tensor that it reads or writes between calls is allocated once and listed by `state`: a captured step is
+    replayed without arguments.
+
+    It is `PARTS` in turn, each one graph of fixed shapes to a compiler. Between `collect` and `update` the ranks add
+    their gradients.
+
+    Args:
+        parameters: the network's.
+        optimizer: what updates them.
+        feed: the photos.
+        normalise: pixels to input; its dtype is the arithmetic's.
+        batch_size: photos a step, on all ranks together.
+        rates: (T,) learning rate of each step of the run.
+        augment: reads a batch and changes it; None reads it as it is.
+        label_smoothing: share of each label that is spread over all classes.
+        class_weights: (num_classes,) what the classes' losses count for, on average 1; None is 1 for all.
+        limit: steps an epoch at most; None is all.
+        clip_norm: the gradient's largest norm; None leaves it.
+        skip_nan: leave a step whose loss is no finite number out and go on; False updates nothing from it on.
+        average: (T,) weight of each step's values in their moving average; None keeps none.
+        ranks: the processes that take a step together, each its share of the batch.
+    """
+
+    PARTS = ("read", "forward", "collect", "update")
+    """Attributes that an engine may put something compiled into."""
+
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        optimizer: Optimizer,
+        feed: Feed,
+        normalise: Normalise,
+        *,
+        batch_size: int,
+        rates: Tensor,
+        augment: Augment | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        limit: int | None = None,
+        clip_norm: float | None = None,
+        skip_nan: bool = False,
+        average: Tensor | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        device = feed.images.device
+        self.parameters, self.optimizer, self.feed, self.normalise = parameters, optimizer, feed, normalise
+        self.batch_size, self.clip_norm, self.label_smoothing = batch_size, clip_norm, label_smoothing
+        self.skip_nan, self.ranks = skip_nan, ranks
+        self.augment = augment or Augment((), feed.images.shape[1])
+        wide = torch.promote_types(normalise.dtype, torch.float32)
+        self.class_weights = None if class_weights is None else class_weights.to(device, wide)
+        self.rates = rates.to(device)
+        self.average_weights = None if average is None else average.to(parameters.values)
+        self.average = None if average is None else parameters.values.clone()
+        self.loss_scale = LossScale(device) if normalise.dtype == torch.float16 else None
+        # An epoch's: the permutation's tail is dropped.
+        self.num_steps = min(len(feed) // batch_size, limit or len(feed))
+        share = batch_size // ranks.count
+        self.offsets = torch.arange(ranks.rank * share, (ranks.rank + 1) * share, device=device)
+        self.sums = Sums(device)
+        self.weights = self.sums.values.new_ones(share)
+        self.shares = torch.full((share,), 1 / batch_size, dtype=wide, device=device)  # of each loss in the mean
+        self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # of each place in the epoch's order
+        self.one_hot = torch.eye(parameters.model.output.out_features, dtype=wide, device=device)
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
+        # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
+        self.skipped = torch.zeros((), device=device)
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
+
+    def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: Chances | None = None) -> Feed:
+        """Return the feed at an epoch's beginning, or `done` steps from it: see `Feed.start_epoch`."""
+        if len(self.draws):
+            self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
+        return self.feed.start_epoch(seed, epoch, done * self.batch_size, chances)
+
+    def __call__(self) -> None:
+        """Train on the batch at the feed's cursor and move the cursor behind it."""
+        compute = self.parameters.compute
+        batch, targets = self.read(getattr(self.forward, "takes_places", False))
+        buffers = [buffer.clone() for buffer in compute.buffers()] if self.skip_nan else []
+        losses, guesses = self.forward(
+            compute, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
+        )
+        # By their shares: their mean, differentiated, would be two kernels more, in fp16 three.
+        shares = self.shares if self.loss_scale is None else self.shares * self.loss_scale.scale
+        self.collect(torch.autograd.grad(losses, self.parameters.inputs, shares), losses.detach())
+        self.ranks.sum_(self.parameters.reduced)
+        self.update(losses.detach(), guesses, batch.labels, buffers)
+
+    def read(self, places: bool) -> tuple[Batch, Tensor]:
+        """Return the batch at the feed's cursor and its targets; with `places` photos may stay unread."""
+        feed = self.feed
+        order = feed.cursor + self.offsets
+        photos, draws = feed.permutation.index_select(0, order), self.draws.index_select(1, order)
+        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws, places)
+        return batch, self._targets(batch)
+
+    def collect(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
+        """Put the gradients into the flat one, and behind it, for the ranks to add, the sum of the losses."""
+        self.parameters.set_gradients(gradients, losses.sum() if self.ranks.joined else None)
+
+    def update(self, losses: Tensor, guesses: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
+        """Update the weights by the flat gradient, add to the sums, and move on.
+
+        buffers: the network's as they were before the batch, where a step may be left out because of its loss.
+        """
+        skip = self._update(self.parameters.loss if self.ranks.joined else losses.sum())
+        weights = self.weights
+        if self.skip_nan:
+            losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
+            for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
+                buffer.copy_(torch.where(skip > 0, before, buffer))  # else batch norms never recover
+        self.sums.add(losses, guesses == labels, weights)
+        self.feed.cursor.add_(self.batch_size)
+        self.number.add_(1)
+
+    @property
+    def network(self) -> SmallCNN:
+        """What computes."""
+        return self.parameters.compute
+
+    def state(self) -> list[Tensor]:
+        """Return every tensor that outlives a call and is changed by it."""
+        parameters, optimizer = self.parameters, self.optimizer
+        tensors = [
+            parameters.values,
+            parameters.reduced,
+            parameters.low,
+            *parameters.model.buffers(),
+            *optimizer.state_dict().values(),
+            *(self.loss_scale.state_dict().values() if self.loss_scale else ()),
+            self.average,
+            self.feed.cursor,
+            self.number,
+            self.skipped,
+            self.sums.values,
+        ]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _targets(self, batch: Batch) -> Tensor:
+        if batch.others is None or batch.share is None:
+            return batch.labels
+        own, other = self.one_hot.index_select(0, batch.labels), self.one_hot.index_select(0, batch.others)
+        return torch.lerp(other, own, batch.share[:, None].to(own.dtype))
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Update the weights; return 1 where the step is left out because of its loss, else 0."""
+        parameters, optimizer, gradient = self.parameters, self.optimizer, self.parameters.gradient
+        if self.skip_nan and self.loss_scale is None:
+            loss = loss + 0 * gradient.sum()  # a gradient that overflows would spoil the weights for good
+        left_out = torch.ne(loss - loss, 0).to(self.skipped.dtype)
+        if not self.skip_nan:
+            left_out = torch.maximum(left_out, self.skipped.clamp(max=1))
+        self.skipped.add_(left_out)
+        skip = left_out
+        if self.loss_scale is not None:
+            gradient.div_(self.loss_scale.scale)
+            overflow = (~gradient.isfinite().all()).to(skip.dtype)
+            self.loss_scale.update(overflow)
+            skip = torch.maximum(skip, overflow)
+        if self.clip_norm is not None:
+            gradient.mul_((self.clip_norm / (gradient.norm() + 1e-6)).clamp(max=1))
+        optimizer.lr.copy_(self.rates.index_select(0, self.number).squeeze(0))
+        optimizer.step(skip)
+        parameters.refresh()
+        if self.average is not None and self.average_weights is not None:
+            self.average.lerp_(parameters.values, self.average_weights.index_select(0, self.number))
+        return left_out

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+
+import pipelines
+from fastcnn.config.fields import Config
+from fastcnn.data import cache, dataset
+from fastcnn.data.index import Index, scan
+from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
+from pipelines.workers import Workers
+
+SIZE = 32
+
+
+@pytest.fixture
+def data(photos: Path, tmp_path: Path) -> Path:
+    """A copy of some photos, and a text file that passes for one."""
+    folder = tmp_path / "data"
+    for source in sorted(photos.iterdir()):
+        if source.is_dir():
+            (folder / source.name).mkdir(parents=True)
+            for photo in sorted(source.glob("*.jpg"))[:5]:
+                shutil.copy2(photo, folder / source.name)
+    (next(folder.iterdir()) / "page.jpg").write_text("<html>not found</html>")
+    return folder
+
+
+def build(index: Index, tmp_path: Path, **options: Any) -> cache.Cache:
+    return cache.build(index, **{"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache", **options})
+
+
+@functools.cache
+def expected_pixels(root: Path, paths: tuple[str, ...]) -> np.ndarray:
+    pixels = np.zeros((len(paths), SIZE, SIZE, 3), np.uint8)
+    pipelines.decode([root / path for path in paths], SIZE, pixels, decoder="pillow")
+    return pixels
+
+
+def expected(index: Index) -> np.ndarray:
+    return expected_pixels(index.root, index.paths)
+
+
+def assert_right(built: cache.Cache, index: Index) -> None:
+    pixels = expected(index)
+    for i in range(len(index)):
+        assert (built.rows[i] < 0) == index.paths[i].endswith("page.jpg")
+        if built.rows[i] >= 0:
+            assert (built.images[built.rows[i]] == pixels[i]).all()
+
+
+def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    done: list[tuple[int, int]] = []
+    built = build(index, tmp_path, progress=lambda *now: done.append(now))
+    assert_right(built, index)
+    assert [reason for reason in built.reasons if reason] == ["not an image"]
+    assert built.num_decoded == len(index) == done[-1][0] == done[-1][1]
+
+
+def test_a_second_build_decodes_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = scan(data)
+    first = build(index, tmp_path)
+    monkeypatch.setattr(Workers, "decode", None)
+    second = build(scan(data), tmp_path)
+    assert second.num_decoded == 0
+    assert (second.rows == first.rows).all()
+    assert second.reasons == first.reasons
+
+
+def test_only_new_and_changed_photos_are_decoded(data: Path, tmp_path: Path) -> None:
+    build(scan(data), tmp_path)
+    photos = sorted(data.rglob("0*.jpg"))
+    shutil.copy(photos[0], photos[0].with_name("new.jpg"))
+    shutil.copy(photos[7], photos[1])
+    photos[2].unlink()
+    expected_pixels.cache_clear()
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert built.num_decoded == 2
+    assert_right(built, index)
+
+
+def test_another_size_or_decoder_is_another_cache(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    folders = {build(index, tmp_path, **o).folder for o in ({}, {"image_size": 40}, {"decoder": "turbo"})}
+    assert len(folders) == 3
+
+
+def test_unreadable_photos_are_tried_again(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    photo = data / index.paths[0]
+    stat, content = photo.stat(), photo.read_bytes()
+    photo.unlink()  # vanishes between scan and decode
+    assert build(index, tmp_path).reasons[0] == "unreadable"
+    photo.write_bytes(content)
+    os.utime(photo, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    built = build(index, tmp_path)
+    assert built.num_decoded == 1
+    assert_right(built, index)
+
+
+def test_a_photo_that_changes_between_scan_and_decode(data: Path, tmp_path: Path) -> None:
+    """What is there when it is decoded counts; the next run sees that it is another, and decodes it again."""
+    index = scan(data)
+    shutil.copy(data / index.paths[3], data / index.paths[0])
+    assert_right(build(index, tmp_path), index)
+    index = scan(data)
+    assert build(index, tmp_path).num_decoded == 1
+    (data / index.paths[1]).write_bytes((data / index.paths[1]).read_bytes()[:400])  # being written
+    assert build(index, tmp_path).num_decoded == 0
+    built = build(scan(data), tmp_path)
+    assert built.reasons[1] == "truncated"
+
+
+def test_photos_with_names_of_any_kind(data: Path, tmp_path: Path) -> None:
+    names = [b"with space.jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"n" * 251 + b".jpg", b"none"]
+    folder, photo = data / scan(data).classes[0], data / scan(data).paths[0]
+    for name in names:
+        shutil.copy(photo, folder / os.fsdecode(name))
+    (folder / "link.jpg").symlink_to(photo)
+    index = scan(data)
+    assert_right(build(index, tmp_path), index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def test_damage_is_told_and_kept(data: Path, tmp_path: Path) -> None:
+    """A JPEG with bytes too many between two segments decodes all the same; the next run knows of it, too."""
+    index = scan(data)
+    photo = data / index.paths[0]
+    content = photo.read_bytes()
+    photo.write_bytes(content.replace(b"\xff\xdb", b"\0\0\0\xff\xdb", 1))
+    for _ in range(2):
+        built = build(scan(data), tmp_path)
+        assert built.damage[0].startswith("Corrupt JPEG data: 3 extraneous bytes")
+        assert not any(built.damage[1:])
+        assert built.usable[0]
+
+
+def test_a_run_is_told_of_bad_and_damaged_photos(data: Path, tmp_path: Path) -> None:
+    photo = data / scan(data).paths[0]
+    photo.write_bytes(photo.read_bytes().replace(b"\xff\xdb", b"\0\xff\xdb", 1))
+    options: dict[str, Any] = {"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache"}
+    with (
+        pytest.warns(FastCNNWarning, match=r"1 of 21 photos cannot be used .*\(1 not an image\); see bad_images.csv"),
+        pytest.warns(FastCNNWarning, match=r"1 of 20 photos are damaged .*Corrupt JPEG data.*fastcnn data check"),
+    ):
+        ready = dataset.prepare(data, **options)
+    assert list(ready.damaged) == [scan(data).paths[0]]
+    assert list(ready.bad.values()) == ["not an image"]
+    for i in range(12):
+        (data / scan(data).classes[1] / f"0 page\n{i:02}.jpg").write_text("text")
+    with pytest.raises(DataError) as error:
+        dataset.prepare(data, **options)
+    message = str(error.value)
+    assert "13 of 33 photos cannot be used (13 not an image), more than --max-bad 0.05" in message
+    assert message.count("(not an image)") == 10
+    assert "\n" not in message
+    assert "fastcnn data check" in message
+
+
+def test_the_default_limit_is_that_of_the_decoders() -> None:
+    assert Config().max_pixels == pipelines.MAX_PIXELS
+
+
+def test_max_pixels_is_part_of_the_key(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert build(index, tmp_path, max_pixels=pipelines.MAX_PIXELS).folder == built.folder
+    small = build(index, tmp_path, max_pixels=100)
+    assert set(small.reasons) == {"too large", "not an image"}
+    assert small.folder != built.folder
+
+
+def test_an_interrupted_build_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "CHUNK", 4)
+    index = scan(data)
+
+    def stop(done: int, total: int) -> None:
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(index, tmp_path, progress=stop)
+    folder = next((tmp_path / "cache").iterdir())
+    with (folder / "pixels.bin").open("ab") as file:
+        file.write(b"half a row")
+    with (folder / "photos.jsonl").open("ab") as file:
+        file.write(b'{"path": "cut sh')
+    built = build(index, tmp_path)
+    assert built.num_decoded == len(index) - 8
+    assert_right(built, index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["pixels.bin", "photos.jsonl", "cache.json"])
+def test_a_flipped_bit_never_gives_a_wrong_pixel(data: Path, tmp_path: Path, name: str, count: int) -> None:
+    index = scan(data)
+    folder = build(index, tmp_path).folder
+    content = {path: path.read_bytes() for path in folder.iterdir()}
+    chance, noticed = random.Random(0), 0
+    for _ in range(count):
+        for path, whole in content.items():
+            path.write_bytes(whole)
+        flip(folder / name, chance.randrange(len(content[folder / name])), chance.randrange(8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastCNNWarning)  # "damaged: decoding them again"
+            built = build(index, tmp_path)
+        assert_right(built, index)
+        noticed += built.num_decoded > 0
+    print(f"{name}: {count} bits, {noticed} noticed, the others harmless")
+
+
+def test_damaged_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    flip(build(index, tmp_path).folder / "pixels.bin", 5000, 3)
+    with pytest.warns(FastCNNWarning, match=r"the pixels of 1 photo in the cache .* are damaged: decoding them again"):
+        built = build(index, tmp_path)
+    assert built.num_decoded == 1
+    assert_right(built, index)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"root": "/elsewhere"}, "its root is another"),
+        ({"image_size": 40}, "its image_size is another"),
+        ({"decoder": "turbo-1"}, "its decoder is another"),
+        ({"format": cache.FORMAT + 1}, "its format is another"),
+        (b"{", "its header is damaged"),
+        (b"[" * 100_000, "its header is damaged"),
+        (None, "its header is damaged"),
+    ],
+)
+def test_a_cache_under_another_header_is_built_anew_and_it_says_so(
+    data: Path, tmp_path: Path, change: dict[str, object] | bytes | None, why: str
+) -> None:
+    """A cache of another folder, size, decoder or version, put in this one's place, gives none of its pixels."""
+    index = scan(data)
+    header = build(index, tmp_path).folder / "cache.json"
+    if change is None:
+        header.unlink()
+    elif isinstance(change, bytes):
+        header.write_bytes(change)
+    else:
+        header.write_text(json.dumps({**json.loads(header.read_text()), **change}))
+    with pytest.warns(FastCNNWarning, match=f"cannot be used .{why}.: decoding every photo again"):
+        built = build(index, tmp_path)
+    assert built.num_decoded == len(index)
+    assert_right(built, index)
+    assert build(index, tmp_path).num_decoded == 0
+
+
+def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: Path) -> None:
+    """`fastcnn cache clear` and a new build, while a run still reads: its rows mean other photos by then."""
+    index = scan(data)
+    old = build(index, tmp_path)
+    cache.clear(tmp_path / "cache")
+    with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
+        old.pixels(np.arange(3))
+    build(index.take(np.arange(len(index)) > 2), tmp_path)
+    with pytest.raises(FastCNNError, match="was replaced while it was used: run again"):
+        old.pixels(np.arange(3))
+
+
+def test_a_cache_that_is_being_built_is_not_cleared(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    with filelock.FileLock(folder / "lock"), pytest.raises(FastCNNError, match="another run is decoding"):
+        cache.clear(tmp_path / "cache")
+    assert build(scan(data), tmp_path).num_decoded == 0
+
+
+def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    hold = (
+        f"lock = filelock.FileLock({str(folder / 'lock')!r}); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", f"import filelock, time; {hold}"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder, holder.stdout:
+        holder.stdout.readline()
+        notes: list[str] = []
+
+        def note(text: str) -> None:
+            notes.append(text)
+            holder.kill()  # a dead builder's lock does not block
+
+        assert build(scan(data), tmp_path, note=note).num_decoded == 0
+    assert len(notes) == 1
+
+
+def test_no_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    with pytest.raises(FastCNNError, match="MiB free"):
+        build(scan(data), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FastCNNError, match="--cache-dir"):
+        build(scan(data), tmp_path, cache_dir=tmp_path / "file")
+
+
+def test_list_and_clear(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    build(index, tmp_path)
+    build(index, tmp_path, image_size=40)
+    (tmp_path / "cache" / "not-ours").mkdir()
+    (tmp_path / "cache" / "not-ours" / "photo.jpg").touch()
+    first, second = cache.list_caches(tmp_path / "cache")
+    assert {first["image_size"], second["image_size"]} == {SIZE, 40}
+    assert first["photos"] == second["photos"] == 20
+    assert cache.clear(tmp_path / "cache", first["key"]) == first["bytes"]
+    assert [entry["key"] for entry in cache.list_caches(tmp_path / "cache")] == [second["key"]]
+    cache.clear(tmp_path / "cache")
+    assert (tmp_path / "cache" / "not-ours" / "photo.jpg").exists()
+
+
+def test_the_journal_is_plain_data(data: Path, tmp_path: Path) -> None:
+    folder = build(scan(data), tmp_path).folder
+    lines = (folder / "photos.jsonl").read_text().split("\n")
+    assert all(json.loads(line)["path"] for line in lines if line)
+    assert time.time() - cache.list_caches(tmp_path / "cache")[0]["modified"] < 3600

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastcnn.data.index import read_split, scan, split, write_split
+from fastcnn.errors import DataError, FastCNNWarning
+
+
+def touch(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"x")
+    return root
+
+
+def many(root: Path, folder: str, count: int) -> Path:
+    return touch(root, *(f"{folder}/{i:03}.jpg" for i in range(count)))
+
+
+def test_flat_layout(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "dog/1.jpg",
+        "cat/2.jpg",
+        "cat/deep/er/3.jpg",
+        "cat/.hidden.jpg",
+        ".DS_Store",
+        "cat/.git/x.jpg",
+        "note.txt",
+    )
+    index = scan(tmp_path)
+    assert index.classes == ("cat", "dog")
+    assert index.paths == ("cat/2.jpg", "cat/deep/er/3.jpg", "dog/1.jpg")
+    assert index.labels.tolist() == [0, 0, 1]
+    assert index.num_hidden == 2
+    assert set(index.folders) == {"train"}
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_split_layout_is_used_as_it_is(tmp_path: Path, val: str) -> None:
+    for folder in ("train/a", "train/b", f"{val}/a", f"{val}/b", "test/a", "test/b"):
+        many(tmp_path, folder, 3)
+    index = scan(tmp_path)
+    splits = split(index, 0.2, 0)
+    assert {s: int((splits == s).sum()) for s in ("train", "val", "test")} == {"train": 6, "val": 6, "test": 6}
+    assert all((splits == "test") == [p.startswith("test/") for p in index.paths])
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_one_held_out_folder_is_the_test_set(tmp_path: Path, held_out: str) -> None:
+    for folder in ("train/a", "train/b", f"{held_out}/a", f"{held_out}/b"):
+        many(tmp_path, folder, 10)
+    splits = split(scan(tmp_path), 0.2, 0)
+    assert {s: int((splits == s).sum()) for s in ("train", "val", "test")} == {"train": 16, "val": 4, "test": 20}
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 10, 33])
+def test_split_is_stratified_to_one_photo(tmp_path: Path, count: int) -> None:
+    many(tmp_path, "a", count)
+    many(tmp_path, "b", 2 * count)
+    index = scan(tmp_path)
+    splits = split(index, 0.2, 3)
+    for label, total in enumerate((count, 2 * count)):
+        held = int(((splits == "val") & (index.labels == label)).sum())
+        assert 1 <= held < total
+        assert abs(held - 0.2 * total) <= 0.5 or held == 1
+
+
+def test_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    many(tmp_path, "a", 50)
+    many(tmp_path, "b", 50)
+    index = scan(tmp_path)
+    assert (split(index, 0.2, 1) == split(index, 0.2, 1)).all()
+    assert (split(index, 0.2, 1) != split(index, 0.2, 2)).any()
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    many(tmp_path, "train", 3)
+    many(tmp_path, "bus", 3)
+    assert scan(tmp_path).classes == ("bus", "train")
+
+
+def test_errors_name_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match="does not exist; did you mean 'photos'"):
+        scan(tmp_path / "photo")
+    with pytest.raises(DataError, match="no class folders"):
+        scan(tmp_path / "photos")
+    touch(tmp_path, "one/cat/1.jpg", "file", "none/a/.x", "none/b/.x", "ho/val/a/1.jpg", "ho/test/a/1.jpg")
+    with pytest.raises(DataError, match="only one class, 'cat'"):
+        scan(tmp_path / "one")
+    with pytest.raises(DataError, match="is a file"):
+        scan(tmp_path / "file")
+    with pytest.raises(DataError, match="no photos at all"):
+        scan(tmp_path / "none")
+    with pytest.raises(DataError, match="no train folder"):
+        scan(tmp_path / "ho")
+
+
+def test_unknown_class_in_a_held_out_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/catt/1.jpg")
+    with pytest.raises(DataError, match=r"val/catt .* did you mean 'cat'"):
+        scan(tmp_path)
+
+
+def test_class_missing_from_a_held_out_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg")
+    with pytest.warns(FastCNNWarning, match=r"the val folder .* has no photos of: dog"):
+        scan(tmp_path)
+
+
+def test_two_validation_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "valid/a/1.jpg")
+    with pytest.raises(DataError, match="two validation folders"):
+        scan(tmp_path)
+
+
+def test_links(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "elsewhere/.keep")
+    (tmp_path / "elsewhere").rename(tmp_path / ".elsewhere")
+    touch(tmp_path, ".elsewhere/2.jpg")
+    try:
+        (tmp_path / "a" / "loop").symlink_to(tmp_path / "a", target_is_directory=True)
+        (tmp_path / "a" / "more").symlink_to(tmp_path / ".elsewhere", target_is_directory=True)
+        (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    except OSError:
+        pytest.skip("this system makes no links")
+    assert scan(tmp_path).paths == ("a/1.jpg", "a/gone.jpg", "a/more/2.jpg", "b/1.jpg")
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    """A link to itself is a photo that cannot be read; one to the folder or above it is no class."""
+    touch(tmp_path, "data/a/1.jpg", "data/b/1.jpg")
+    (tmp_path / "data/a/self.jpg").symlink_to("self.jpg")
+    (tmp_path / "data/all").symlink_to(".", target_is_directory=True)
+    (tmp_path / "data/above").symlink_to("..", target_is_directory=True)
+    (tmp_path / "data/b/one").symlink_to("two")
+    (tmp_path / "data/b/two").symlink_to("one")
+    index = scan(tmp_path / "data")
+    assert index.classes == ("a", "b")
+    assert index.paths == ("a/1.jpg", "a/self.jpg", "b/1.jpg", "b/one", "b/two")
+
+
+def test_names_of_any_kind(tmp_path: Path) -> None:
+    names = [b"with space.jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"n" * 251 + b".jpg", b"none", b"-o.jpg", b"%41.jpg"]
+    for name in names:
+        touch(tmp_path, "a/" + os.fsdecode(name), "b/" + os.fsdecode(name))
+    assert {os.fsencode(path) for path in scan(tmp_path).paths} == {b + n for n in names for b in (b"a/", b"b/")}
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder of one's own, as a user who is no root: root may read everything."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("this system has no such permissions")
+    folder = Path(tempfile.mkdtemp())
+    root = os.geteuid() == 0
+    if root:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def test_folders_that_cannot_be_read(nobody: Path) -> None:
+    touch(nobody, "data/a/1.jpg", "data/b/1.jpg", "data/b/closed/2.jpg", "data/b/3.jpg")
+    (nobody / "data/b/closed").chmod(0)
+    with pytest.warns(FastCNNWarning, match="1 folder below .* cannot be read"):
+        assert scan(nobody / "data").paths == ("a/1.jpg", "b/1.jpg", "b/3.jpg")
+    (nobody / "data/b").chmod(0)
+    with (
+        pytest.warns(FastCNNWarning, match="1 folder"),
+        pytest.raises(DataError, match="no usable photos of class 'b'"),
+    ):
+        scan(nobody / "data")
+    (nobody / "data").chmod(0)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        scan(nobody / "data")
+    nobody.chmod(0)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        scan(nobody / "data")
+
+
+def test_split_file_round_trip(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    many(data, 'a, "b"', 5)
+    many(data, "c\nd", 5)
+    if os.name == "posix":
+        touch(data, os.fsdecode(b"c\nd/\xff.jpg"))
+    index = scan(data)
+    splits = split(index, 0.4, 0)
+    write_split(tmp_path / "split.csv", index, splits)
+    assert (read_split(tmp_path / "split.csv", index) == splits).all()
+
+
+def test_split_file_that_does_not_fit(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    many(data, "a", 5)
+    many(data, "b", 5)
+    index = scan(data)
+    file = tmp_path / "split.csv"
+    for text, message in (
+        ("path,label,split\na/nope.jpg,a,train\n", "line 2: no usable photo a/nope.jpg"),
+        ("path,label,split\na/000.jpg,b,train\n", "not of class 'b'"),
+        ("path,label,split\na/000.jpg,a,trian\n", "expected path, label, split"),
+        ("path,label,split\na/000.jpg,a,train\n", "none for validation"),
+        ("", "none for validation"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_split(file, index)
+    file.write_text("path,label,split\na/000.jpg,a,train\nb/000.jpg,b,val\n")
+    assert np.count_nonzero(read_split(file, index) == "") == 8
+
+
+def test_many_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(2_000):
+            (tmp_path / name / f"{i}").touch()
+    assert len(scan(tmp_path)) == 4_000

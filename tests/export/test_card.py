@@ -1,0 +1,99 @@
+"""The model card tells what the file tells, and what it says to run runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcnn import export_run
+from fastcnn.errors import FastCNNError
+from fastcnn.export import model_card as card
+from fastcnn.export.exporters import EXPORTERS
+from fastcnn.inference import artefact
+from tests.end_to_end.test_examples import EXAMPLES, build
+
+
+@pytest.fixture(scope="module")
+def folder(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run's model in every format that can be made here, and their card."""
+    folder = tmp_path_factory.mktemp("card")
+    for name in EXPORTERS:
+        if name != "onnx" or installed("onnxscript", "onnxruntime"):
+            export_run(run_dir, format=name, output=folder / f"model.{name}")
+    return folder
+
+
+def installed(*modules: str) -> bool:
+    import importlib.util
+
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def snippets(folder: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (folder / "model_card.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_it_stands_beside_the_files_and_names_them(folder: Path) -> None:
+    text = (folder / "model_card.md").read_text(encoding="utf-8")
+    for file in folder.glob("model.*"):
+        assert f"| {file.name} |" in text
+    model = artefact.open(folder / "model.torchscript")
+    assert ", ".join(model.classes) in text
+    assert f"{model.image_size} x {model.image_size}" in text
+    for name in ("## Data", "## Preprocessing", "## Limits"):
+        assert name in text
+    assert "| all | 96 | 24 | 0 |" in text
+    accuracy = model.metadata["training"]["val/accuracy"]
+    assert f"| accuracy on validation photos | {accuracy:.4g} |" in text
+
+
+def test_python_snippets(folder: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(folder, tmp_path / "work")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((300, 200)).save(work / "photo.jpg")
+    pixels = np.array(Image.open(work / "photo.jpg"))
+    expected = artefact.open(work / "model.torchscript").probabilities(pixels[None])[0]
+    name = artefact.open(work / "model.torchscript").classes[expected.argmax()]
+    codes = snippets(folder, "python")
+    assert len(codes) == len(list(folder.glob("model.*")))
+    for code in codes:
+        done = subprocess.run([sys.executable, "-c", code], check=False, cwd=work, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found, _, probability = done.stdout.strip().rpartition(" ")
+        assert found == name
+        assert float(probability) == pytest.approx(expected.max(), abs=1e-5)
+
+
+@pytest.mark.long
+def test_the_cpp_snippet(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(EXAMPLES / "libtorch" / "CMakeLists.txt", source)
+    (code,) = snippets(folder, "cpp")
+    (source / "classify.cpp").write_text(code, encoding="utf-8")
+    program = build(source, tmp_path / "build")
+    done = subprocess.run([program], check=True, cwd=folder, capture_output=True, text=True)
+    expected = artefact.open(folder / "model.torchscript").probabilities(np.full((1, 300, 400, 3), 128, np.uint8))[0]
+    name, _, probability = done.stdout.strip().rpartition(" ")
+    assert name == artefact.open(folder / "model.torchscript").classes[expected.argmax()]
+    assert float(probability) == pytest.approx(expected.max(), abs=1e-5)
+
+
+def test_names_cannot_break_the_page(folder: Path) -> None:
+    metadata = artefact.open(folder / "model.torchscript").metadata
+    metadata = {**metadata, "classes": ["<b>a|b</b>", "c\n# d", "*e*", "`f`"]}
+    text = card.page(metadata, [Path("model.torchscript")])
+    assert r"\<b\>a\|b\</b\>, c \# d, \*e\*, \`f\`." in text
+
+
+def test_it_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    metadata = artefact.open(folder / "model.torchscript").metadata
+    with pytest.raises(FastCNNError, match="cannot write"):
+        card.write(tmp_path / "gone", metadata, [Path("model.torchscript")])

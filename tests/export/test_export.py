@@ -1,0 +1,392 @@
+"""Export and predict: the file says what the trained model says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastcnn import export_run, predict_photos
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
+from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
+from fastcnn.export.verify import verify_file
+from fastcnn.inference import artefact
+from fastcnn.inference import file_formats as container
+from fastcnn.network.inference_network import Inference
+from fastcnn.network.small_cnn import ACTIVATIONS, SmallCNN
+from fastcnn.storage import checkpoint
+from fastcnn.training.evaluation import restore
+from fastcnn.training.step import Normalise
+
+SIZE = 32
+
+
+@pytest.fixture(scope="session", params=EXPORTERS)
+def kept(request: pytest.FixtureRequest, run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an export in each format. Read-only."""
+    return export_run(run_dir, format=request.param, output=tmp_path_factory.mktemp("kept") / f"model.{request.param}")
+
+
+@pytest.fixture
+def exported(kept: Path, tmp_path: Path) -> Path:
+    """Return a copy of it."""
+    return Path(shutil.copy(kept, tmp_path))
+
+
+def test_probabilities_are_those_of_the_trained_model(exported: Path, run_dir: Path) -> None:
+    state = checkpoint.load(run_dir / "best.pt")
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    normalise = Normalise(state["config"]["mean"], state["config"]["std"], SIZE)
+    with torch.inference_mode():
+        trained = torch.softmax(restore(state)(normalise(torch.from_numpy(images))), 1).numpy()
+    np.testing.assert_allclose(artefact.open(exported).probabilities(images), trained, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (31, 70), (300, 200), (1, 1), (800, 33)])
+def test_any_size_is_resized_inside_as_pillow_does(exported: Path, height: int, width: int) -> None:
+    model = artefact.open(exported)
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([y * 255 / height, x * 255 / width, (x + y) % 256], -1).astype(np.uint8)
+    resized = np.array(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(model.probabilities(image[None]), model.probabilities(resized[None]), atol=0.02)
+
+
+def test_metadata(exported: Path, run_dir: Path) -> None:
+    model = artefact.open(exported)
+    assert model.classes == checkpoint.load(run_dir / "best.pt")["classes"]
+    assert model.image_size == SIZE
+    assert model.metadata["mean"] == [0.485, 0.456, 0.406]
+
+
+PLAIN = """
+import base64, json, sys, zlib
+import torch
+sys.modules["fastcnn"] = None  # importing it would fail
+extra = {"fastcnn.json": ""}
+model = torch.jit.load(sys.argv[1], _extra_files=extra)
+metadata = json.loads(extra["fastcnn.json"])
+assert model.classes == metadata["classes"]
+for golden in metadata["golden"]:
+    pixels = bytearray(zlib.decompress(base64.b64decode(golden["pixels"])))
+    image = torch.frombuffer(pixels, dtype=torch.uint8).view(1, golden["height"], golden["width"], 3)
+    difference = (model(image)[0] - torch.tensor(golden["probabilities"])).abs().max().item()
+    assert difference <= metadata["tolerance"], difference
+print(len(metadata["golden"]), metadata["training"]["val/accuracy"])
+"""
+
+
+@pytest.mark.parametrize("kept", ["torchscript"], indirect=True)
+def test_plain_torch_finds_the_golden_inputs_equal(kept: Path, run_dir: Path) -> None:
+    command = [sys.executable, "-I", "-W", "ignore", "-c", PLAIN, str(kept)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    count, accuracy = done.stdout.split()
+    assert (int(count), float(accuracy)) == (4, checkpoint.load(run_dir / "best.pt")["best"]["val/accuracy"])
+
+
+LONG = [pytest.param(name, marks=[pytest.mark.long] * (name != "torchscript")) for name in EXPORTERS]
+
+
+@pytest.mark.parametrize("half", ["auto", pytest.param("bf16", marks=pytest.mark.long), "fp16"])
+@pytest.mark.parametrize("format", LONG)
+def test_half_is_half_the_weights(run_dir: Path, tmp_path: Path, format: str, half: Half) -> None:
+    if format == "onnx" and half == "bf16":
+        pytest.skip("onnxruntime computes no bf16 convolution on a CPU")
+    state = checkpoint.load(run_dir / "best.pt")
+    path = export_run(run_dir, format=format, output=tmp_path / f"half.{format}", half=half)
+    assert artefact.open(path).metadata["precision"] == {"auto": "fp16" if format == "onnx" else "bf16"}.get(half, half)
+    write(state, tmp_path / f"whole.{format}", format)
+    weights = sum(tensor.numel() for name, tensor in state["model"].items() if name.endswith("weight"))
+    saved = (tmp_path / f"whole.{format}").stat().st_size - path.stat().st_size
+    assert weights * 1.5 < saved < weights * 3
+
+
+def test_the_inference_form_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    for activation in ACTIVATIONS:
+        for batch_norm in (True, False):
+            network = SmallCNN(5, (8, 6, 8, 6, 8), activation=activation, batch_norm=batch_norm, image_size=64).double()
+            for name, buffer in network.named_buffers():
+                buffer.copy_(torch.rand_like(buffer) + ("var" in name))
+            for parameter in network.parameters():
+                parameter.data.copy_(torch.randn_like(parameter) * 0.3)
+            network.eval()
+            images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+            torch.testing.assert_close(Inference(network)(images), network(images), rtol=0, atol=1e-6)
+
+
+def tamper(path: Path, change: Callable[[dict[str, bytes], dict[str, Any]], None], *, rehash: bool = False) -> None:
+    """Change parts or metadata of a file; with `rehash`, as somebody would who knows of the hash."""
+    form = container.FORMATS[path.suffix]
+    parts, metadata = form.read(path.read_bytes())
+    change(parts, metadata)
+    if rehash:
+        metadata["sha256"] = container.digest(parts, metadata)
+    path.write_bytes(form.pack(container.Contents(parts, metadata)))
+
+
+def tensors(path: Path) -> list[bytes]:
+    """Return the bytes of each of a file's tensors."""
+    if path.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        return [bytes(tensor.raw_data) for tensor in onnx.load(path).graph.initializer if len(tensor.raw_data) > 60]
+    parts = container.read_archive(path.read_bytes()).parts
+    return [part for name, part in parts.items() if re.fullmatch(r"data/\d+|data/weights/weight_\d+", name)]
+
+
+def failure(*arguments: str | Path) -> str:
+    """Return what `fastcnn verify` says when it ends with code 4."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fastcnn.cli", "verify", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fastcnn: error: ")
+    return done.stderr
+
+
+def test_one_flipped_bit_in_any_tensor_is_found(exported: Path) -> None:
+    whole, found = exported.read_bytes(), tensors(exported)
+    assert len(found) >= 10
+    for tensor in found:
+        content = bytearray(whole)
+        content[whole.index(tensor) + len(tensor) // 2] ^= 1
+        exported.write_bytes(content)
+        with pytest.raises(CheckError):
+            artefact.open(exported)
+    failure(exported)
+
+
+@pytest.mark.parametrize("name", ["classes", "image_size", "mean", "tolerance", "golden", "training", "sha256"])
+def test_changed_metadata_is_found(exported: Path, name: str) -> None:
+    def change(parts: dict[str, bytes], metadata: dict[str, Any]) -> None:
+        value = metadata[name]
+        metadata[name] = value[::-1] if isinstance(value, list | str) else value * 2 if name != "training" else {}
+
+    tamper(exported, change)
+    with pytest.raises(CheckError, match="changed after its export"):
+        artefact.open(exported)
+
+
+def test_swapped_classes_are_found(exported: Path) -> None:
+    tamper(exported, lambda parts, metadata: metadata["classes"].reverse())
+    assert "changed after its export" in failure(exported)
+
+
+def test_weights_that_were_changed_and_hashed_again_do_not_give_the_golden_probabilities(exported: Path) -> None:
+    largest = max(tensors(exported), key=len)
+
+    def change(parts: dict[str, bytes], metadata: dict[str, Any]) -> None:
+        for name, part in parts.items():
+            parts[name] = part.replace(largest, largest[::-1])
+
+    tamper(exported, change, rehash=True)
+    assert "golden inputs: probabilities differ" in failure(exported)
+
+
+def test_another_file_than_expected_is_found(exported: Path) -> None:
+    inside, outside = artefact.open(exported).metadata["sha256"], hashlib.sha256(exported.read_bytes()).hexdigest()
+    for right in (inside, outside, outside.upper()):
+        assert artefact.open(exported, sha256=right).sha256 == outside
+    assert outside in failure(exported, "--sha256", "0" * 64)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Make exports wrong."""
+    if what == "another resize":
+        resize = torch.nn.functional.interpolate
+        nearest = SimpleNamespace(interpolate=lambda x, size, **options: resize(x, size, mode="nearest"))
+        monkeypatch.setattr("fastcnn.network.inference_network.F", nearest)
+    else:
+        monkeypatch.setattr(
+            "fastcnn.network.inference_network.scale_and_shift",
+            lambda norm, channels: (torch.ones(channels).double(),) * 2,
+        )
+
+
+@pytest.mark.parametrize(
+    ("what", "format"),
+    [
+        ("another resize", "pt2"),
+        ("no batch norm", "torchscript"),
+        pytest.param("another resize", "onnx", marks=pytest.mark.long),
+        pytest.param("no batch norm", "onnx", marks=pytest.mark.long),
+    ],
+)
+def test_a_wrong_export_is_not_kept(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, what: str
+) -> None:
+    plant(monkeypatch, what)
+    with pytest.raises(CheckError, match=r"golden inputs: probabilities differ.*not kept"):
+        export_run(run_dir, format=format, output=tmp_path / f"model.{format}")
+    assert not list(tmp_path.glob("*model*"))
+
+
+def test_a_model_that_was_trained_on_is_not_what_was_exported(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    report = verify_file(artefact.open(export_run(run)))
+    assert (report.photos, report.problems) == (24, ())
+    assert report.accuracy == report.trained_accuracy == checkpoint.load(run / "best.pt")["best"]["val/accuracy"]
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["model"]["output.bias"] += torch.arange(4)
+    checkpoint.save(run / "best.pt", state)
+    assert "validation photos: probabilities differ" in failure(run)
+
+
+def test_an_export_without_the_photos(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    state = torch.load(run / "best.pt", weights_only=True)
+    state["config"]["data"] = str(tmp_path / "gone")
+    checkpoint.save(run / "best.pt", state)
+    assert export_run(run).is_file()
+    assert "only the synthetic golden inputs are compared" in capfd.readouterr().err
+
+
+def test_the_user_is_warned_of_programs_of_strangers(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artefact.open(exported, warn_of_strangers=True)  # exported here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    artefact.open(exported)
+    artefact.open(exported, warn_of_strangers=True, sha256=artefact.open(exported).sha256)
+    if exported.suffix == ".torchscript":
+        with pytest.warns(FastCNNWarning, match="not exported here"):
+            artefact.open(exported, warn_of_strangers=True)
+    else:
+        artefact.open(exported, warn_of_strangers=True)
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("trapped"),))
+
+
+def test_nothing_is_unpickled_or_evaluated_in_a_pt2(run_dir: Path, tmp_path: Path) -> None:
+    def program(parts: dict[str, bytes], change: Callable[[Any], None]) -> None:
+        content = json.loads(parts["models/model.json"])
+        change(content)
+        parts["models/model.json"] = json.dumps(content).encode()
+
+    def config(parts: dict[str, bytes]) -> None:
+        name = "data/weights/model_weights_config.json"
+        content = json.loads(parts[name])
+        next(iter(content["config"].values()))["use_pickle"] = True
+        parts[name] = json.dumps(content).encode()
+
+    trap = pickle.dumps(Trap())
+    guards = {"guards_code": ["__import__('pathlib').Path('trapped').touch()"]}
+    changes: list[Callable[[dict[str, bytes]], object]] = [
+        lambda parts: parts.update({"data/sample_inputs/model.pt": trap}),
+        lambda parts: parts.update({"data/weights/model.pt": trap}),
+        lambda parts: parts.update({"data/constants/opaque_obj_0": trap}),
+        config,
+        lambda parts: program(parts, lambda content: content.update(guards)),
+        lambda parts: program(
+            parts, lambda content: content["graph_module"]["graph"]["nodes"][0].update(target="torch.load")
+        ),
+        lambda parts: parts.update(
+            {"models/model.json": re.sub(rb'"expr_str": "[^"]*"', b'"expr_str": "exit()"', parts["models/model.json"])}
+        ),
+    ]
+    for change in changes:
+        path = tmp_path / "model.pt2"
+        write(checkpoint.load(run_dir / "best.pt"), path, "pt2")
+        artefact.open(path)
+        tamper(path, lambda parts, metadata, change=change: change(parts), rehash=True)  # type: ignore[misc]
+        with pytest.raises(CheckError, match="cannot be opened"):
+            artefact.open(path)
+        assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("kept", LONG, indirect=True)
+def test_the_same_run_gives_the_same_file(kept: Path, run_dir: Path, tmp_path: Path) -> None:
+    write_it = (
+        "import sys; from pathlib import Path; from fastcnn.storage import checkpoint; from fastcnn.export.exporters import write\n"
+        "write(checkpoint.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[2]).suffix[1:])"
+    )
+    again = tmp_path / f"again{kept.suffix}"
+    command = [sys.executable, "-W", "ignore", "-c", write_it, run_dir / "best.pt", again]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"})  # the order of sets of strings
+    assert artefact.open(again).metadata["sha256"] == artefact.open(kept).metadata["sha256"]
+
+
+def test_nothing_of_this_machine_is_inside(exported: Path) -> None:
+    parts, metadata = container.FORMATS[exported.suffix].read(exported.read_bytes())
+    root = str(Path(__file__).resolve().parents[2]).encode()
+    for content in [*parts.values(), json.dumps(metadata).encode()]:
+        assert root not in content
+        assert b"/deploy.py" not in content
+        assert str(Path.home()).encode() not in content
+
+
+def test_the_metadata_is_small(exported: Path) -> None:
+    assert len(json.dumps(artefact.open(exported).metadata)) < 40_000
+    for size in (32, 128, 200):
+        images = golden_images(size)
+        assert images[0].shape == (size, size, 3)
+        assert any(image.shape[0] != image.shape[1] for image in images)
+        assert sum(len(artefact.pack_image(image)["pixels"]) for image in images) < 60_000
+
+
+def test_without_onnx_the_way_to_it_is_said(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(FastCNNError, match=r"pip install 'fastcnn\[export\]'"):
+        export_run(run_dir, format="onnx", output=tmp_path / "model.onnx")
+
+
+def test_wrong_names(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'torchscript'"):
+        export_run(run_dir, format="torchscipt")
+    with pytest.raises(FastCNNError, match="no run"):
+        export_run(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"ends in \.torchscript"):
+        export_run(run_dir, output=tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip"])
+def test_a_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.torchscript").write_bytes(content)
+    with pytest.raises(FastCNNError, match="cannot be opened"):
+        artefact.open(tmp_path / "model.torchscript")
+    with pytest.raises(FastCNNError, match="no exported model"):
+        artefact.open(tmp_path / "other.torchscript")
+    (tmp_path / "data.bin").touch()
+    with pytest.raises(FastCNNError, match="ends in"):
+        artefact.open(tmp_path / "data.bin")
+
+
+def test_torchscript_of_somebody_else(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "model.torchscript"))
+    with pytest.raises(FastCNNError, match="not exported by fastcnn"):
+        artefact.open(tmp_path / "model.torchscript")
+
+
+def test_predict_takes_photos_and_folders(exported: Path, photos: Path, tmp_path: Path) -> None:
+    model = artefact.open(exported)
+    (tmp_path / "page.jpg").write_text("<html>")
+    one = next(iter(sorted(photos.glob("*/*.jpg"))))
+    predictions = list(predict_photos(model, [one, photos, tmp_path / "page.jpg"]))
+    assert len(predictions) == 122
+    assert predictions[0].path == predictions[1].path == str(one)
+    assert (predictions[0].probabilities == predictions[1].probabilities).all()
+    assert predictions[-1].reason == "not an image"
+    assert all(abs(p.probabilities.sum() - 1) < 1e-5 for p in predictions[:-1])
+    with pytest.raises(FastCNNError, match="no photo or folder"):
+        list(predict_photos(model, [tmp_path / "gone.jpg"]))

@@ -1,0 +1,358 @@
+"""W&B: what it was given is read back from what it wrote, by its own `wandb leet inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastcnn import Config, fit
+from fastcnn.errors import FastCNNError, FastCNNWarning
+from fastcnn.export import exporters as export
+from fastcnn.runs import trackers as tracking
+from fastcnn.runs import wandb_tracker
+from fastcnn.runs.trackers import COLUMNS, Run
+from fastcnn.runs.wandb_tracker import WandbTracker
+from fastcnn.system.console import Console
+from fastcnn.training.metrics import Outcome, Sample
+
+KEY = "0123456789abcdef0123456789abcdef01234567"  # of the right form, and nobody's
+SMALL = ["--epochs", "2", "--image-size", "32", "--filters", "8", "--batch-size", "16"]
+CLASSES = ("cat", "dog")
+CONFUSION = np.array([[3, 1], [0, 5]])
+SAMPLES = [
+    Sample(path="cat/1.jpg", image=np.full((8, 8, 3), 7, np.uint8), label="cat", predicted="dog", probability=0.75),
+    Sample(path="dog/2.jpg", image=np.zeros((8, 8, 3), np.uint8), label="dog", predicted="dog", probability=0.5),
+]
+
+
+@pytest.fixture(autouse=True)
+def _logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is logged in, and nothing is written outside the test's folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+
+
+def start(mode: str, run_dir: str = "run") -> WandbTracker:
+    Path(run_dir).mkdir()
+    return WandbTracker(Path(run_dir), Console(quiet=True), {"wandb": mode, "wandb_project": None, "lr": 0.01})
+
+
+def figures(epoch: int) -> dict[str, float]:
+    return {**dict.fromkeys(COLUMNS, 0.25), "epoch": epoch, "train/loss": 1 / epoch}
+
+
+def read(folder: Path) -> dict[str, list[Any]]:
+    """Return what wandb wrote into a run folder, by kind of record."""
+    (log,) = folder.glob("wandb/*run-*/run-*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, list[Any]] = {}
+    for record in map(json.loads, done.stdout.splitlines()):
+        found.setdefault(record["type"], []).append(record.get(record["type"]))
+    return found
+
+
+def epochs(found: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [record["item"] for record in found["history"] if "train/loss" in record["item"]]
+
+
+def table(folder: Path, name: str) -> dict[str, Any]:
+    (path,) = folder.glob(f"wandb/*run-*/files/media/table/{name}_*.table.json")
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fastcnn.cli", "train", *map(str, arguments), *SMALL]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_an_offline_run_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.torchscript").write_bytes(b"model")
+    before = dict(os.environ)
+    tracker = start("offline")
+    for epoch in (1, 2):
+        tracker.epoch(figures(epoch))
+    outcome = Outcome(
+        summary={"val_accuracy": 0.8, "seconds": {"train": 2.5}},
+        classes=CLASSES,
+        confusion=CONFUSION,
+        samples=SAMPLES,
+        exported=[tmp_path / "model.torchscript"],
+    )
+    tracker.finish(outcome)
+    note = tracker.close(0)["wandb"]
+    assert dict(os.environ) == before
+
+    found = read(Path("run"))
+    (run,) = found["run"]
+    assert (run["project"], run["display_name"]) == ("fastcnn", "run")
+    assert run["config"]["update"]["lr"] == 0.01
+    assert [row["epoch"] for row in epochs(found)] == [1, 2]
+    assert set(COLUMNS) <= set(epochs(found)[0])
+    assert epochs(found)[1]["train/loss"] == 0.5
+    assert {"glob_name": "*", "step_metric": "epoch"}.items() <= found["metric"][1].items()
+    summary = {key: value for record in found["summary"] for key, value in record["update"].items()}
+    assert summary["val_accuracy"] == 0.8
+    assert summary["seconds"] == {"train": 2.5}
+    assert found["stats"][0]["item"]["memory_percent"] > 0
+    assert found["exit"][0]["exit_code"] == 0
+
+    assert table(Path("run"), "confusion_matrix_table")["data"] == [
+        ["cat", "cat", 3], ["cat", "dog", 1], ["dog", "cat", 0], ["dog", "dog", 5],
+    ]  # fmt: skip
+    samples = table(Path("run"), "samples")
+    assert samples["columns"] == ["image", "path", "label", "predicted", "probability"]
+    assert [row[1:] for row in samples["data"]] == [
+        ["cat/1.jpg", "cat", "dog", 0.75], ["dog/2.jpg", "dog", "dog", 0.5],
+    ]  # fmt: skip
+    artifacts = {artifact["type"]: artifact for artifact in found["artifact"]}
+    (model,) = artifacts["model"]["manifest"]["contents"]
+    assert model["path"] == "model.torchscript"
+    # What is to be uploaded lies with the run.
+    assert Path(model["local_path"]).read_bytes() == b"model"
+    assert Path(model["local_path"]).is_relative_to(tmp_path / "run" / "wandb")
+    images = [e for a in found["artifact"] for e in a["manifest"]["contents"] if e["path"].endswith(".png")]
+    assert len(images) == 2
+
+    (folder,) = Path("run/wandb").glob("offline-run-*")
+    assert note == {"mode": "offline", "id": run["run_id"], "url": None, "sync": f"wandb sync {folder}"}
+
+
+def test_what_a_run_does_not_have_is_left_out() -> None:
+    tracker = start("offline")
+    tracker.finish(Outcome(summary={}, classes=CLASSES))
+    tracker.close(0)
+    assert {"history", "artifact"}.isdisjoint(read(Path("run")))
+
+
+def test_a_run_cut_short_is_finished_as_such(tmp_path: Path) -> None:
+    config = {"wandb": "offline", "wandb_project": "mine"}
+    run = Run(run_dir=tmp_path, console=Console(quiet=True), num_epochs=2, config=config)
+
+    def cut_short() -> None:
+        with tracking.opened(run) as trackers:
+            for tracker in trackers:
+                tracker.epoch(figures(1))
+            raise FastCNNError("the loss is not a number")
+
+    with pytest.raises(FastCNNError):
+        cut_short()
+    found = read(tmp_path)
+    assert found["run"][0]["project"] == "mine"
+    assert len(epochs(found)) == 1
+    assert found["exit"][0]["exit_code"] == 1
+
+
+def test_no_login_and_no_terminal(photos: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command(photos, "--export", "torchscript"), "--batch-size", "16"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    note = result(tmp_path / "runs" / "photos")["wandb"]
+    assert note["mode"] == "offline"
+    assert f"W&B: recorded offline; to send it: {note['sync']}" in done.stdout
+    assert "wandb: " not in done.stdout
+    found = read(tmp_path / "runs" / "photos")
+    assert len(epochs(found)) == 2
+    config = found["run"][0]["config"]["update"]
+    assert {"batch_size": 16, "export": ["torchscript"], "device": "cpu"}.items() <= config.items()
+    assert config["versions"]["torch"]
+    assert config["hardware"]["cores"]
+    assert "model" in {artifact["type"] for artifact in found["artifact"]}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="opens a POSIX terminal")
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9 does not answer"),
+        ({"WANDB_MODE": "online"}, "not logged in (wandb login)"),
+    ],
+)
+def test_a_terminal_is_never_asked(photos: Path, tmp_path: Path, environment: dict[str, str], message: str) -> None:
+    leader, terminal = os.openpty()  # nobody types into it
+    done = subprocess.run(
+        [*command(photos), "--epochs", "1", "--quiet"],
+        stdin=terminal, stdout=terminal, stderr=terminal, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+    os.close(terminal)
+    output = os.read(leader, 100_000).decode()
+    os.close(leader)
+    note = result(tmp_path / "runs" / "photos")["wandb"]
+    assert done.returncode == 0
+    assert output.splitlines() == [
+        f"fastcnn: warning: W&B: {message}, so the run was recorded offline; to send what was recorded: {note['sync']}"
+    ]
+    assert note["mode"] == "offline"
+    assert len(epochs(read(tmp_path / "runs" / "photos"))) == 1
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers like W&B's as far as a run with figures needs it; hangs where `silent`."""
+
+    silent = False
+
+    def _answer(self, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        while self.silent:
+            time.sleep(0.1)
+        if not self.path.endswith("graphql"):
+            return self._answer({})
+        asked = json.loads(body)
+        variables, data = asked["variables"], {}
+        if "upsertBucket" in asked["query"]:
+            project = {"id": "cA==", "name": "fastcnn", "entity": {"id": "ZQ==", "name": "me"}}
+            bucket = {"id": "Yg==", "name": variables["name"], "config": "{}", "project": project}
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        elif "createRunFiles" in asked["query"]:
+            url = f"http://{self.headers['Host']}/upload/"
+            files = [{"name": name, "uploadUrl": url + name} for name in variables["files"]]
+            data = {"createRunFiles": {"runID": "Yg==", "uploadHeaders": [], "files": files}}
+        return self._answer({"data": data})
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    """A server that somebody is logged in to."""
+
+    class Handler(Server):
+        pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield Handler
+        Handler.silent = False
+        listening.shutdown()
+
+
+def test_online_when_logged_in(server: type[Server]) -> None:
+    tracker = start("auto")
+    tracker.epoch(figures(1))
+    tracker.finish(Outcome(summary={"val_accuracy": 0.8}, classes=CLASSES))
+    note = tracker.close(0)["wandb"]
+    assert (note["mode"], note["sync"]) == ("online", None)
+    assert note["url"].endswith(f"/me/fastcnn/runs/{note['id']}")
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_tracker, "SEND_SECONDS", 2)
+    tracker = start("online")
+    tracker.epoch(figures(1))
+    while not tracker.url:
+        time.sleep(0.05)
+    server.silent = True
+    tracker.epoch(figures(2))
+    with pytest.warns(FastCNNWarning, match="to send what was recorded: wandb sync run/wandb/run-"):
+        note = tracker.close(0)["wandb"]
+    assert note["mode"] == "online"
+    assert len(epochs(read(Path("run")))) == 2
+
+
+def test_a_server_that_never_takes_the_run(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_tracker, "INIT_SECONDS", 2)
+    server.silent = True
+    tracker = start("online")
+    tracker.epoch(figures(1))
+    with pytest.warns(FastCNNWarning, match="so the run was recorded offline"):
+        assert tracker.close(0)["wandb"]["mode"] == "offline"
+    assert len(epochs(read(Path("run")))) == 1
+
+
+def test_a_failing_tracker_does_not_fail_the_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    logged = wandb.Run.log
+
+    def log(self: object, data: dict[str, float]) -> None:
+        if data["epoch"] == 2:
+            raise RuntimeError("half-way")
+        logged(self, data)
+
+    monkeypatch.setattr(wandb.Run, "log", log)
+    config = Config(data=str(photos), epochs=3, image_size=32, filters=(8,), batch_size=16, wandb="offline")
+    with pytest.warns(FastCNNWarning, match="W&B: half-way; to send what was recorded: wandb sync"):
+        run = fit(config)
+    assert len(run.metrics) == 3
+    assert [row["epoch"] for row in epochs(read(run.run_dir))] == [1, 3]
+
+
+def test_disabled_imports_nothing(photos: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from fastcnn.cli.app import commands\n"
+        f"commands.main({command(photos)[3:]!r}, standalone_mode=False)\n"
+        "assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "WANDB_MODE": "disabled"}, check=True)
+    assert not (tmp_path / "runs" / "photos" / "wandb").exists()
+    assert result(tmp_path / "runs" / "photos")["wandb"]["mode"] == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "mode"),
+    [
+        ("auto", "", "auto"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "nonsense", "auto"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+    ],
+)
+def test_wandb_mode_counts_where_no_option_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, asked: str, environment: str, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert wandb_tracker.asked_mode(asked) == mode
+
+
+def test_an_export_that_fails_leaves_a_finished_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(export.TOLERANCES, "fp32", -1.0)
+    config = Config(
+        data=str(photos),
+        epochs=1,
+        image_size=32,
+        filters=(8,),
+        batch_size=16,
+        wandb="disabled",
+        export=("torchscript",),
+    )
+    with pytest.raises(FastCNNError, match="differ"):
+        fit(config)
+    assert "val_accuracy" in result(Path("runs/photos"))
+    assert not list(Path("runs/photos").glob("*.torchscript"))

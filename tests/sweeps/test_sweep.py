@@ -1,0 +1,365 @@
+"""Sweeps as they run: trials in slots, killed and gone on with, packed, failing, and as W&B directs them."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fastcnn.cli import app as cli
+from fastcnn.config import fields as config
+from fastcnn.errors import DataError, FastCNNError, UsageError
+from fastcnn.runs.fit import fit
+from fastcnn.storage import checkpoint
+from fastcnn.sweeps import plots as sweep_pictures
+from fastcnn.sweeps import sweep as sweeps
+from fastcnn.sweeps import sweep_file as sweepfile
+from fastcnn.sweeps import trial_process as slot
+from fastcnn.sweeps import wandb_agent as sweep_agent
+from fastcnn.sweeps.study import Line
+from fastcnn.sweeps.trial_process import Ending, Job, Slot
+from fastcnn.system import device as runtime
+
+pytest.importorskip("optuna")
+
+SMALL = {"epochs": 2, "image_size": 32, "filters": [8], "batch_size": 16, "report": False, "workers": 1}
+EXACT = {**SMALL, "deterministic": True, "threads": 1, "on_nan": "stop"}
+# The third of them fails in its first epoch.
+LRS = [0.001, 0.003, 1e30, 0.01]
+
+
+def plan(**more: Any) -> sweepfile.Sweep:
+    text = {"name": "small", "method": "grid", "parameters": {"lr": {"values": LRS}}, **more}
+    return sweepfile.parse(text, "s.yaml")
+
+
+# packed
+
+
+@pytest.fixture(scope="module")
+def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Line]]:
+    """A sweep of four trials, two at once, one of which fails. Read-only."""
+    folder = tmp_path_factory.mktemp("sweeps") / "packed"
+    return folder, sweeps.run(plan(), {"data": str(photos), **EXACT}, folder=folder, pack=2)
+
+
+def test_a_trial_that_fails_leaves_the_others_alone(packed: tuple[Path, list[Line]]) -> None:
+    folder, lines = packed
+    assert [line.state for line in lines] == ["finished", "finished", "failed", "finished"]
+    assert "loss" in lines[2].reason
+    assert [line.values["lr"] for line in lines] == LRS
+    assert not (folder / lines[2].folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_packed_trial_is_what_it_is_alone(packed: tuple[Path, list[Line]], number: int, tmp_path: Path) -> None:
+    run = packed[0] / packed[1][number].folder
+    alone = fit(config.resolve(config.read_yaml(run / "config.yaml")), run_dir=tmp_path / "alone").run_dir
+    for name in ("last.pt", "best.pt"):
+        here, there = (checkpoint.load(folder / name)["model"] for folder in (run, alone))
+        assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+def test_what_a_sweep_leaves(packed: tuple[Path, list[Line]]) -> None:
+    folder, lines = packed
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == [f"trial-000{i}" for i in range(4)]
+    assert [float(row["lr"]) for row in rows] == LRS
+    assert float(rows[1]["val/accuracy"]) == lines[1].value
+    best = max((line for line in lines if line.value is not None), key=lambda line: line.value or 0)
+    assert (folder / "config.yaml").read_bytes() == (folder / best.folder / "config.yaml").read_bytes()
+    assert (folder / "parallel_coordinates.png").read_bytes().startswith(b"\x89PNG")
+    values = config.read_yaml(folder / "config.yaml")
+    assert (values["threads"], values["loader"], values["wandb"]) == (1, "shared", "disabled")
+
+
+def test_all_of_it_is_there_already(packed: tuple[Path, list[Line]], photos: Path) -> None:
+    before = (packed[0] / "trial-0003" / "last.pt").stat().st_mtime_ns
+    again = sweeps.run(plan(), {"data": str(photos), **EXACT}, folder=packed[0], pack=2)
+    assert again == packed[1]
+    assert (packed[0] / "trial-0003" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "num_cores", lambda: 8)
+    assert slot.share({"device": "cpu"}, 3) == {"device": "cpu", "threads": 2, "loader": "shared"}
+    assert slot.share({"device": "cpu", "threads": 4, "loader": "mapped"}, 3)["threads"] == 4
+    assert "threads" not in slot.share({"device": "cpu"}, 1)
+
+
+# a slot
+
+
+@pytest.fixture
+def job(photos: Path, tmp_path: Path) -> Job:
+    return Job(
+        options={"data": str(photos), **SMALL, "wandb": "disabled"},
+        run_dir=str(tmp_path / "trial"),
+        lock=str(tmp_path / "lock"),
+    )
+
+
+@pytest.fixture
+def place() -> Iterator[Slot]:
+    made = Slot(lambda epoch: False, lambda text: None)
+    yield made
+    made.close()
+
+
+def test_a_process_that_dies_takes_its_trial_alone(job: Job, place: Slot) -> None:
+    epochs = []
+
+    def kill_once(epoch: slot.Epoch) -> bool:
+        epochs.append(epoch.row["epoch"])
+        if len(epochs) == 1:
+            assert place._process
+            place._process.kill()
+        return False
+
+    place.on_epoch = kill_once
+    assert place.run(job) == Ending(state="failed", reason="its process was ended by SIGKILL")
+    assert place.run(job) == Ending(state="done"), "in another process, from where the first one was"
+    assert epochs == [1, 1, 2]
+    place.on_epoch = lambda epoch: epochs.append(epoch.row["epoch"]) is None
+    assert place.run(job) == Ending(state="done"), "a run that is finished is not trained again"
+    assert epochs[3:] == [1, 2]
+    job = Job(options=job.options, run_dir=f"{job.run_dir}-2", lock=job.lock)
+    assert place.run(job) == Ending(state="pruned")
+    assert epochs[5:] == [1]
+
+
+def test_a_trial_that_is_stopped_before_it_begins_has_not_failed(job: Job, place: Slot) -> None:
+    place.start(job)
+    place.stop()
+    while (ending := place.step()) is None:
+        time.sleep(0.01)
+    assert ending == Ending(state="stopped")
+
+
+# stopped and killed
+
+
+def sweep_process(photos: Path, *more: str) -> subprocess.Popen[bytes]:
+    Path("s.yaml").write_text(yaml.safe_dump({"method": "random", "name": "kills", "parameters": {
+        "lr": {"distribution": "log_uniform_values", "min": 1e-3, "max": 1e-2}, "dropout": {"values": [0, 0.2]},
+    }}))  # fmt: skip
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name not in ("filters", "report")
+    ]
+    arguments = [str(photos), "--config=s.yaml", "--trials=3", "--filters=8", "--no-report", *options, *more]
+    command = [sys.executable, "-m", "fastcnn.cli", "sweep", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_stopped_and_gone_on_with(signum: signal.Signals, photos: Path) -> None:
+    folder = Path("sweeps/kills")
+    process = sweep_process(photos)
+    wait_for(folder / "trial-0001" / "config.yaml", process)
+    process.send_signal(signum)
+    output = process.communicate()[0].decode()
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, output
+        assert "the same command goes on" in output
+        assert (folder / "sweep.csv").exists()
+
+    process = sweep_process(photos)
+    output = process.communicate()[0].decode()
+    assert process.returncode == 0, output
+    assert "trial-0001 was left behind: going on with it" in output
+    assert "3 trials: 3 finished" in output
+    assert sorted(path.name for path in folder.glob("trial-*")) == [f"trial-000{i}" for i in range(3)]
+    for run in folder.glob("trial-*"):
+        with (run / "metrics.csv").open(newline="") as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+# what is refused
+
+
+def test_trials_that_all_fail_alike_are_not_gone_on_with(photos: Path) -> None:
+    options = {"data": str(photos), **SMALL, "batch_size": 1000}
+    with pytest.raises(FastCNNError, match=r"the first 3 trials failed alike: .*do not fill one batch"):
+        sweeps.run(plan(), options)
+    assert len(list(Path("sweeps/small").glob("trial-*"))) == 0, "a trial that did nothing leaves no folder"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, UsageError, "which photos"),
+        ({"data": "nowhere"}, DataError, "no folder nowhere"),
+    ],
+)
+def test_photos_are_needed(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sweeps.run(plan(), options)
+
+
+def test_a_number_of_trials_is_needed(photos: Path) -> None:
+    endless = plan(method="random")
+    with pytest.raises(UsageError, match="how many trials"):
+        sweeps.run(endless, {"data": str(photos)})
+
+
+def test_packing_is_for_cpus(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "pick_device", lambda name: torch.device("cuda", 0))
+    with pytest.raises(UsageError, match="--pack is for CPUs"):
+        sweeps.run(plan(), {"data": str(photos)}, pack=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["photos", "--sweep-id", "abc"], "--sweep-id is for --wandb"),
+        (["photos", "--wandb", "--pack", "2"], "leave out --storage and --pack"),
+        (["photos", "--config", "none.yaml"], "cannot read the configuration none.yaml"),
+        (["photos", "--trails", "3"], "did you mean '--trials'"),
+        (["photos", "--lr", "-1"], "expected a number above 0"),
+    ],
+)
+def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["sweep", *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_shipped_file_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["sweep", "--print-file"])
+    assert error.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["method"] == "bayes"
+
+
+def test_options_are_the_files_commands_then_the_given_ones(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(sweeps, "run", lambda plan, options, **more: taken.update(plan=plan, options=options))
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(photos), "--trials=2", "--lr=0.01", "--image-size", "64", "--recipe", "strong"])
+    assert taken["options"]["data"] == str(photos)
+    assert config.resolve(taken["options"]).epochs == 10, "the file's command says so, after the recipe"
+    assert (taken["options"]["lr"], taken["options"]["image_size"]) == ("0.01", "64")
+    assert "lr" not in taken["plan"].parameters
+    assert "dropout" in taken["plan"].parameters
+
+
+# W&B
+
+
+def agents_lines(count: int) -> list[list[str]]:
+    """Command lines as W&B's agent makes them of the shipped file, each parameter at its next value."""
+    from wandb.sdk.launch.sweeps import utils
+
+    sweep = yaml.safe_load(sweepfile.shipped())
+    lines = []
+    for i in range(count):
+        chosen = {
+            name: {"value": p["values"][i % len(p["values"])] if "values" in p else p["min"] * (1 + i)}
+            for name, p in sweep["parameters"].items()
+        }
+        replaced = utils.create_sweep_command_args({"args": chosen})
+        lines.append([word for w in sweep["command"] for word in replaced.get(w[2:-1], [w])])
+    return lines
+
+
+def test_the_agents_command_lines_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in agents_lines(6):
+        assert line[0] == "fastcnn"
+        with pytest.raises(SystemExit) as error:
+            cli.main([*line[1:], "--print-config"])
+        assert error.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        given = dict(word.removeprefix("--").split("=", 1) for word in line if word.startswith("--"))
+        assert len(given) == 9
+        assert {name: printed[name] for name in given} == {
+            name: value for name, value in config.resolve(given).to_dict().items() if name in given
+        }
+
+
+def test_a_line_of_the_agents_runs(photos: Path) -> None:
+    line = [str(photos) if word.startswith("photos/") else word for word in agents_lines(2)[1]]
+    assert "--batch_norm=False" in line
+    with pytest.raises(SystemExit) as error:
+        cli.main([*line[1:], "--epochs=1", "--image-size=32", "--limit-train-batches=1", "--no-report", "--quiet"])
+    assert not error.value.code
+
+
+def test_as_an_agent(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def agent(sweep_id: str, function: Any, project: str, count: int) -> None:
+        for number in range(count):
+            parameters = tmp_path / f"config-{number}.yaml"
+            parameters.write_text(
+                f"wandb_version: 1\n\nlr:\n  value: {[0.001, 1e30][number]}\nfilters:\n  value: [4, 4, 4, 8, 8]\n"
+            )
+            monkeypatch.setenv("WANDB_RUN_ID", f"run{number}")
+            monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
+            try:
+                function()
+            except FastCNNError as error:
+                failed.append(str(error))
+        begun.append((sweep_id, project))
+
+    begun: list[Any] = []
+    failed: list[str] = []
+    monkeypatch.setattr(wandb, "agent", agent)
+    monkeypatch.setattr(wandb, "sweep", lambda text, project: begun.append(text) or "abc")
+    monkeypatch.setattr(sweep_agent, "logged_in", lambda settings: True)
+    sweep_id = sweep_agent.run(plan(project="mine"), {"data": str(photos), **SMALL}, trials=2)
+    assert sweep_id == "abc"
+    assert begun == [plan(project="mine").text, ("abc", "mine")]
+    assert len(failed) == 1
+    assert "loss" in failed[0]
+    values = config.read_yaml(Path("sweeps/small/run0/config.yaml"))
+    assert (values["lr"], values["filters"]) == (0.001, [4, 4, 4, 8, 8])
+    assert Path("sweeps/small/run0/result.json").exists()
+
+
+def test_an_agent_needs_a_login(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_agent, "logged_in", lambda settings: False)
+    with pytest.raises(FastCNNError, match="not logged in: wandb login"):
+        sweep_agent.run(plan(), {"data": str(photos)})
+
+
+# pictures
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_pictures_of_whatever_is_varied(count: int) -> None:
+    points = [
+        (
+            {"filters": [8 * (i % 3 + 1)] * 5, "batch_norm": i % 2 == 0, "lr": 10.0 ** -(i % 5), "val/loss": i / 9},
+            i % 3 > 0,
+        )
+        for i in range(count)
+    ]
+    for maximize in (True, False):
+        picture = sweep_pictures.parallel_coordinates(points, "val/loss", logs=["lr"], maximize=maximize)
+        assert picture.startswith(b"\x89PNG")
+    assert sweep_pictures.importance({"lr": 0.7, "filters": 0.3}, "val/loss", count).startswith(b"\x89PNG")
+
+
+def test_axes() -> None:
+    axis = sweep_pictures.Axis([0.001, 0.1, 0.01], log=True)
+    assert axis.places == pytest.approx([0, 1, 0.5])
+    assert [label for _, label in axis.ticks] == ["0.001", "0.01", "0.1"]
+    assert sweep_pictures.Axis([True, False]).ticks == [(0.0, "False"), (1.0, "True")]
+    assert sweep_pictures.Axis(["a"]).places == [0.5]
