@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from fastcnn import Config
-from fastcnn.data import cache, index
+from fastcnn.data import cache, cache_files, index
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.storage import checkpoint
-from fastcnn.training.optimizers import Adam, FlatParameters
+from fastcnn.training.optimizers import Adam
+from fastcnn.training.parameters import FlatParameters
 
 ROUNDS = 9
 
@@ -42,15 +43,15 @@ def main() -> None:
 
 def opening(photos: Path, folder: Path) -> None:
     """Open a whole cache, its rows checked or not."""
-    found, checked = index.scan(photos), cache._damaged
+    found, checked = index.scan(photos), cache_files._damaged
     cache.build(found, image_size=128, decoder="turbo", cache_dir=folder)
 
     def open_it(check: Callable[..., list[int]]) -> None:
-        cache._damaged = check
+        cache_files._damaged = check
         cache.build(found, image_size=128, decoder="turbo", cache_dir=folder)
 
     compare(f"open {len(found):,} photos", lambda: open_it(checked), lambda: open_it(lambda *arguments: []))
-    cache._damaged = checked
+    cache_files._damaged = checked
 
 
 def building(photos: Path, folder: Path) -> None:

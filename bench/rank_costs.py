@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from bench.rates import GRADIENT_BYTES, PHOTO_BYTES, STATISTICS_BYTES
-from fastcnn.data import cache
-from fastcnn.data.cache import CHUNK
+from fastcnn.data import cache_files
+from fastcnn.data.cache_files import CHUNK
 
 CALLS = 1000
 ROWS, ROWS_A_READ = 16384, 256
@@ -100,10 +100,10 @@ def _read_journal() -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "photos.jsonl"
         entry = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "crc": 4_000_000_000, "reason": ""}
-        lines = [cache._line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
+        lines = [cache_files._line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
         path.write_bytes(b"".join(lines))
-        assert len(cache._read_journal(path)) == LINES
-        return _timed(lambda: cache._read_journal(path), 10)
+        assert len(cache_files._read_journal(path)) == LINES
+        return _timed(lambda: cache_files._read_journal(path), 10)
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:

@@ -22,15 +22,17 @@ import torch
 from bench.harness.machine import slug
 from bench.report import tables
 from bench.report.record import FORMAT, Record, Row
-from fastcnn.config.fields import Config, read_recipe, read_yaml, resolve
+from fastcnn.config.fields import Config
+from fastcnn.config.load import read_recipe, read_yaml, resolve
 from fastcnn.data import dataset
 from fastcnn.data.loaders import Options, resident
+from fastcnn.network.pixels import Normalise
+from fastcnn.network.small_cnn import restore
 from fastcnn.runs.fit import fit
 from fastcnn.storage import checkpoint
 from fastcnn.system import device as runtime
-from fastcnn.training.evaluation import BATCH_SIZE, Evaluator, restore
-from fastcnn.training.optimizers import FlatParameters
-from fastcnn.training.step import Normalise
+from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
+from fastcnn.training.parameters import FlatParameters
 
 
 def main() -> None:

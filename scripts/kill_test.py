@@ -171,14 +171,14 @@ def outcome(run_dir: Path) -> dict[str, object]:
 def train(descriptor: int, arguments: list[str]) -> None:
     """Be the command under test: as a user's, but that it tells the stages it is in and writes the cache often."""
     from fastcnn.cli import app as cli
-    from fastcnn.data import cache
-    from fastcnn.training import metrics
+    from fastcnn.data import cache_files
+    from fastcnn.system import stopwatch
 
-    plain = metrics.Stopwatch.stage
+    plain = stopwatch.Stopwatch.stage
     around = ["-"]
 
     @contextlib.contextmanager
-    def told(self: metrics.Stopwatch, name: str) -> Iterator[None]:
+    def told(self: stopwatch.Stopwatch, name: str) -> Iterator[None]:
         around.append(name)
         os.write(descriptor, f"{name}\n".encode())
         try:
@@ -188,8 +188,8 @@ def train(descriptor: int, arguments: list[str]) -> None:
             around.pop()
             os.write(descriptor, f"{around[-1]}\n".encode())
 
-    metrics.Stopwatch.stage = told  # type: ignore[method-assign]
-    cache.CHUNK = 16
+    stopwatch.Stopwatch.stage = told  # type: ignore[method-assign]
+    cache_files.CHUNK = 16
     cli.main(arguments)
 
 

@@ -8,13 +8,15 @@ import torch
 
 from fastcnn.data.loaders import Feed
 from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system import device as runtime
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training.augment import Augment
 from fastcnn.training.engines import Engine
-from fastcnn.training.optimizers import Adam, FlatParameters
-from fastcnn.training.step import Normalise, TrainingStep
+from fastcnn.training.optimizers import Adam
+from fastcnn.training.parameters import FlatParameters
+from fastcnn.training.step import TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_CLASSES = 10

@@ -21,16 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.baselines import seed as baseline
-from fastcnn.config.fields import read_recipe, resolve
+from fastcnn.config.load import read_recipe, resolve
 from fastcnn.data import dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError
+from fastcnn.network.pixels import Normalise
+from fastcnn.network.small_cnn import restore
 from fastcnn.runs.fit import fit
 from fastcnn.storage import checkpoint
 from fastcnn.system.device import DTYPES
-from fastcnn.training.evaluation import BATCH_SIZE, Evaluator, restore
-from fastcnn.training.optimizers import FlatParameters
-from fastcnn.training.step import Normalise
+from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
+from fastcnn.training.parameters import FlatParameters
 
 Photo = tuple[Path, int]
 Found = dict[str, Any]

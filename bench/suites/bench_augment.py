@@ -6,10 +6,11 @@ import math
 
 import pytest
 
+from bench.harness.race import Race
 from bench.harness.step_setup import make_step, random_feed, run_steps
 from bench.harness.timing import Clocked, clocked
-from bench.suites.conftest import Race
-from fastcnn.config.fields import PRESETS, STRENGTHS, Config, read_recipe, recipe_names, resolve
+from fastcnn.config.fields import PRESETS, STRENGTHS, Config
+from fastcnn.config.load import read_recipe, recipe_names, resolve
 from fastcnn.system import device as runtime
 from fastcnn.training import engines
 

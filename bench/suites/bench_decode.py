@@ -14,8 +14,8 @@ import torch
 
 import pipelines
 from bench.baselines import decoding
+from bench.harness.race import Race
 from bench.harness.timing import Clocked, clocked
-from bench.suites.conftest import Race
 from fastcnn.system import device as runtime
 
 

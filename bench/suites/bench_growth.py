@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs, stages
 from bench.report.growth import photo_seconds
-from bench.suites.conftest import SCALES, Race
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.harness.race import Race
 from bench.harness.timing import clocked
-from bench.suites.conftest import Race
 from fastcnn.config.fields import Config
 from fastcnn.export.exporters import EXPORTERS, export_run
 from fastcnn.inference import artefact
@@ -36,8 +36,8 @@ def run_dir(photos: Path, scale: dict[str, Any], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def eager(run_dir: Path) -> Deployed:
     """The trained network as it is in Python, with the same preprocessing."""
+    from fastcnn.network.small_cnn import restore
     from fastcnn.storage.checkpoint import load
-    from fastcnn.training.evaluation import restore
 
     state = load(run_dir / "best.pt")
     network: SmallCNN = restore(state)

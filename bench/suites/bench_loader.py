@@ -18,9 +18,9 @@ import torch
 
 import pipelines
 from bench.baselines import decoding
+from bench.harness.race import Race
 from bench.harness.step_setup import make_step
 from bench.harness.timing import clocked
-from bench.suites.conftest import Race
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from bench.harness.race import Race
 from bench.harness.step_setup import make_step, random_feed, run_steps
 from bench.harness.timing import Clocked, clocked
-from bench.suites.conftest import Race
 from fastcnn.network.small_cnn import BatchNorm, Block
 from fastcnn.network.sync_layers import SyncBatchNorm, operators
 from fastcnn.system import device as runtime

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from bench.harness import machine
 from bench.harness.gpu_profile import count_events
+from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, fused_passes, passes
 from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_steps
 from bench.harness.timing import Apart, clocked
-from bench.suites.conftest import SCALES, Race
 from fastcnn.network import fused_forward as fused
+from fastcnn.network.pixels import Normalise
 from fastcnn.system import device as runtime
 from fastcnn.training import engines
-from fastcnn.training.step import Normalise
 
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
     **engines.ENGINES,

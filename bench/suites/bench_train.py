@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.harness.race import Race
 from bench.harness.timing import ratios
 from bench.harness.whole_runs import Runs, stages, to_first_step
-from bench.suites.conftest import Race
 
 
 def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:

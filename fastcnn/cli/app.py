@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TextIO, get_args
 import click
 
 from fastcnn.cli.options import ConfigCommand, ExportCommand, config_options
+from fastcnn.config import coerce, load
 from fastcnn.config import fields as config
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 from fastcnn.system import launch
@@ -82,7 +83,7 @@ def commands() -> None:
 
 @commands.command(cls=ConfigCommand, **HELP)
 @click.argument("data", required=False)
-@click.option("--recipe", metavar="|".join(config.recipe_names()), help="Start from a recipe.")
+@click.option("--recipe", metavar="|".join(load.recipe_names()), help="Start from a recipe.")
 @click.option("--config", "config_file", metavar="FILE", help="Start from a YAML file, as a run's config.yaml.")
 @click.option("--resume", metavar="RUN", help="Go on with a run (a folder, or a name under runs/) where it stopped.")
 @click.option("--run-dir", metavar="DIR", help="The run's folder; left out, the next free name under runs/.")
@@ -115,9 +116,9 @@ def train(
 
         run = resumed_config(resume, given)
     else:
-        run = config.resolve(
-            config.read_recipe(recipe) if recipe else {},
-            config.read_yaml(Path(config_file)) if config_file else {},
+        run = load.resolve(
+            load.read_recipe(recipe) if recipe else {},
+            load.read_yaml(Path(config_file)) if config_file else {},
             given,
         )
     if print_config:
@@ -158,7 +159,7 @@ def sweep_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--pack", type=click.IntRange(1), default=1, metavar="K", help="Trials at once, on a CPU.  [1]")
 @click.option("--wandb", "as_agent", is_flag=True, help="Run trials as an agent of a W&B sweep; needs a login.")
 @click.option("--sweep-id", metavar="ID", help="With --wandb: the sweep; left out, one is begun as FILE says.")
-@click.option("--recipe", metavar="|".join(config.recipe_names()), help="Every trial starts from a recipe.")
+@click.option("--recipe", metavar="|".join(load.recipe_names()), help="Every trial starts from a recipe.")
 @click.option("--quiet", is_flag=True, help="Show warnings and errors only.")
 @click.option("--print-file", is_flag=True, help="Print the assignment's sweep file and stop.")
 @sweep_options
@@ -194,7 +195,7 @@ def sweep(
         raise UsageError("--wandb: W&B keeps the trials and runs one after another: leave out --storage and --pack")
     given = {name: value for name, value in {"data": data, **options}.items() if value is not None}
     plan = sweepfile.read(Path(sweep_file) if sweep_file else None).without(given)
-    every = {**(config.read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **given}
+    every = {**(load.read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **given}
     where = Path(folder) if folder else None
     from fastcnn.system.console import Console
 
@@ -237,7 +238,7 @@ def evaluate(run: str, data: str | None, device: str, decoder: str | None, as_js
     from fastcnn.runs.evaluate_run import evaluate_run
     from fastcnn.system.console import Console
 
-    decoder = config.resolve({"decoder": decoder}).decoder if decoder else None
+    decoder = load.resolve({"decoder": decoder}).decoder if decoder else None
     with Console().progress("decoding", "photos") as progress:
         scores = evaluate_run(
             run, data, device=device, decoder=decoder, progress=lambda done, total: progress(done, total, "")
@@ -407,7 +408,7 @@ def serve(
     """Serve an exported MODEL over HTTP: a page for people, JSON for programs, metrics for Prometheus."""
     from fastcnn.inference import artefact
 
-    upload = config.parse_bytes(max_upload)
+    upload = coerce.parse_bytes(max_upload)
     if not upload:
         raise UsageError(f"--max-upload: expected bytes as 20MB or 1.5GiB, got '{max_upload}'")
     opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
@@ -428,7 +429,7 @@ def serve(
 
 
 def _max_pixels(given: str | None) -> int:
-    return config.resolve({} if given is None else {"max_pixels": given}).max_pixels
+    return load.resolve({} if given is None else {"max_pixels": given}).max_pixels
 
 
 PASSED_ON: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
@@ -551,7 +552,7 @@ def data_check(
     from fastcnn.system.console import Console
 
     given = {"decoder": decoder, "max_bad": max_bad, "max_pixels": max_pixels}
-    options = config.resolve({name: value for name, value in given.items() if value is not None})
+    options = load.resolve({name: value for name, value in given.items() if value is not None})
     with Console().progress("checking", "photos") as progress:
         findings = check.check(
             folder,
@@ -607,7 +608,7 @@ def data_shard(folder: str, out: str, photos: int | None, shard_size: str, seed:
     from fastcnn.data_tools.write_shards import write
     from fastcnn.system.console import Console
 
-    size = config.parse_bytes(shard_size)
+    size = coerce.parse_bytes(shard_size)
     if not size:
         raise UsageError(f"--shard-size: expected bytes as 256MB or 1.5GiB, got '{shard_size}'")
     written = write(folder, out, photos_each=photos, bytes_each=size, seed=seed, console=Console())

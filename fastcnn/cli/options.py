@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from fastcnn.config import coerce
 from fastcnn.config import fields as config
 from fastcnn.errors import UsageError
 
@@ -27,7 +28,7 @@ def _plain_flag(arg: str) -> str:
         return arg
     if value.lower() not in ("true", "false", "1", "0"):
         raise UsageError(f"{name}: expected true or false, got '{value}'")
-    return config.option_name(field if value.lower() in ("true", "1") else f"no_{field}")
+    return coerce.option_name(field if value.lower() in ("true", "1") else f"no_{field}")
 
 
 def config_options(command: Callable[..., Any], without: Sequence[str] = ("data",)) -> Callable[..., Any]:
@@ -36,7 +37,7 @@ def config_options(command: Callable[..., Any], without: Sequence[str] = ("data"
     for field, kind in reversed(config.field_types().items()):
         if field in without:
             continue
-        name, default = config.option_name(field), getattr(defaults, field)
+        name, default = coerce.option_name(field), getattr(defaults, field)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = config.field_docs()[field] + ("" if shown is None or kind is bool else f"  [{shown}]")
         if kind is bool:

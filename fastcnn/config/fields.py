@@ -6,13 +6,9 @@ import ast
 import dataclasses
 import functools
 import inspect
-import re
-import types
-from collections.abc import Mapping
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from fastcnn.config.coerce import Bytes, Interval, check, coerce, coerce_scalar
 from fastcnn.errors import UsageError, nearest
 
 Activation = Literal["relu", "gelu", "silu", "mish", "elu", "leaky_relu", "selu", "tanh"]
@@ -39,16 +35,10 @@ Wandb = Literal["auto", "online", "offline", "disabled"]
 OnNan = Literal["stop", "skip"]
 LrScaling = Literal["none", "sqrt", "linear"]
 
-Bytes = NewType("Bytes", int)
-"""A number of bytes, given as one, or as 500MB, 2GB, 1.5GiB."""
 
-Interval = NewType("Interval", str)
-"""How often, in steps as 200 or in time as 30s, 5m, 1h: see `parse_interval`."""
-
+EVERY_FIVE_MINUTES = Interval("5m")
 NUM_BLOCKS = 5
 MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
-MAX_YAML_DEPTH = 3  # a list in the mapping, and one more for the message to name the option
-MAX_YAML_BYTES = 2**18  # a configuration has a hundredth of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +148,7 @@ class Config:
     """Where decoded photos are kept; left out, the user's cache folder."""
     deterministic: bool = False
     """Repeat to the bit: fp32 and deterministic algorithms (on a CPU with the same --threads)."""
-    checkpoint_every: Interval | None = Interval("5m")
+    checkpoint_every: Interval | None = EVERY_FIVE_MINUTES
     """How often last.pt is saved within an epoch, in steps as 200 or in time as 30s; none only at an epoch's end."""
     report: bool = True
     """Draw the pictures and the page of the run folder at the end."""
@@ -174,41 +164,41 @@ class Config:
     def __post_init__(self) -> None:
         """Coerce every field to its type and check its range."""
         for name, kind in field_types().items():
-            object.__setattr__(self, name, _coerce(name, kind, getattr(self, name)))
+            object.__setattr__(self, name, coerce(name, kind, getattr(self, name)))
         object.__setattr__(self, "augment", _augmentations(self.augment))
         if len(self.filters) == 1:
             object.__setattr__(self, "filters", self.filters * NUM_BLOCKS)
-        _check("epochs", self.epochs, self.epochs >= 1, "1 or more")
-        _check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
-        _check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
-        _check("momentum", self.momentum, 0 <= self.momentum < 1, "0 to below 1")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or more")
-        _check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < float("inf"), "0 or more")
-        _check("decay_epochs", self.decay_epochs, self.decay_epochs is None or self.decay_epochs > 0, "above 0")
-        _check("decay_rate", self.decay_rate, 0 < self.decay_rate <= 1, "above 0, up to 1")
-        _check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 to below 1")
-        _check("patience", self.patience, self.patience is None or self.patience >= 1, "1 or more")
+        check("epochs", self.epochs, self.epochs >= 1, "1 or more")
+        check("batch_size", self.batch_size, self.batch_size >= 2, "2 or more")
+        check("lr", self.lr, 0 < self.lr < float("inf"), "a number above 0")
+        check("momentum", self.momentum, 0 <= self.momentum < 1, "0 to below 1")
+        check("weight_decay", self.weight_decay, 0 <= self.weight_decay < float("inf"), "0 or more")
+        check("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < float("inf"), "0 or more")
+        check("decay_epochs", self.decay_epochs, self.decay_epochs is None or self.decay_epochs > 0, "above 0")
+        check("decay_rate", self.decay_rate, 0 < self.decay_rate <= 1, "above 0, up to 1")
+        check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 to below 1")
+        check("patience", self.patience, self.patience is None or self.patience >= 1, "1 or more")
         limit = self.limit_train_batches
-        _check("limit_train_batches", limit, limit is None or limit >= 1, "1 or more")
-        _check("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "a number above 0")
-        _check("ema", self.ema, 0 <= self.ema < 1, "0 to below 1")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
-        _check("image_size", self.image_size, MIN_IMAGE_SIZE <= self.image_size <= 4096, "32 to 4096")
+        check("limit_train_batches", limit, limit is None or limit >= 1, "1 or more")
+        check("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "a number above 0")
+        check("ema", self.ema, 0 <= self.ema < 1, "0 to below 1")
+        check("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+        check("image_size", self.image_size, MIN_IMAGE_SIZE <= self.image_size <= 4096, "32 to 4096")
         cache_size = self.cache_size
         ok = cache_size is None or self.image_size <= cache_size <= 4096
-        _check("cache_size", cache_size, ok, f"the image size ({self.image_size}) to 4096")
-        _check("mean", self.mean, len(self.mean) == 3, "three numbers")
-        _check("std", self.std, len(self.std) == 3 and min(self.std) > 0, "three numbers above 0")
-        _check(
+        check("cache_size", cache_size, ok, f"the image size ({self.image_size}) to 4096")
+        check("mean", self.mean, len(self.mean) == 3, "three numbers")
+        check("std", self.std, len(self.std) == 3 and min(self.std) > 0, "three numbers above 0")
+        check(
             "filters", self.filters, len(self.filters) == NUM_BLOCKS and min(self.filters) > 0, "five numbers above 0"
         )
-        _check("kernel_size", self.kernel_size, self.kernel_size % 2 == 1 and self.kernel_size > 0, "an odd number")
-        _check("dense_neurons", self.dense_neurons, self.dense_neurons >= 1, "1 or more")
-        _check("dropout", self.dropout, 0 <= self.dropout < 1, "0 to below 1")
-        _check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "a share between 0 and 1")
-        _check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share from 0 to 1")
-        _check("max_pixels", self.max_pixels, self.max_pixels >= 1, "1 or more")
-        _check("devices", self.devices, self.devices >= 1, "1 or more")
+        check("kernel_size", self.kernel_size, self.kernel_size % 2 == 1 and self.kernel_size > 0, "an odd number")
+        check("dense_neurons", self.dense_neurons, self.dense_neurons >= 1, "1 or more")
+        check("dropout", self.dropout, 0 <= self.dropout < 1, "0 to below 1")
+        check("val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "a share between 0 and 1")
+        check("max_bad", self.max_bad, 0 <= self.max_bad <= 1, "a share from 0 to 1")
+        check("max_pixels", self.max_pixels, self.max_pixels >= 1, "1 or more")
+        check("devices", self.devices, self.devices >= 1, "1 or more")
         if self.batch_size % self.devices:
             nearest_multiple = max(1, round(self.batch_size / self.devices)) * self.devices
             raise UsageError(
@@ -220,10 +210,10 @@ class Config:
                 f"--augment {min(mixes)} takes photos in pairs: with {self.devices} devices, "
                 f"--batch-size must be a multiple of {2 * self.devices}"
             )
-        _check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
-        _check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
+        check("workers", self.workers, self.workers is None or self.workers >= 1, "1 or more")
+        check("threads", self.threads, self.threads is None or self.threads >= 1, "1 or more")
         kind = self.device.partition(":")[0]
-        _check("device", self.device, kind in DEVICES, f"one of {', '.join(DEVICES)}{nearest(kind, DEVICES)}")
+        check("device", self.device, kind in DEVICES, f"one of {', '.join(DEVICES)}{nearest(kind, DEVICES)}")
         if self.deterministic and self.precision not in ("auto", "fp32", "fp64"):
             raise UsageError("--deterministic needs --precision fp32 (or auto): 16-bit sums need not repeat to the bit")
 
@@ -284,87 +274,6 @@ def field_docs() -> dict[str, str]:
     return docs
 
 
-def resolve(*sources: Mapping[str, Any]) -> Config:
-    """Return the Config in which later sources override earlier ones; an unknown name is a UsageError."""
-    merged: dict[str, Any] = {}
-    for source in sources:
-        for name, value in source.items():
-            field = str(name).replace("-", "_")
-            if field not in field_types():
-                raise UsageError(f"no option '{name}'{nearest(field, field_types())}")
-            merged[field] = value
-    return Config(**merged)
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return the values of a recipe that ships with the package."""
-    if name not in recipe_names():
-        raise UsageError(
-            f"--recipe: expected one of {', '.join(recipe_names())}, got '{name}'{nearest(name, recipe_names())}"
-        )
-    return parse_yaml((_recipes() / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
-
-
-def read_yaml(path: Path, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
-    """Return the values of a configuration file: YAML with a mapping of option names to values."""
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise UsageError(f"{path} is too large for a configuration: expected at most {MAX_YAML_BYTES:,} bytes")
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path), max_depth)
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read the configuration {path}: {why}") from None
-
-
-def parse_yaml(text: str, name: str, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
-    """Return a YAML mapping as plain data."""
-    import yaml
-
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):  # before anything is made of it
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
-            if depth > max_depth:
-                raise ValueError("it is nested too deeply")
-        values = yaml.safe_load(text)
-    except Exception as error:  # values that do not fit their tags raise whatever they like
-        line = " ".join(str(error).split())
-        raise UsageError(f"{name} is not a YAML file: {line}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UsageError(f"{name}: expected a mapping of option names to values, got {type(values).__name__}")
-    for key in values:
-        if not isinstance(key, str):
-            raise UsageError(f"{name}: expected names of options, got a {type(key).__name__} for one")
-    return values
-
-
-def _recipes() -> Any:
-    return resources.files("fastcnn.config") / "recipes"
-
-
-def user_cache_folder() -> Path:
-    """Return the folder for what can be made again: decoded photos, built kernels, engines' timings."""
-    try:
-        import platformdirs
-    except ImportError:  # a bare GPU box that only proves the engines
-        return Path.home() / ".cache" / "fastcnn"
-    return platformdirs.user_cache_path("fastcnn")
-
-
-def option_name(field: str) -> str:
-    """Return the option of a field: --batch-size for batch_size."""
-    return "--" + field.replace("_", "-")
-
-
 def _augmentations(items: tuple[str, ...]) -> tuple[str, ...]:
     """Return augmentations as name=strength, presets written out."""
     items = tuple(PRESETS[items[0]] if len(items) == 1 and items[0] in PRESETS else items)
@@ -378,95 +287,7 @@ def _augmentations(items: tuple[str, ...]) -> tuple[str, ...]:
                 f"got '{name}'{nearest(name, choices)}"
             )
         default, most = STRENGTHS[name]
-        value = _coerce_scalar("augment", float, strength) if equals else default
-        _check("augment", item, 0 < value <= most, f"a strength of {name} above 0, up to {most:g}")
+        value = coerce_scalar("augment", float, strength) if equals else default
+        check("augment", item, 0 < value <= most, f"a strength of {name} above 0, up to {most:g}")
         found[name] = f"{name}={value:g}"
     return tuple(found.values())
-
-
-def _check(name: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        raise UsageError(f"{option_name(name)}: expected {expected}, got {shown}")
-
-
-def _coerce(name: str, kind: Any, value: Any) -> Any:
-    """Return `value` as `kind`: options and YAML give strings where numbers are meant (PyYAML reads 1e-3 as one)."""
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if value is None or value in ("", "none", "None"):
-            return None
-        return _coerce(name, next(k for k in get_args(kind) if k is not type(None)), value)
-    if origin is Literal:
-        choices = get_args(kind)
-        _check_scalar(name, value)
-        if value not in choices:
-            raise UsageError(
-                f"{option_name(name)}: expected one of {', '.join(choices)}, "
-                f"got '{value}'{nearest(str(value), choices)}"
-            )
-        return value
-    if origin is tuple:
-        items = value.strip("[]() ").split(",") if isinstance(value, str) else value
-        if items in (["none"], [""], None):
-            items = []
-        items = items if isinstance(items, list | tuple) else [items]
-        return tuple(
-            _coerce(name, get_args(kind)[0], item.strip() if isinstance(item, str) else item) for item in items
-        )
-    return _coerce_scalar(name, kind, value)
-
-
-def parse_bytes(text: str) -> int | None:
-    """Return the bytes that 500MB, 2G, 1.5 GiB or 1000 stand for; None for anything else or less than 1."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d*)?) *([kmgt]?)(i?)b?", text.strip().lower(), re.ASCII)
-    if match is None or (match[3] and not match[2]):
-        return None
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) or None
-
-
-def parse_interval(text: str) -> tuple[int | None, float | None]:
-    """Return (steps, None) for 200, (None, seconds) for 30s, 5m or 1.5h, (None, None) for anything else or nothing."""
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d*)?) *(steps|[smh]?)", text.strip().lower(), re.ASCII)
-    if match is None or not float(match[1]):
-        return None, None
-    if match[2] in ("steps", ""):
-        return (None, None) if "." in match[1] else (int(match[1]), None)
-    return None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def _coerce_scalar(name: str, kind: type, value: Any) -> Any:
-    _check_scalar(name, value)
-    if kind is Bytes:
-        count = parse_bytes(str(value)) if not isinstance(value, bool) else None
-        if count is None:
-            raise UsageError(f"{option_name(name)}: expected bytes as 2GB, 500MB or 1.5GiB, got '{value}'")
-        return count
-    if kind is Interval:
-        if isinstance(value, bool) or parse_interval(str(value)) == (None, None):
-            raise UsageError(f"{option_name(name)}: expected steps as 200, or a time as 30s or 5m, got '{value}'")
-        return str(value).strip()
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-    text = str(value).strip()
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if kind is str and isinstance(value, str | Path):
-            return str(value)
-        if kind in (int, float) and not isinstance(value, bool):
-            number = float(text)
-            if kind is float:
-                return number
-            if number == int(number):
-                return int(text) if text.lstrip("+-").isdigit() else int(number)
-    except (ValueError, KeyError, OverflowError):
-        pass
-    raise UsageError(f"{option_name(name)}: expected {expected}, got '{value}'")
-
-
-def _check_scalar(name: str, value: object) -> None:
-    """Raise UsageError for what YAML has beside scalars. It is not shown: it may print longer than memory is."""
-    if not isinstance(value, bool | int | float | str | Path | None):
-        raise UsageError(f"{option_name(name)}: expected one value, got a {type(value).__name__}")
-    if isinstance(value, int) and abs(value) >= 2**64:  # with more digits than Python prints, perhaps
-        raise UsageError(f"{option_name(name)}: expected a smaller number")

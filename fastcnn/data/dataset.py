@@ -18,11 +18,13 @@ from fastcnn.data import cache as caches
 from fastcnn.data import index as indexes
 from fastcnn.data import loaders
 from fastcnn.data.cache import Cache
-from fastcnn.data.index import Index, printable
+from fastcnn.data.index import Index
+from fastcnn.data.split import draw_split, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.storage import files
 from fastcnn.system.ranks import ALONE, Ranks
-from fastcnn.training.metrics import Stopwatch
+from fastcnn.system.stopwatch import Stopwatch
+from fastcnn.system.text import printable
 
 NUM_NAMED = 10  # bad photos that an error names
 
@@ -154,9 +156,9 @@ def prepare(
         splits = index.folders
     elif split:
         own = Path(split)
-        splits = ranks.share(lambda: indexes.read_split(own, index))
+        splits = ranks.share(lambda: read_split(own, index))
     else:
-        splits = indexes.split(index, val_fraction, seed)
+        splits = draw_split(index, val_fraction, seed)
     listed = splits != ""
     if not listed.all():
         warn(f"{(~listed).sum()} photos are not listed in {split} and are left out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 from collections import Counter
@@ -17,8 +16,7 @@ import numpy.typing as npt
 from fastcnn.data import shards
 from fastcnn.data.shards import Shards
 from fastcnn.errors import DataError, nearest, warn
-from fastcnn.storage import files
-from fastcnn.storage.files import printable as printable
+from fastcnn.system.text import printable
 from pipelines.verdict import Member
 
 Split = Literal["train", "val", "test"]
@@ -189,65 +187,6 @@ def check_classes(index: Index) -> None:
             raise DataError(f"no {what} in {index.root}: add photos or remove the folder")
         if missing:
             warn(f"the {split} folder of {index.root} has no photos of: {', '.join(missing)}")
-
-
-def split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
-    """Return (N,) train, val or test for each photo, as the folders say, or stratified by `seed`.
-
-    With both a validation and a test folder they are used as they are. With one of them, that is the test set. The
-    training photos are then split so that each class gives round(n * val_fraction) of its n photos, at least one and
-    at most n - 1, to validation.
-    """
-    splits = index.folders.astype("<U5")
-    held_out = set(splits) - {"train"}
-    if held_out == {"val", "test"}:
-        return splits
-    splits[splits == "val"] = "test"
-    for label in range(len(index.classes)):
-        mine = np.flatnonzero((index.labels == label) & (splits == "train"))
-        if len(mine) < 2:
-            raise DataError(
-                f"class '{index.classes[label]}' has {len(mine)} usable training photo: two or more are needed"
-            )
-        num_val = min(max(1, _round_half_up(len(mine) * val_fraction)), len(mine) - 1)
-        order = np.random.default_rng([seed, label]).permutation(len(mine))
-        splits[mine[order[:num_val]]] = "val"
-    return splits
-
-
-def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:
-    """Write path, label and split of every photo as CSV."""
-    labels = (index.classes[label] for label in index.labels)
-    files.write_csv(path, [("path", "label", "split"), *zip(index.paths, labels, splits, strict=True)])
-
-
-def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
-    """Return (N,) train, val, test or "" (not listed) for each photo of the index, from a split.csv.
-
-    Raises DataError where the file is no split.csv, or lists a photo or class that the folder does not hold.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, csv.Error) as error:
-        raise DataError(f"cannot read the split {path}: {error}") from None
-    splits = np.full(len(index), "", "<U5")
-    position = {photo: i for i, photo in enumerate(index.paths)}
-    for line, row in enumerate(rows, 2):
-        photo, label, part = row.get("path"), row.get("label"), row.get("split")
-        if photo is None or part not in ("train", "val", "test"):
-            raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
-        if photo not in position:
-            raise DataError(
-                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; "
-                "was the split made from another folder?"
-            )
-        if index.classes[index.labels[position[photo]]] != label:
-            raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
-        splits[position[photo]] = part
-    if not {"train", "val"} <= set(splits):
-        raise DataError(f"{path} names no photos for training or none for validation")
-    return splits
 
 
 def _check_folder(root: Path) -> None:
@@ -442,10 +381,6 @@ def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str
                     yield path, info.st_size, info.st_mtime_ns
                 except OSError:
                     yield path, 0, 0
-
-
-def _round_half_up(x: float) -> int:
-    return int(x + 0.5)
 
 
 def _sibling(root: Path) -> str:

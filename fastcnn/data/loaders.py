@@ -11,9 +11,10 @@ import torch
 
 import pipelines
 from fastcnn.config.fields import Loader
+from fastcnn.data.buffered_feed import Buffered
 from fastcnn.data.cache import Cache
 from fastcnn.data.crops import crop_boxes
-from fastcnn.data.feeds import CHUNK, Buffered, Epoch, Feed, Fill, Selected, Sharded, Share
+from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, Selected, Sharded, Share
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system import device as runtime

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from fastcnn.data import tar
 from fastcnn.errors import DataError, warn
-from fastcnn.storage.files import printable
+from fastcnn.system.text import printable
 
 CLASSES = "classes.txt"
 ORIGINALS = "paths.csv"

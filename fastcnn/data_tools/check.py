@@ -16,9 +16,10 @@ import numpy.typing as npt
 import pipelines
 from fastcnn.config.fields import Decoder
 from fastcnn.data import index as indexes
-from fastcnn.data.index import Index, printable
+from fastcnn.data.index import Index
 from fastcnn.data_tools import duplicates as twins
 from fastcnn.errors import FastCNNError
+from fastcnn.system.text import printable
 from pipelines.facts import Facts, facts, misnamed
 from pipelines.verdict import Source, Unusable, Verdict, read
 from pipelines.workers import Workers, shared

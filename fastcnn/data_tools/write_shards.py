@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data import index, shards
-from fastcnn.data.index import Index, printable
+from fastcnn.data.index import Index
 from fastcnn.data_tools.http_download import check_space
 from fastcnn.errors import DataError, FastCNNError, UsageError
 from fastcnn.storage import files
 from fastcnn.system import signals
 from fastcnn.system.console import Console
+from fastcnn.system.text import printable
 from pipelines.verdict import Unusable, image_format, read
 
 SHARD_BYTES = 256_000_000

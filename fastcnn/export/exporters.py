@@ -27,13 +27,12 @@ from fastcnn.inference import artefact
 from fastcnn.inference import file_formats as container
 from fastcnn.inference.artefact import Images
 from fastcnn.network.inference_network import Deployed, Inference
+from fastcnn.network.pixels import Normalise, resized
+from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint
 from fastcnn.storage import files as whole
 from fastcnn.storage import run_folder as runs
 from fastcnn.system import device as runtime
-from fastcnn.training.augment import resized
-from fastcnn.training.evaluation import restore
-from fastcnn.training.step import Normalise
 
 Half = Literal["auto", "bf16", "fp16"]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcnn.data.index import printable
 from fastcnn.errors import FastCNNError
 from fastcnn.storage import files as whole
+from fastcnn.system.text import printable
 
 
 def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path], run: Path | None = None) -> Path:

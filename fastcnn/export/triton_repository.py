@@ -12,9 +12,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcnn.data.index import printable
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.inference import artefact
+from fastcnn.system.text import printable
 
 MAX_BATCH_SIZE = 64  # photos that the server may run at once; 64 of 128 px are 3 MB
 

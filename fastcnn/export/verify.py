@@ -19,10 +19,9 @@ from fastcnn.data import dataset
 from fastcnn.errors import FastCNNError, FastCNNWarning, warn
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact, Golden, Images, Probabilities
+from fastcnn.network.pixels import Normalise, resized
+from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint
-from fastcnn.training.augment import resized
-from fastcnn.training.evaluation import restore
-from fastcnn.training.step import Normalise
 
 BATCH_SIZE = 64
 

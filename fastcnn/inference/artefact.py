@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.config.fields import user_cache_folder
 from fastcnn.errors import CheckError, FastCNNError, first_line, nearest, warn
 from fastcnn.inference import file_formats as container
 from fastcnn.inference.file_formats import FORMATS
+from fastcnn.storage.paths import user_cache_folder
 
 FORMAT = 2
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import prometheus_client
 
 from fastcnn.inference.artefact import Artefact
-from fastcnn.inference.predict import Classifier, Probabilities
+from fastcnn.inference.classifier import Classifier, Probabilities
 from pipelines.verdict import MAX_PIXELS, Verdict
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.network.pixels import Normalise, Places
 from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
 from fastcnn.network.sync_layers import SyncBatchNorm
-from fastcnn.training.augment import Places
-from fastcnn.training.step import Normalise
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastcnn.config.fields import MIN_IMAGE_SIZE, NUM_BLOCKS
-from fastcnn.errors import UsageError, nearest
+from fastcnn.errors import FastCNNError, UsageError, first_line, nearest
 from fastcnn.network.kernels import cpu_max_pool as pool
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -168,3 +169,25 @@ class SmallCNN(nn.Module):
         """(N, 3, image_size, image_size) normalised float -> (N, num_classes) logits."""
         x = self.blocks(x).flatten(1)
         return self.output(self.dropout(self.activation(self.dense(x))))  # type: ignore[no-any-return]
+
+
+def restore(state: dict[str, Any]) -> SmallCNN:
+    """Return the network of a checkpoint, with its weights, ready to be evaluated.
+
+    Raises FastCNNError where it and its weights are not of one network; nothing of any size is made before that.
+    """
+    network, config = state["network"], {**state["config"], "num_classes": len(state["classes"])}
+    try:
+        other = next((name for name in network if network[name] != config.get(name)), None)
+        if other:
+            raise ValueError(f"'{other}' is {network[other]} for the network and {config.get(other)} elsewhere")
+        with torch.device("meta"):  # shapes alone
+            expected = SmallCNN(**network).state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in state["model"].items()}:
+            raise ValueError("its weights are of another network")
+        model = SmallCNN(**network)
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise FastCNNError(f"the checkpoint cannot be used: {first_line(error)}") from None
+    return model.eval()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data.index import printable
-from fastcnn.training.metrics import Score, confusion_matrix
+from fastcnn.system.text import printable
+from fastcnn.training.metrics import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +133,10 @@ def _mean(values: npt.NDArray[np.float64]) -> float:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def confusion_matrix(
+    labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], num_classes: int
+) -> npt.NDArray[np.int64]:
+    """Return (num_classes, num_classes) counts: a row a true class, a column a predicted one."""
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)

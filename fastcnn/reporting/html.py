@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastcnn.data.index import printable
+from fastcnn.system.text import printable
 
 NUM_ROWS = 60  # a table of more scrolls in its box
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data.index import printable
+from fastcnn.system.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fastcnn.training.metrics import Sample
+    from fastcnn.reporting.outcome import Sample
 
 NUM_SAMPLES = 30
 RIGHT, WRONG = "#1a7f37", "#c62828"

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn.config import coerce
 from fastcnn.config import fields as configs
-from fastcnn.data.index import printable
 from fastcnn.reporting import html as pages
 from fastcnn.reporting import plots as pictures
 from fastcnn.reporting.class_scores import Scorecard, number
-from fastcnn.training.metrics import Sample
+from fastcnn.reporting.outcome import Sample
+from fastcnn.system.text import printable
 
 NUM_BAD = 20  # bad photos that the page lists
 
@@ -111,9 +112,9 @@ def command(config: Mapping[str, Any]) -> str:
     for field, value in config.items():
         if field == "data" or value == defaults.get(field) or value is None:
             continue
-        option = configs.option_name(field)
+        option = coerce.option_name(field)
         if isinstance(value, bool):
-            words.append(option if value else configs.option_name(f"no_{field}"))
+            words.append(option if value else coerce.option_name(f"no_{field}"))
         elif isinstance(value, list):
             words.append(f"{option} {','.join(map(str, value)) or 'none'}")
         else:

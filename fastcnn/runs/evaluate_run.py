@@ -12,14 +12,15 @@ from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError, FastCNNError, warn
+from fastcnn.network.pixels import Normalise
+from fastcnn.network.small_cnn import restore
 from fastcnn.reporting import class_scores as scorecard
 from fastcnn.reporting.class_scores import Scorecard
 from fastcnn.storage import checkpoint
 from fastcnn.storage import run_folder as runs
 from fastcnn.system import device as runtime
-from fastcnn.training.evaluation import BATCH_SIZE, Evaluator, restore
-from fastcnn.training.optimizers import FlatParameters
-from fastcnn.training.step import Normalise
+from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
+from fastcnn.training.parameters import FlatParameters
 
 SETS = ("val", "test", "train", "all")
 

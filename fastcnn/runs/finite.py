@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import shuffled
-from fastcnn.data.index import printable
 from fastcnn.errors import FastCNNError, warn
 from fastcnn.runs.state import Session
 from fastcnn.storage import files
+from fastcnn.system.text import printable
 
 
 def check(session: Session, data: Dataset, epoch: int, before: int, done: int) -> None:

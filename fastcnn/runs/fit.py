@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 import yaml
 
-from fastcnn.config.fields import Config, parse_interval
-from fastcnn.data import dataset, index
+from fastcnn.config.coerce import parse_interval
+from fastcnn.config.fields import Config
+from fastcnn.data import dataset, split
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
@@ -33,16 +34,17 @@ from fastcnn.runs.results import finish
 from fastcnn.runs.resume import Interrupted, restore, what_is_saved
 from fastcnn.runs.state import Session
 from fastcnn.runs.trackers import Run, Tracker
-from fastcnn.storage import files
+from fastcnn.storage import files, locks
 from fastcnn.storage import run_folder as runs
 from fastcnn.system import device as runtime
 from fastcnn.system import launch, ranks, signals
 from fastcnn.system.console import Console
 from fastcnn.system.ranks import Ranks
+from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.training import engines
 from fastcnn.training.engines import Engine
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
-from fastcnn.training.metrics import Live, Score, Stopwatch
+from fastcnn.training.metrics import Live, Score
 from fastcnn.training.step import TrainingStep
 
 
@@ -116,7 +118,7 @@ def _folder(
                 folder = runs.find(going_on)
             else:
                 folder = stack.enter_context(runs.folder(kept or run_dir, Path(config.data).name or "run"))
-            stack.enter_context(runs.held(folder))
+            stack.enter_context(locks.held(folder))
             group.keep("run folder", str(folder.resolve()))
             return folder, bool(going_on)
 
@@ -457,7 +459,7 @@ def _rank(row: dict[str, float]) -> tuple[float, float]:
 def _write_inputs(session: Session, data: Dataset) -> None:
     folder = session.run_dir
     _write_config(folder, session.config)
-    index.write_split(folder / "split.csv", data.index, data.splits)
+    split.write_split(folder / "split.csv", data.index, data.splits)
     dataset.write_bad(folder / "bad_images.csv", data.bad)
 
 

@@ -15,6 +15,7 @@ from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.reporting import class_scores as scorecard
 from fastcnn.reporting import plots as pictures
 from fastcnn.reporting import run_report as report
+from fastcnn.reporting.outcome import Outcome, Sample
 from fastcnn.runs import state as sessions
 from fastcnn.runs import trackers as tracking
 from fastcnn.runs.state import Session
@@ -22,8 +23,8 @@ from fastcnn.runs.trackers import Tracker
 from fastcnn.storage import checkpoint, files
 from fastcnn.system import device as runtime
 from fastcnn.system.console import Console
+from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.training.evaluation import Evaluation
-from fastcnn.training.metrics import Outcome, Sample, Stopwatch
 
 STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report", "export")
 

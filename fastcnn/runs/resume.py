@@ -8,7 +8,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config.fields import Config, option_name, read_yaml, resolve
+from fastcnn.config.coerce import option_name
+from fastcnn.config.fields import Config
+from fastcnn.config.load import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.runs.state import Session
 from fastcnn.storage import checkpoint

@@ -21,17 +21,20 @@ from fastcnn.data.loaders import Feed
 from fastcnn.errors import FastCNNError, fall_back, first_line, warn
 from fastcnn.network import fused_forward as fused
 from fastcnn.network import sync_layers as sync
+from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.storage import checkpoint
 from fastcnn.storage import run_folder as runs
 from fastcnn.system import device as runtime
 from fastcnn.system.ranks import ALONE, Ranks
-from fastcnn.training import engines
+from fastcnn.training import engine_choice, engines
 from fastcnn.training.augment import Augment
 from fastcnn.training.engines import Engine
 from fastcnn.training.evaluation import Evaluation, Evaluator
-from fastcnn.training.optimizers import OPTIMIZERS, FlatParameters, average_weights, scaled_lr, schedule
-from fastcnn.training.step import Normalise, TrainingStep
+from fastcnn.training.optimizers import OPTIMIZERS
+from fastcnn.training.parameters import FlatParameters
+from fastcnn.training.schedules import average_weights, scaled_lr, schedule
+from fastcnn.training.step import TrainingStep
 
 
 @dataclass
@@ -259,7 +262,7 @@ def make_engine(session: Session) -> Engine:
         shape = {name: getattr(config, name) for name in ("batch_size", "precision", "augment")}
         signature = json.dumps([hardware, torch.__version__, session.model.options, shape])
         num_steps = config.epochs * step.num_steps
-        engine, name, session.why = engines.choose(
+        engine, name, session.why = engine_choice.choose(
             step, num_steps, signature, strict=config.strict, slowest=session.ranks.slowest
         )
     else:

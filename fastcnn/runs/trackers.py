@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastcnn.reporting.outcome import Outcome
 from fastcnn.runs.wandb_tracker import WandbTracker
 from fastcnn.system.console import Console
-from fastcnn.training.metrics import Outcome
 
 COLUMNS = (
     "epoch",

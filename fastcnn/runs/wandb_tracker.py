@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fastcnn.errors import first_line, warn
+from fastcnn.reporting.outcome import Outcome
 from fastcnn.system.console import Console
-from fastcnn.training.metrics import Outcome
 
 if TYPE_CHECKING:
     import wandb

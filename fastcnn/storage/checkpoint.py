@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.config.fields import field_types, resolve
+from fastcnn.config.fields import field_types
+from fastcnn.config.load import resolve
 from fastcnn.errors import FastCNNError, UsageError, first_line
 from fastcnn.storage import files
 

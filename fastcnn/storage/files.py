@@ -48,12 +48,6 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     write(path, text.getvalue())
 
 
-def printable(name: str) -> str:
-    """Return a path or class name as any terminal, font or page takes it: a line, bytes that are no UTF-8 escaped."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def is_partial(path: Path) -> bool:
     """Return whether a file is what a killed `write` left."""
     return path.name.startswith(".") and path.name.endswith(".partial")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fastcnn.errors import FastCNNError, nearest
 from fastcnn.storage import files
+from fastcnn.storage.locks import LOCK
 
 RUNS = Path("runs")
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG = "config.yaml"
 
 
 @contextlib.contextmanager
@@ -51,27 +52,6 @@ def _make(folder: str | Path | None, name: str) -> Path:
     except OSError as error:
         raise FastCNNError(f"cannot make the run folder: {error}; choose another with --run-dir") from None
     raise AssertionError
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other commands from training in a run's folder. The system gives it free when its holder dies."""
-    import filelock
-
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise FastCNNError(f"another command is training in {folder}: wait until it ends, or stop it") from None
-    except (OSError, NotImplementedError):  # whatever cannot be written is said by what is written next
-        yield
-        return
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows deletes nothing that is open
-            (folder / LOCK).unlink()
-        lock.release()
 
 
 def _is_rest(path: Path) -> bool:

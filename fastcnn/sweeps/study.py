@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcnn.errors import FastCNNError, UsageError, first_line
 from fastcnn.storage import files
-from fastcnn.sweeps.sweep_file import Bell, Choice, Hyperband, Parameter, Sweep
+from fastcnn.sweeps.search_space import Bell, Choice, Hyperband, Parameter, Sweep
 
 if TYPE_CHECKING:
     import optuna

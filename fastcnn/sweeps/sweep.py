@@ -9,13 +9,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import fields as config
+from fastcnn.config import coerce, load
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.storage import files
 from fastcnn.storage import run_folder as runs
 from fastcnn.sweeps import plots as sweep_pictures
+from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.study import FOLDER, Claimed, Line, Study
-from fastcnn.sweeps.sweep_file import METRICS, Sweep
+from fastcnn.sweeps.sweep_file import METRICS
 from fastcnn.sweeps.trial_process import Ending, Epoch, Job, Slot
 from fastcnn.system import signals
 from fastcnn.system.console import Console
@@ -175,7 +176,7 @@ def run(
     """
     console = console or Console(quiet=True)
     options = {**options, **sweep.fixed}
-    base = config.resolve(options)
+    base = load.resolve(options)
     if not base.data:
         raise UsageError("which photos? fastcnn sweep DATA, where DATA is a folder of photos")
     if not Path(base.data).is_dir():
@@ -192,7 +193,7 @@ def run(
         "metric": [sweep.metric, sweep.goal],
         "early_terminate": sweep.text.get("early_terminate"),
         "parameters": {name: sweep.text["parameters"][_key(sweep, name)] for name in sweep.parameters},
-        **{config.option_name(name): value for name, value in options.items() if name not in LOCAL},
+        **{coerce.option_name(name): value for name, value in options.items() if name not in LOCAL},
     }
     study = Study(folder, sweep, storage=storage, seed=base.seed, definition=definition)
     sweeping = Sweeping(study, folder, options, min(limits), pack, console)
@@ -278,7 +279,7 @@ def _write_best(best: Line, folder: Path, options: Mapping[str, Any]) -> None:
         return
     import yaml  # the trial ran on another machine
 
-    text = yaml.safe_dump(config.resolve(options, best.values).to_dict(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(load.resolve(options, best.values).to_dict(), sort_keys=False, allow_unicode=True)
     files.write(folder / runs.CONFIG, text)
 
 

@@ -237,7 +237,7 @@ def _run(job: Job, connection: Connection) -> Ending:
 
 
 def _train(job: Job, connection: Connection) -> None:
-    from fastcnn.config import fields as config
+    from fastcnn.config import load
     from fastcnn.runs.fit import fit
     from fastcnn.runs.resume import is_finished, resumed_config
     from fastcnn.storage import checkpoint
@@ -256,7 +256,7 @@ def _train(job: Job, connection: Connection) -> None:
         fit(resumed_config(folder, {}), resume=folder, trackers=[reporter])
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fit(config.resolve(share(job.options, job.slots)), run_dir=folder, trackers=[reporter])
+        fit(load.resolve(share(job.options, job.slots)), run_dir=folder, trackers=[reporter])
 
 
 class Reporter:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import fields as config
+from fastcnn.config import load
 from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.runs.wandb_tracker import logged_in
+from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.sweep import SWEEPS
-from fastcnn.sweeps.sweep_file import Sweep
 from fastcnn.sweeps.trial_process import Epoch, Job, Slot
 from fastcnn.system.console import Console
 
@@ -41,7 +41,7 @@ def run(
 
     console = console or Console(quiet=True)
     folder = folder or SWEEPS / sweep.name
-    base = config.resolve(options)
+    base = load.resolve(options)
     if not logged_in(wandb.setup().settings):
         raise FastCNNError("--wandb: not logged in: wandb login, or leave out --wandb to search with Optuna, here")
     project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
@@ -80,7 +80,7 @@ def run(
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """Return the options in the file that W&B's agent writes for a run: a mapping of names to {value: ...}."""
-    given = config.read_yaml(path, 4)
+    given = load.read_yaml(path, 4)
     return {
         name: entry["value"]
         for name, entry in given.items()

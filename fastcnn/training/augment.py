@@ -17,31 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Places(NamedTuple):
-    """A batch that was not read yet: where its photos lie."""
-
-    images: Tensor
-    """(M, size, size, 3) uint8."""
-    photos: Tensor | None
-    """(N,) int64 which of them; None is all."""
-    moves: Tensor | None
-    """(N, 3) int32 of each: 1, or -1 where it is mirrored, then what column and row stand in the first; None is none.
-
-    Column x is column `clamp(mirror * x + start)` of the photo: what lies outside is the nearest inside.
-    """
-
-    def read(self) -> Tensor:
-        """Return the batch (N, size, size, 3)."""
-        images, side = self.images, self.images.shape[1]
-        photos = torch.arange(len(images), device=images.device) if self.photos is None else self.photos
-        if self.moves is None:
-            return images.index_select(0, photos)
-        line = torch.arange(side, device=images.device)
-        columns = (self.moves[:, :1] * line + self.moves[:, 1:2]).clamp(0, side - 1)  # (N, W)
-        rows = (line + self.moves[:, 2:]).clamp(0, side - 1)  # (N, H)
-        places = (photos[:, None, None] * side + rows[:, :, None]) * side + columns[:, None, :]  # (N, H, W)
-        return images.view(-1, 3).index_select(0, places.view(-1)).view(len(photos), side, side, 3)
+from fastcnn.network.pixels import Places
 
 
 class Batch(NamedTuple):
@@ -242,15 +218,6 @@ class Augment:
             batch, left = mixed
             share = share * left
         return Batch(batch, labels, labels.index_select(0, pairs), share)
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """Return (N, size, size, 3) uint8: what evaluation and an exported model make of larger cached photos."""
-    if images.shape[1] == size:
-        return images
-    pixels = images.permute(0, 3, 1, 2).float()
-    pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _moves(view: View) -> Tensor:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.data.loaders import Feed
-from fastcnn.errors import FastCNNError, first_line
+from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.ranks import ALONE, Ranks
-from fastcnn.training.augment import resized
 from fastcnn.training.engines import Eager, Engine, Step
 from fastcnn.training.metrics import Score, Sums
-from fastcnn.training.step import Normalise, forward
+from fastcnn.training.step import forward
 
 BATCH_SIZE = 128
 
@@ -138,25 +136,3 @@ class _evaluating:  # noqa: N801  (read as a function)
 
     def __exit__(self, *error: object) -> None:
         self.model.train(self.was_training)
-
-
-def restore(state: dict[str, Any]) -> SmallCNN:
-    """Return the network of a checkpoint, with its weights, ready to be evaluated.
-
-    Raises FastCNNError where it and its weights are not of one network; nothing of any size is made before that.
-    """
-    network, config = state["network"], {**state["config"], "num_classes": len(state["classes"])}
-    try:
-        other = next((name for name in network if network[name] != config.get(name)), None)
-        if other:
-            raise ValueError(f"'{other}' is {network[other]} for the network and {config.get(other)} elsewhere")
-        with torch.device("meta"):  # shapes alone
-            expected = SmallCNN(**network).state_dict()
-        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        if shapes != {name: tuple(tensor.shape) for name, tensor in state["model"].items()}:
-            raise ValueError("its weights are of another network")
-        model = SmallCNN(**network)
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise FastCNNError(f"the checkpoint cannot be used: {first_line(error)}") from None
-    return model.eval()

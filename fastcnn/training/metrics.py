@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,33 +18,6 @@ class Score:
     """Share of photos whose most probable class is the right one."""
     count: int
     """Photos."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A photo and what the model says of it, to be shown."""
-
-    path: str
-    image: npt.NDArray[np.uint8]
-    """(H, W, 3)."""
-    label: str
-    predicted: str
-    probability: float
-    """The model's, for the class that it predicts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a finished run leaves, for the trackers; what it does not have is left out."""
-
-    summary: Mapping[str, Any]
-    """What result.json holds."""
-    classes: Sequence[str]
-    confusion: npt.NDArray[np.int64] | None = None
-    """As `confusion_matrix` returns it."""
-    samples: Sequence[Sample] = ()
-    exported: Sequence[Path] = ()
-    """The exported model's files."""
 
 
 class Sums:
@@ -108,37 +74,3 @@ class Live:
         host.copy_(self.sums.values, non_blocking=True)
         event.record()
         self.marks += 1
-
-
-def confusion_matrix(
-    labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], num_classes: int
-) -> npt.NDArray[np.int64]:
-    """Return (num_classes, num_classes) counts: a row a true class, a column a predicted one."""
-    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a stage, and take it from the one around it."""
-        start, around = time.perf_counter(), self._open[-1] if self._open else None
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._open.pop()
-            elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
-            if around is not None:
-                self.seconds[around] = self.seconds.get(around, 0.0) - elapsed
-
-    def total(self) -> float:
-        """Return the seconds since the stopwatch was made."""
-        return time.perf_counter() - self._start

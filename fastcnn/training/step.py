@@ -9,37 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn.data.feeds import Chances, Feed
+from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training.augment import Augment, Batch
 from fastcnn.training.metrics import Sums
-from fastcnn.training.optimizers import FlatParameters, LossScale, Optimizer
-
-
-class Normalise:
-    """uint8 photos to the network's input: (N, H, W, 3) to (N, 3, H, W) channels_last, float."""
-
-    def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        # For a whole row of pixels (W * 3,): broadcasting three numbers takes 3.5 times as long on a CPU.
-        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).repeat(image_size)
-        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).repeat(image_size)
-        self.dtype, self.image_size = dtype, image_size
-        # The same in a form that 16 bits hold: whole numbers to subtract, scales, and what is left to add.
-        middle = [min(max(round(255 * m), 0), 255) for m in mean]
-        rest = [(c / 255 - m) / s for c, m, s in zip(middle, mean, std, strict=True)]
-        self.colours = torch.tensor([middle, [1 / (255 * s) for s in std], rest], device=device)  # (3, 3) fp32
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the normalised images. The arithmetic is fp32; the result is rounded once."""
-        rows = images.flatten(2)  # (N, H, W * 3)
-        return torch.addcmul(self.shift, rows, self.scale).to(self.dtype).view(images.shape).permute(0, 3, 1, 2)
+from fastcnn.training.optimizers import LossScale, Optimizer
+from fastcnn.training.parameters import FlatParameters
 
 
 def forward(

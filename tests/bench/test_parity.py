@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 def unnormalised_evaluation(patch: pytest.MonkeyPatch) -> None:
     """Evaluate pixels from 0 to 1 and not normalised ones."""
+    from fastcnn.network.pixels import Normalise
     from fastcnn.training import evaluation as evaluate
-    from fastcnn.training.step import Normalise
 
     init = evaluate.EvaluationStep.__init__
 
@@ -49,9 +49,9 @@ def shifted_labels(patch: pytest.MonkeyPatch) -> None:
 def halved_learning_rate(patch: pytest.MonkeyPatch) -> None:
     """Train at half the learning rate."""
     from fastcnn.runs import state as session
-    from fastcnn.training import optimizers as optim
+    from fastcnn.training import schedules
 
-    patch.setattr(session, "schedule", lambda *given, **named: optim.schedule(*given, **named) / 2)
+    patch.setattr(session, "schedule", lambda *given, **named: schedules.schedule(*given, **named) / 2)
 
 
 def unasked_augmentation(patch: pytest.MonkeyPatch) -> None:
@@ -222,8 +222,8 @@ def test_both_sides_start_alike() -> None:
 
     from bench.baselines import seed
     from fastcnn import SmallCNN
-    from fastcnn.training.optimizers import schedule
-    from fastcnn.training.step import Normalise
+    from fastcnn.network.pixels import Normalise
+    from fastcnn.training.schedules import schedule
 
     torch.manual_seed(3)
     plain = seed.small_cnn(10, 64)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastcnn.config import coerce, load
 from fastcnn.config import fields as config
-from fastcnn.config.fields import Config, resolve
+from fastcnn.config.fields import Config
+from fastcnn.config.load import resolve
 from fastcnn.data.loaders import LOADERS
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export.exporters import EXPORTERS
@@ -19,7 +21,8 @@ from fastcnn.runs.wandb_tracker import MODES
 from fastcnn.system.device import DTYPES
 from fastcnn.training.augment import AUGMENTATIONS
 from fastcnn.training.engines import ENGINES, NEXT_BEST
-from fastcnn.training.optimizers import OPTIMIZERS, SCHEDULES
+from fastcnn.training.optimizers import OPTIMIZERS
+from fastcnn.training.schedules import SCHEDULES
 from pipelines import BACKENDS
 
 
@@ -54,7 +57,7 @@ def test_every_field_has_help() -> None:
 
 
 def test_recipe_seed_is_the_defaults() -> None:
-    assert resolve(config.read_recipe("seed")) == Config()
+    assert resolve(load.read_recipe("seed")) == Config()
 
 
 @pytest.mark.parametrize(
@@ -131,14 +134,14 @@ def test_round_trip_through_yaml(tmp_path: Path) -> None:
 
     original = Config(data="x", filters=(8, 16, 32, 64, 128), lr=1e-5)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(original.to_dict()))
-    assert resolve(config.read_yaml(tmp_path / "c.yaml")) == original
+    assert resolve(load.read_yaml(tmp_path / "c.yaml")) == original
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00", "!!python/object/apply:os.system [echo]", "- - -"])
 def test_bad_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
-        config.read_yaml(tmp_path / "c.yaml")
+        load.read_yaml(tmp_path / "c.yaml")
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +166,7 @@ def test_any_value_is_taken_or_refused(values: dict[str, Any]) -> None:
     ],
 )
 def test_intervals(text: str, steps: int | None, seconds: float | None) -> None:
-    assert config.parse_interval(text) == (steps, seconds)
+    assert coerce.parse_interval(text) == (steps, seconds)
     if (steps, seconds) == (None, None) and text:
         with pytest.raises(UsageError, match="--checkpoint-every: expected steps as 200, or a time as 30s or 5m"):
             Config(checkpoint_every=text)

@@ -18,7 +18,7 @@ import pytest
 
 import pipelines
 from fastcnn.config.fields import Config
-from fastcnn.data import cache, dataset
+from fastcnn.data import cache, cache_files, dataset
 from fastcnn.data.index import Index, scan
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from pipelines.workers import Workers
@@ -186,7 +186,7 @@ def test_max_pixels_is_part_of_the_key(data: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_build_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "CHUNK", 4)
+    monkeypatch.setattr(cache_files, "CHUNK", 4)
     index = scan(data)
 
     def stop(done: int, total: int) -> None:
@@ -246,7 +246,7 @@ def test_damaged_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: P
         ({"root": "/elsewhere"}, "its root is another"),
         ({"image_size": 40}, "its image_size is another"),
         ({"decoder": "turbo-1"}, "its decoder is another"),
-        ({"format": cache.FORMAT + 1}, "its format is another"),
+        ({"format": cache_files.FORMAT + 1}, "its format is another"),
         (b"{", "its header is damaged"),
         (b"[" * 100_000, "its header is damaged"),
         (None, "its header is damaged"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcnn.data.index import read_split, scan, split, write_split
+from fastcnn.data.index import scan
+from fastcnn.data.split import draw_split, read_split, write_split
 from fastcnn.errors import DataError, FastCNNWarning
 
 
@@ -48,7 +49,7 @@ def test_split_layout_is_used_as_it_is(tmp_path: Path, val: str) -> None:
     for folder in ("train/a", "train/b", f"{val}/a", f"{val}/b", "test/a", "test/b"):
         many(tmp_path, folder, 3)
     index = scan(tmp_path)
-    splits = split(index, 0.2, 0)
+    splits = draw_split(index, 0.2, 0)
     assert {s: int((splits == s).sum()) for s in ("train", "val", "test")} == {"train": 6, "val": 6, "test": 6}
     assert all((splits == "test") == [p.startswith("test/") for p in index.paths])
 
@@ -57,7 +58,7 @@ def test_split_layout_is_used_as_it_is(tmp_path: Path, val: str) -> None:
 def test_one_held_out_folder_is_the_test_set(tmp_path: Path, held_out: str) -> None:
     for folder in ("train/a", "train/b", f"{held_out}/a", f"{held_out}/b"):
         many(tmp_path, folder, 10)
-    splits = split(scan(tmp_path), 0.2, 0)
+    splits = draw_split(scan(tmp_path), 0.2, 0)
     assert {s: int((splits == s).sum()) for s in ("train", "val", "test")} == {"train": 16, "val": 4, "test": 20}
 
 
@@ -66,7 +67,7 @@ def test_split_is_stratified_to_one_photo(tmp_path: Path, count: int) -> None:
     many(tmp_path, "a", count)
     many(tmp_path, "b", 2 * count)
     index = scan(tmp_path)
-    splits = split(index, 0.2, 3)
+    splits = draw_split(index, 0.2, 3)
     for label, total in enumerate((count, 2 * count)):
         held = int(((splits == "val") & (index.labels == label)).sum())
         assert 1 <= held < total
@@ -77,8 +78,8 @@ def test_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     many(tmp_path, "a", 50)
     many(tmp_path, "b", 50)
     index = scan(tmp_path)
-    assert (split(index, 0.2, 1) == split(index, 0.2, 1)).all()
-    assert (split(index, 0.2, 1) != split(index, 0.2, 2)).any()
+    assert (draw_split(index, 0.2, 1) == draw_split(index, 0.2, 1)).all()
+    assert (draw_split(index, 0.2, 1) != draw_split(index, 0.2, 2)).any()
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_split_file_round_trip(tmp_path: Path) -> None:
     if os.name == "posix":
         touch(data, os.fsdecode(b"c\nd/\xff.jpg"))
     index = scan(data)
-    splits = split(index, 0.4, 0)
+    splits = draw_split(index, 0.4, 0)
     write_split(tmp_path / "split.csv", index, splits)
     assert (read_split(tmp_path / "split.csv", index) == splits).all()
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 import pipelines
 from fastcnn import Config, fit
-from fastcnn.config.fields import Loader, resolve
-from fastcnn.data import cache
-from fastcnn.data import feeds as feed
+from fastcnn.config.fields import Loader
+from fastcnn.config.load import resolve
+from fastcnn.data import buffered_feed, cache
+from fastcnn.data.buffered_feed import Buffered, PinnedSlot, Slot
 from fastcnn.data.crops import RATIO, SCALE, crop_boxes
-from fastcnn.data.feeds import Buffered, Feed, PinnedSlot, Slot, shuffled
+from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.data.index import Index, scan
 from fastcnn.data.loaders import LOADERS, Options, choose
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
@@ -164,7 +165,7 @@ def test_a_copy_between_host_and_device(index: Index, decoded: cache.Cache, monk
             super().__init__(images, labels)
             self.host_images, self.host_labels = self._host(images), self._host(labels)
 
-    monkeypatch.setattr(feed, "Slot", Apart)
+    monkeypatch.setattr(buffered_feed, "Slot", Apart)
     expected = two_epochs(make_feed("resident", index, decoded))
     assert equal(two_epochs(make_feed("mapped", index, decoded)), expected)
 

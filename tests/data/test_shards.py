@@ -15,7 +15,7 @@ import torch
 
 import pipelines
 from fastcnn import Config, evaluate_run, fit
-from fastcnn.data import cache, dataset, index
+from fastcnn.data import cache, dataset, index, split
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.data_tools import check
@@ -250,8 +250,8 @@ def test_what_is_no_photo_is_passed_over(tmp_path: Path) -> None:
     ]
     assert found.labels.tolist() == [0, 1, 0, 1, 1, 0, 0]
     assert found.num_hidden == 3
-    index.write_split(tmp_path / "split.csv", found, index.split(found, 0.5, 0))
-    assert (index.read_split(tmp_path / "split.csv", found) == index.split(found, 0.5, 0)).all()
+    split.write_split(tmp_path / "split.csv", found, split.draw_split(found, 0.5, 0))
+    assert (split.read_split(tmp_path / "split.csv", found) == split.draw_split(found, 0.5, 0)).all()
 
 
 def test_held_out_shards_have_the_training_shards_classes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcnn.config import fields as config
+from fastcnn.config import load
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.sweeps import sweep_file as sweepfile
 
@@ -60,4 +60,4 @@ def test_the_sweep_names_options_as_the_agent_gives_them(name: str) -> None:
     assert SWEEP["command"][:2] == ["fastcnn", "train"]
     parameter = SWEEP["parameters"][name]
     for value in parameter.get("values") or [parameter["min"], parameter["max"]]:
-        config.resolve({name: str(value)})
+        load.resolve({name: str(value)})

@@ -19,13 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastcnn import Config
-from fastcnn.config.fields import read_yaml, resolve
-from fastcnn.data import cache, index
+from fastcnn.config.load import read_yaml, resolve
+from fastcnn.data import cache, index, split
 from fastcnn.errors import FastCNNError, FastCNNWarning
-from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.storage import checkpoint
 from fastcnn.system import device as runtime
-from fastcnn.training.evaluation import restore
 from pipelines import Member
 
 MEMORY = 300 * 2**20  # more than any of them takes, less than a bomb
@@ -69,11 +68,11 @@ def edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 def split_file(photos: Path, folder: Path) -> tuple[bytes, Read]:
     found, path = index.scan(photos), folder / "split.csv"
     found = found.take(np.arange(len(found)) % 10 == 0)
-    index.write_split(path, found, index.split(found, 0.2, 0))
+    split.write_split(path, found, split.draw_split(found, 0.2, 0))
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        index.read_split(path, found)
+        split.read_split(path, found)
 
     return path.read_bytes(), read
 
@@ -91,9 +90,9 @@ def names(photos: Path, folder: Path) -> tuple[bytes, Read]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
         found = index.scan(root)
-        splits = index.split(found, 0.5, 0)
-        index.write_split(folder / "split.csv", found, splits)
-        assert (index.read_split(folder / "split.csv", found) == splits).all()
+        splits = split.draw_split(found, 0.5, 0)
+        split.write_split(folder / "split.csv", found, splits)
+        assert (split.read_split(folder / "split.csv", found) == splits).all()
 
     return (
         b"train/cat/1.jpg\ntrain/cat/2.jpg\ntrain/dog/1.jpg\ntrain/dog/2.jpg\ntest/cat/3.jpg\ntest/dog/3.jpg\nval/cat/4.jpg\nval/dog/4.jpg",
@@ -130,9 +129,9 @@ def shard(name: str, *, sealed: bool = False) -> Callable[[Path, Path], tuple[by
         def read(data: bytes) -> None:
             path.write_bytes(with_checksums(data) if sealed else data)
             found = index.scan(root)
-            splits = index.split(found, 0.5, 0)
-            index.write_split(folder / "split.csv", found, splits)
-            assert (index.read_split(folder / "split.csv", found) == splits).all()
+            splits = split.draw_split(found, 0.5, 0)
+            split.write_split(folder / "split.csv", found, splits)
+            assert (split.read_split(folder / "split.csv", found) == splits).all()
             size = (root / "0.tar").stat().st_size
             assert all(isinstance(s, Member) and s.offset + s.size <= size for s in found.sources())
 

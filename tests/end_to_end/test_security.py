@@ -20,7 +20,7 @@ import pytest
 
 from fastcnn import Config, fit
 from fastcnn.cli import main
-from fastcnn.data import cache, index
+from fastcnn.data import cache, cache_files, index
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from fastcnn.runs.evaluate_run import evaluate_run
 from fastcnn.storage import checkpoint
@@ -100,7 +100,7 @@ def test_a_malicious_split_file(mine: Path, tmp_path: Path, name: str) -> None:
 
 
 def journal_line(entry: dict[str, object]) -> bytes:
-    return cache._line({"path": "", "size": 0, "mtime": 0, "row": 0, "crc": 0, "reason": "", **entry})
+    return cache_files._line({"path": "", "size": 0, "mtime": 0, "row": 0, "crc": 0, "reason": "", **entry})
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,9 @@ from fastcnn.export.verify import verify_file
 from fastcnn.inference import artefact
 from fastcnn.inference import file_formats as container
 from fastcnn.network.inference_network import Inference
-from fastcnn.network.small_cnn import ACTIVATIONS, SmallCNN
+from fastcnn.network.pixels import Normalise
+from fastcnn.network.small_cnn import ACTIVATIONS, SmallCNN, restore
 from fastcnn.storage import checkpoint
-from fastcnn.training.evaluation import restore
-from fastcnn.training.step import Normalise
 
 SIZE = 32
 
@@ -317,7 +316,8 @@ def test_nothing_is_unpickled_or_evaluated_in_a_pt2(run_dir: Path, tmp_path: Pat
 @pytest.mark.parametrize("kept", LONG, indirect=True)
 def test_the_same_run_gives_the_same_file(kept: Path, run_dir: Path, tmp_path: Path) -> None:
     write_it = (
-        "import sys; from pathlib import Path; from fastcnn.storage import checkpoint; from fastcnn.export.exporters import write\n"
+        "import sys; from pathlib import Path; from fastcnn.export.exporters import write; "
+        "from fastcnn.storage import checkpoint\n"
         "write(checkpoint.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[2]).suffix[1:])"
     )
     again = tmp_path / f"again{kept.suffix}"

@@ -29,7 +29,7 @@ from PIL import Image
 from fastcnn import export_run, predict_photos
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact
-from fastcnn.inference.predict import Classifier
+from fastcnn.inference.classifier import Classifier
 
 pytest.importorskip("fastapi")
 

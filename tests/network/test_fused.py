@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.network import fused_forward as fusing
+from fastcnn.network.pixels import Normalise, Places
 from fastcnn.network.small_cnn import ACTIVATIONS, MONOTONE
 from fastcnn.training import engines
-from fastcnn.training.augment import Places
 from fastcnn.training.engines import NoEngine
 from fastcnn.training.evaluation import Evaluator
-from fastcnn.training.step import Normalise, TrainingStep
+from fastcnn.training.step import TrainingStep
 from tests.training.test_engines import fallback_random, make_augment, make_feed, make_model, make_step, run_epochs
 
 pytest.importorskip("triton")

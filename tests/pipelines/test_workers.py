@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pipelines
-from fastcnn.data import cache
+from fastcnn.data import cache, cache_files
 from fastcnn.data.index import scan
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from pipelines import Verdict, workers
@@ -286,7 +286,7 @@ def test_a_cache_is_built_around_photos_that_kill(
     """5 of 500: those are listed, 495 are there, pixels right, and the next build decodes nothing again."""
     contents = [photos[i % 40] + (b"segfault" if i in (3, 100, 101, 102, 499) else b"") for i in range(500)]
     data = write(tmp_path / "data", contents)
-    monkeypatch.setattr(cache, "CHUNK", 128)
+    monkeypatch.setattr(cache_files, "CHUNK", 128)
     built = build(data, planted)
     bad = {path[-7:-4] for path, reason in zip(scan(data).paths, built.reasons, strict=True) if reason}
     assert bad == {"003", "100", "101", "102", "499"}

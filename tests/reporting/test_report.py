@@ -17,8 +17,9 @@ from fastcnn.errors import FastCNNWarning
 from fastcnn.reporting import plots as pictures
 from fastcnn.reporting import run_report as report
 from fastcnn.reporting.class_scores import make
+from fastcnn.reporting.outcome import Sample
 from fastcnn.reporting.run_report import Report
-from fastcnn.training.metrics import Sample, Score
+from fastcnn.training.metrics import Score
 
 ODD = ["<b>bold</b> & co", "犬", "$x_1$ \\frac{", "line\nbreak", "no utf-8 \udcff", "🐶", "long " * 30, 'a"b']
 SMALL: dict[str, Any] = {"epochs": 1, "image_size": 32, "filters": (8,), "batch_size": 16}

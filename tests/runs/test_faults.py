@@ -23,9 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastcnn.training.step
 from fastcnn import Config, fit
-from fastcnn.data import cache
+from fastcnn.data import cache, cache_files
 from fastcnn.data import loaders as loader
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
 from fastcnn.runs import failures as memory
@@ -33,9 +32,9 @@ from fastcnn.runs import fit as train
 from fastcnn.runs import trackers as tracker
 from fastcnn.runs.resume import Interrupted, resumed_config
 from fastcnn.storage import checkpoint
-from fastcnn.system import signals
+from fastcnn.system import signals, stopwatch
 from fastcnn.system.ranks import ALONE
-from fastcnn.training import metrics
+from fastcnn.training import step as training_step
 from fastcnn.training.step import TrainingStep
 
 SMALL: dict[str, Any] = {
@@ -206,7 +205,7 @@ def test_fifty_kills() -> None:
 
 
 def test_stages_that_lie_in_one_another_are_counted_once() -> None:
-    watch = metrics.Stopwatch()
+    watch = stopwatch.Stopwatch()
     with watch.stage("train"):
         time.sleep(0.02)
         with watch.stage("checkpoint"):
@@ -238,7 +237,7 @@ def test_a_signal_while_photos_are_decoded(
             signal.raise_signal(sent)
         return plain(*arguments)
 
-    monkeypatch.setattr(cache, "CHUNK", 20)
+    monkeypatch.setattr(cache_files, "CHUNK", 20)
     with monkeypatch.context() as patch:
         patch.setattr(cache.Workers, "decode", stopping)
         with pytest.raises(Interrupted, match="the same command goes on") as caught:
@@ -319,7 +318,7 @@ def test_a_run_is_trained_by_one_command(whole: Path) -> None:
 
 def planted(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> list[Tensor]:
     """Let the loss of the steps that `steps` names (from 0) be NaN; return those batches' labels."""
-    plain, batches, number = fastcnn.training.step.forward, list[Tensor](), -1
+    plain, batches, number = training_step.forward, list[Tensor](), -1
 
     def forward(model: Any, normalise: Any, images: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         nonlocal number
@@ -332,7 +331,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> li
         losses, guesses = plain(model, normalise, images, targets, *rest)
         return losses * float("nan"), guesses
 
-    monkeypatch.setattr(fastcnn.step, "forward", forward)
+    monkeypatch.setattr(training_step, "forward", forward)
     return batches
 
 
@@ -382,7 +381,7 @@ def test_on_nan_skip_leaves_the_step_out_and_counts_it(photos: Path, monkeypatch
 
 
 def test_a_skipped_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_step import make_feed, make_model, make_step
+    from tests.training.test_step import make_feed, make_model, make_step
 
     planted(monkeypatch, lambda number: number == 1)
     step = make_step(make_model(), make_feed(16), 4)
@@ -513,10 +512,10 @@ def test_a_disk_that_fills_up_in_a_stage(
             "export": ("torchscript",),
         }
     )
-    plain, entered, folder = metrics.Stopwatch.stage, 0, small_disk / "run"
+    plain, entered, folder = stopwatch.Stopwatch.stage, 0, small_disk / "run"
 
     @contextlib.contextmanager
-    def filling(self: metrics.Stopwatch, name: str) -> Iterator[None]:
+    def filling(self: stopwatch.Stopwatch, name: str) -> Iterator[None]:
         nonlocal entered
         entered += name == stage
         if name == stage and entered == times:
@@ -526,9 +525,9 @@ def test_a_disk_that_fills_up_in_a_stage(
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)
-        patch.setattr(metrics.Stopwatch, "stage", filling)
+        patch.setattr(stopwatch.Stopwatch, "stage", filling)
         patch.setattr(cache, "_check_space", lambda folder, needed: None)  # it fills up after that
-        patch.setattr(cache, "CHUNK", 20)
+        patch.setattr(cache_files, "CHUNK", 20)
         said = ""
         try:
             fit(config, run_dir=folder)

@@ -19,12 +19,12 @@ import pytest
 from fastcnn import Config, fit
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.export import exporters as export
+from fastcnn.reporting.outcome import Outcome, Sample
 from fastcnn.runs import trackers as tracking
 from fastcnn.runs import wandb_tracker
 from fastcnn.runs.trackers import COLUMNS, Run
 from fastcnn.runs.wandb_tracker import WandbTracker
 from fastcnn.system.console import Console
-from fastcnn.training.metrics import Outcome, Sample
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # of the right form, and nobody's
 SMALL = ["--epochs", "2", "--image-size", "32", "--filters", "8", "--batch-size", "16"]

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fastcnn import Config, fit
-from fastcnn.config.fields import read_yaml, resolve
+from fastcnn.config.load import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
+from fastcnn.network.small_cnn import restore
 from fastcnn.runs.results import STAGES
 from fastcnn.runs.trackers import COLUMNS
 from fastcnn.storage import checkpoint
-from fastcnn.training.evaluation import restore
 from pipelines.workers import Workers
 
 SMALL = {"epochs": 2, "image_size": 32, "filters": (8,), "batch_size": 16, "report": False}

@@ -16,11 +16,12 @@ import torch
 import yaml
 
 from fastcnn.cli import app as cli
-from fastcnn.config import fields as config
+from fastcnn.config import load
 from fastcnn.errors import DataError, FastCNNError, UsageError
 from fastcnn.runs.fit import fit
 from fastcnn.storage import checkpoint
 from fastcnn.sweeps import plots as sweep_pictures
+from fastcnn.sweeps import search_space
 from fastcnn.sweeps import sweep as sweeps
 from fastcnn.sweeps import sweep_file as sweepfile
 from fastcnn.sweeps import trial_process as slot
@@ -37,7 +38,7 @@ EXACT = {**SMALL, "deterministic": True, "threads": 1, "on_nan": "stop"}
 LRS = [0.001, 0.003, 1e30, 0.01]
 
 
-def plan(**more: Any) -> sweepfile.Sweep:
+def plan(**more: Any) -> search_space.Sweep:
     text = {"name": "small", "method": "grid", "parameters": {"lr": {"values": LRS}}, **more}
     return sweepfile.parse(text, "s.yaml")
 
@@ -63,7 +64,7 @@ def test_a_trial_that_fails_leaves_the_others_alone(packed: tuple[Path, list[Lin
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_packed_trial_is_what_it_is_alone(packed: tuple[Path, list[Line]], number: int, tmp_path: Path) -> None:
     run = packed[0] / packed[1][number].folder
-    alone = fit(config.resolve(config.read_yaml(run / "config.yaml")), run_dir=tmp_path / "alone").run_dir
+    alone = fit(load.resolve(load.read_yaml(run / "config.yaml")), run_dir=tmp_path / "alone").run_dir
     for name in ("last.pt", "best.pt"):
         here, there = (checkpoint.load(folder / name)["model"] for folder in (run, alone))
         assert all(torch.equal(here[key], there[key]) for key in here)
@@ -79,7 +80,7 @@ def test_what_a_sweep_leaves(packed: tuple[Path, list[Line]]) -> None:
     best = max((line for line in lines if line.value is not None), key=lambda line: line.value or 0)
     assert (folder / "config.yaml").read_bytes() == (folder / best.folder / "config.yaml").read_bytes()
     assert (folder / "parallel_coordinates.png").read_bytes().startswith(b"\x89PNG")
-    values = config.read_yaml(folder / "config.yaml")
+    values = load.read_yaml(folder / "config.yaml")
     assert (values["threads"], values["loader"], values["wandb"]) == (1, "shared", "disabled")
 
 
@@ -254,7 +255,7 @@ def test_options_are_the_files_commands_then_the_given_ones(photos: Path, monkey
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(photos), "--trials=2", "--lr=0.01", "--image-size", "64", "--recipe", "strong"])
     assert taken["options"]["data"] == str(photos)
-    assert config.resolve(taken["options"]).epochs == 10, "the file's command says so, after the recipe"
+    assert load.resolve(taken["options"]).epochs == 10, "the file's command says so, after the recipe"
     assert (taken["options"]["lr"], taken["options"]["image_size"]) == ("0.01", "64")
     assert "lr" not in taken["plan"].parameters
     assert "dropout" in taken["plan"].parameters
@@ -289,7 +290,7 @@ def test_the_agents_command_lines_are_understood(capsys: pytest.CaptureFixture[s
         given = dict(word.removeprefix("--").split("=", 1) for word in line if word.startswith("--"))
         assert len(given) == 9
         assert {name: printed[name] for name in given} == {
-            name: value for name, value in config.resolve(given).to_dict().items() if name in given
+            name: value for name, value in load.resolve(given).to_dict().items() if name in given
         }
 
 
@@ -328,7 +329,7 @@ def test_as_an_agent(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert begun == [plan(project="mine").text, ("abc", "mine")]
     assert len(failed) == 1
     assert "loss" in failed[0]
-    values = config.read_yaml(Path("sweeps/small/run0/config.yaml"))
+    values = load.read_yaml(Path("sweeps/small/run0/config.yaml"))
     assert (values["lr"], values["filters"]) == (0.001, [4, 4, 4, 8, 8])
     assert Path("sweeps/small/run0/result.json").exists()
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from fastcnn.config.fields import resolve
+from fastcnn.config.load import resolve
 from fastcnn.errors import UsageError
 from fastcnn.runs.trackers import COLUMNS
+from fastcnn.sweeps import search_space
 from fastcnn.sweeps import sweep_file as sweepfile
-from fastcnn.sweeps.sweep_file import Bell, Choice, Hyperband, Range, parse
+from fastcnn.sweeps.search_space import Bell, Choice, Hyperband, Range
+from fastcnn.sweeps.sweep_file import parse
 
 LR: dict[str, Any] = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
@@ -75,7 +77,7 @@ def test_metrics_are_those_of_a_run() -> None:
         ({"values": [0, 0.1], "probabilities": [1, 3]}, Choice(values=(0, 0.1), chances=(1, 3))),
     ],
 )
-def test_distributions(given: dict[str, Any], expected: sweepfile.Parameter) -> None:
+def test_distributions(given: dict[str, Any], expected: search_space.Parameter) -> None:
     assert of(given) == expected
 
 

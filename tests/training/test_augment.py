@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.config.fields import STRENGTHS
-from fastcnn.training.augment import AUGMENTATIONS, Augment, Batch, resized
+from fastcnn.network.pixels import resized
+from fastcnn.training.augment import AUGMENTATIONS, Augment, Batch
 
 SIDE, COUNT = 32, 64
 

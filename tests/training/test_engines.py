@@ -20,14 +20,17 @@ from fastcnn import Config, fit
 from fastcnn.config.fields import STRENGTHS
 from fastcnn.data.loaders import Feed
 from fastcnn.errors import FastCNNError, FastCNNWarning
+from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.storage import checkpoint
-from fastcnn.training import engines
+from fastcnn.training import engine_choice, engines
 from fastcnn.training.augment import AUGMENTATIONS, Augment, Batch
 from fastcnn.training.engines import Eager, Engine, Graphed, NoEngine, direct_call, rehearsal
 from fastcnn.training.evaluation import EvaluationStep, Evaluator
-from fastcnn.training.optimizers import OPTIMIZERS, Adam, FlatParameters, LossScale, average_weights, ordered, schedule
-from fastcnn.training.step import Normalise, TrainingStep
+from fastcnn.training.optimizers import OPTIMIZERS, Adam, LossScale
+from fastcnn.training.parameters import FlatParameters, ordered
+from fastcnn.training.schedules import average_weights, schedule
+from fastcnn.training.step import TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
@@ -301,34 +304,37 @@ def test_graphs_without_a_gpu_are_a_warning() -> None:
 
 
 def test_auto_on_a_cpu_is_eager_and_says_why() -> None:
-    _, name, why = engines.choose(make_step(), 1000, "x")
+    _, name, why = engine_choice.choose(make_step(), 1000, "x")
     assert name == "eager"
     assert "CPU" in why
 
 
 @pytest.mark.parametrize(("num_steps", "worth"), [(10, False), (10**9, True)])
 def test_compiling_is_for_long_runs(num_steps: int, worth: bool) -> None:
-    assert engines.worth_building("compiled+graphed", num_steps, 4e-4, engines.PRIOR["compiled+graphed"])[0] is worth
+    assert (
+        engine_choice.worth_building("compiled+graphed", num_steps, 4e-4, engine_choice.PRIOR["compiled+graphed"])[0]
+        is worth
+    )
 
 
 def test_an_engine_is_worth_what_it_saves_over_the_best_so_far() -> None:
     """A third of 400 us saved by the best so far, 40% predicted: 400 - 240 us against the first, 267 - 240 left."""
     prediction = {"build_seconds": 1.0, "saving": 0.4}
-    worth, why = engines.worth_building("compiled+graphed", 30_000, 267e-6, prediction, 400e-6)
+    worth, why = engine_choice.worth_building("compiled+graphed", 30_000, 267e-6, prediction, 400e-6)
     assert not worth
     assert why == "compiled+graphed would take about 1 s and save 0.8 s over 30,000 steps"
-    assert engines.worth_building("compiled+graphed", 30_000, 400e-6, prediction, 400e-6)[0]
+    assert engine_choice.worth_building("compiled+graphed", 30_000, 400e-6, prediction, 400e-6)[0]
 
 
 def test_an_engine_history_that_is_damaged_is_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engines._history() == {}
-    engines._remember("a", "x", {"saving": 0.5})
-    engines._remember("b", "x", {"saving": 0.1})
-    engines._remember("b", "y", {"saving": 0.2})
-    assert engines._history() == {"a": {"x": {"saving": 0.5}}, "b": {"x": {"saving": 0.1}, "y": {"saving": 0.2}}}
-    engines._history_file().write_text("[")
-    assert engines._history() == {}
+    assert engine_choice._history() == {}
+    engine_choice._remember("a", "x", {"saving": 0.5})
+    engine_choice._remember("b", "x", {"saving": 0.1})
+    engine_choice._remember("b", "y", {"saving": 0.2})
+    assert engine_choice._history() == {"a": {"x": {"saving": 0.5}}, "b": {"x": {"saving": 0.1}, "y": {"saving": 0.2}}}
+    engine_choice._history_file().write_text("[")
+    assert engine_choice._history() == {}
 
 
 def compiled_against_eager(num_states: int, activation: str) -> float:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fastcnn.network.small_cnn import SmallCNN
-from fastcnn.training.optimizers import OPTIMIZERS, SCHEDULES, FlatParameters, schedule
+from fastcnn.training.optimizers import OPTIMIZERS
+from fastcnn.training.parameters import FlatParameters
+from fastcnn.training.schedules import SCHEDULES, schedule
 
 LR, DECAY = 1e-2, 0.1
 PEERS: dict[str, Any] = {
@@ -50,7 +52,7 @@ def test_ten_updates_equal_torchs(name: str, decay: float) -> None:
 
 
 def _named(model: SmallCNN) -> Any:
-    from fastcnn.training.optimizers import ordered
+    from fastcnn.training.parameters import ordered
 
     return ordered(model)
 

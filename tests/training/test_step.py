@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.data.loaders import Feed
+from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.reporting.class_scores import confusion_matrix
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
-from fastcnn.training.metrics import confusion_matrix
-from fastcnn.training.optimizers import Adam, FlatParameters, ordered
-from fastcnn.training.step import Normalise, TrainingStep
+from fastcnn.training.optimizers import Adam
+from fastcnn.training.parameters import FlatParameters, ordered
+from fastcnn.training.step import TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

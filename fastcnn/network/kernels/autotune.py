@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from fastcnn.config.fields import user_cache_folder
 from fastcnn.network.kernels import tiles as geometry
 from fastcnn.storage import files
+from fastcnn.storage.paths import user_cache_folder
 
 
 class Maps(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.config.fields import user_cache_folder
+from fastcnn.storage.paths import user_cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_max_pool.c")
 NAMES = {torch.bfloat16: "pool_bf16", torch.float32: "pool_f32"}

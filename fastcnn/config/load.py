@@ -1,0 +1,83 @@
+"""Configurations from options, recipes and YAML files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastcnn.config.fields import Config, field_types
+from fastcnn.errors import UsageError, nearest
+
+MAX_YAML_DEPTH = 3  # a list in the mapping, and one more for the message to name the option
+
+
+MAX_YAML_BYTES = 2**18  # a configuration has a hundredth of it
+
+
+def resolve(*sources: Mapping[str, Any]) -> Config:
+    """Return the Config in which later sources override earlier ones; an unknown name is a UsageError."""
+    merged: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            field = str(name).replace("-", "_")
+            if field not in field_types():
+                raise UsageError(f"no option '{name}'{nearest(field, field_types())}")
+            merged[field] = value
+    return Config(**merged)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return the values of a recipe that ships with the package."""
+    if name not in recipe_names():
+        raise UsageError(
+            f"--recipe: expected one of {', '.join(recipe_names())}, got '{name}'{nearest(name, recipe_names())}"
+        )
+    return parse_yaml((_recipes() / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}")
+
+
+def read_yaml(path: Path, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
+    """Return the values of a configuration file: YAML with a mapping of option names to values."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UsageError(f"{path} is too large for a configuration: expected at most {MAX_YAML_BYTES:,} bytes")
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path), max_depth)
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the configuration {path}: {why}") from None
+
+
+def parse_yaml(text: str, name: str, max_depth: int = MAX_YAML_DEPTH) -> dict[str, Any]:
+    """Return a YAML mapping as plain data."""
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # before anything is made of it
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
+            if depth > max_depth:
+                raise ValueError("it is nested too deeply")
+        values = yaml.safe_load(text)
+    except Exception as error:  # values that do not fit their tags raise whatever they like
+        line = " ".join(str(error).split())
+        raise UsageError(f"{name} is not a YAML file: {line}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{name}: expected a mapping of option names to values, got {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise UsageError(f"{name}: expected names of options, got a {type(key).__name__} for one")
+    return values
+
+
+def _recipes() -> Any:
+    return resources.files("fastcnn.config") / "recipes"

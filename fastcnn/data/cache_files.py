@@ -1,0 +1,197 @@
+"""Files of a cache: header, journal and pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+import pipelines
+from fastcnn.data.index import Index
+from fastcnn.errors import warn
+from fastcnn.storage import files
+
+FORMAT = 2
+
+
+CHUNK = 512  # photos between two writes: what a killed build loses at most
+
+
+_TRANSIENT = frozenset(
+    {"unreadable", "decoder killed"}
+)  # verdicts about the moment, not the file: asked again by the next run
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    """Return what cache.json says, as far as it is the plain data that it should be."""
+    try:
+        header = json.loads((folder / "cache.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(header, dict):
+        return {}
+    return {name: value for name, value in header.items() if isinstance(value, str | int)}
+
+
+def _check_header(folder: Path, header: dict[str, Any], writable: bool) -> None:
+    """Write the header of a new cache. What stands under another one is no cache of these photos, and is deleted."""
+    found = _read_header(folder)
+    if found == header:
+        return
+    if not writable:
+        raise PermissionError(errno.EROFS, "it is read-only, and no cache of these photos")
+    old = [path for name in ("photos.jsonl", "pixels.bin") if (path := folder / name).exists()]
+    if old or found:
+        other = next((name for name in header if found.get(name) != header[name]), "format") if found else ""
+        why = f"its {other} is another" if other else "its header is damaged"
+        warn(f"the cache {folder} cannot be used ({why}): decoding every photo again")
+    for path in old:  # unlinked, not cut: whoever is reading them goes on reading
+        path.unlink()
+    files.write(folder / "cache.json", json.dumps(header, indent=1))
+
+
+def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the last whole line of each photo, by path."""
+    journal = {}
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+        for line in lines:
+            body, _, checksum = line.rstrip(b"\n}").rpartition(_SUM)
+            if checksum != str(zlib.crc32(body)).encode():
+                continue
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(body + b"}")
+                if _is_entry(entry):
+                    journal[entry["path"]] = entry
+    return journal
+
+
+_SUM = b', "sum": '
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    """Return an entry as a line that ends in the checksum of what stands before that."""
+    body = json.dumps(entry).encode()[:-1]
+    return body + _SUM + str(zlib.crc32(body)).encode() + b"}\n"
+
+
+def _is_entry(entry: object) -> bool:
+    kinds = {"path": str, "size": int, "mtime": int, "row": int, "crc": int, "reason": str}
+    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+
+
+def _missing(
+    index: Index, journal: dict[str, dict[str, Any]], folder: Path, image_size: int, keep_pixels: bool
+) -> npt.NDArray[np.intp]:
+    """Return the positions of the photos that have no entry, or one that does not hold any more."""
+    missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are to be compared
+    for i, photo in enumerate(index.paths):
+        entry = journal.get(photo)
+        if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
+            missing.append(i)
+        elif keep_pixels and not entry["reason"]:
+            kept.append((entry["row"], i, entry["crc"]))
+        elif entry["row"] != -1 or entry["reason"] in _TRANSIENT:
+            missing.append(i)
+    damaged = _damaged(folder / "pixels.bin", sorted(kept), image_size)
+    if damaged:
+        some = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
+        warn(f"the pixels of {some} in the cache {folder} are damaged: decoding them again")
+    return np.array(sorted(missing + damaged), np.intp)
+
+
+def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) -> list[int]:
+    """Return the positions of those (row, position, checksum) whose pixels are not what they were."""
+
+    def check(part: Sequence[tuple[int, int, int]]) -> list[int]:
+        pixels = np.empty((image_size, image_size, 3), np.uint8)
+        num_rows = path.stat().st_size // pixels.nbytes
+        with path.open("rb", buffering=0) as file:
+            return [
+                i
+                for row, i, checksum in part
+                if not (0 <= row < num_rows and _read_row(file, row, pixels) and zlib.crc32(pixels.data) == checksum)
+            ]
+
+    if not kept:
+        return []
+    if not path.exists():
+        return [i for _, i, _ in kept]
+    with ThreadPoolExecutor() as threads:  # reading and summing let go of the interpreter
+        return [i for part in threads.map(check, _chunks(kept, CHUNK)) for i in part]
+
+
+def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
+    """Write a row of pixels.bin into `out` (size, size, 3); return whether there was so much."""
+    file.seek(int(row) * out.nbytes)
+    return file.readinto(out.data) == out.nbytes
+
+
+_Some = TypeVar("_Some", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
+
+
+def _chunks(some: _Some, size: int) -> list[_Some]:
+    return [some[start : start + size] for start in range(0, len(some), size)]
+
+
+def _append(
+    folder: Path,
+    index: Index,
+    photos: npt.NDArray[np.intp],
+    pixels: npt.NDArray[np.uint8],
+    verdicts: Sequence[pipelines.Verdict],
+    keep_pixels: bool,
+) -> None:
+    """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
+    good = np.array([keep_pixels and verdict.ok for verdict in verdicts])
+    row = _append_rows(folder / "pixels.bin", pixels[good]) if keep_pixels else 0
+    lines = []
+    for i, verdict, image, kept in zip(photos, verdicts, pixels, good, strict=True):
+        entry: dict[str, Any] = {
+            "path": index.paths[i],
+            "size": int(index.sizes[i]),
+            "mtime": int(index.mtimes[i]),
+            "row": row if kept else -1,
+            "crc": zlib.crc32(image) if kept else 0,
+            "reason": verdict.reason,
+        }
+        if verdict.warning:
+            entry["damage"] = verdict.warning
+        row += bool(kept)
+        lines.append(_line(entry))
+    with (folder / "photos.jsonl").open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a line that was cut must not swallow the first of these
+                file.write(b"\n")
+        file.write(b"".join(lines))
+
+
+def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
+    """Append rows; return the number of the first."""
+    with path.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
+        row_bytes = int(np.prod(pixels.shape[1:]))
+        row = -(-file.tell() // row_bytes)
+        file.truncate(row * row_bytes)  # fills up the row that a killed build left cut short
+        file.write(pixels.data)
+    return row
+
+
+def _map(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
+    """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the file's inode."""
+    path = folder / "pixels.bin"
+    rows = path.stat().st_size // (size * size * 3) if path.exists() else 0
+    if rows == 0:
+        return np.zeros((0, size, size, 3), np.uint8), None
+    with path.open("rb") as file:
+        images = np.memmap(file, np.uint8, "r", shape=(rows, size, size, 3))
+        return images, os.fstat(file.fileno()).st_ino

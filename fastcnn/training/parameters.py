@@ -1,0 +1,102 @@
+"""Parameters and gradients in flat buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastcnn.network.small_cnn import BatchNorm, SmallCNN
+
+
+class FlatParameters:
+    """A model's parameters as views of one flat fp32 tensor, with one flat gradient beside it.
+
+    Each parameter keeps its shape and strides (channels_last weights stay so); its elements lie in the buffer in
+    the order of its memory. Loading a state_dict into the model writes into the buffer.
+
+    For 16-bit arithmetic `compute` is a second model whose convolutions and dense layers are views of a 16-bit copy of
+    the buffer: one cast a step, where autocast casts every weight forward and every gradient back. Its batch norms are
+    those of the model itself, in fp32. For fp32, `compute` is the model. For fp64 all of it is in fp64.
+    """
+
+    def __init__(self, model: SmallCNN, dtype: torch.dtype = torch.float32) -> None:
+        self.model = model.double() if dtype == torch.float64 else model
+        named = ordered(model)
+        self._sizes = [p.numel() for _, p in named]
+        self.values = torch.cat([_in_memory_order(p.detach()) for _, p in named])  # (P,) fp32
+        # Beside the gradient the loss, so that one all-reduce brings both.
+        self.reduced = self.values.new_zeros(len(self.values) + 1)
+        self.gradient, self.loss = self.reduced[:-1], self.reduced[-1]
+        for (_, p), piece in zip(named, torch.split(self.values, self._sizes), strict=True):
+            p.data = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
+        self.low = None if dtype == self.values.dtype else self.values.to(dtype)
+        self.compute = model if self.low is None else self._twin(self.low)
+        self.inputs = [p for _, p in ordered(self.compute)]
+        """What the loss is differentiated by, in the buffer's order."""
+        self._num_low = sum(p.dtype != self.values.dtype for p in self.inputs)
+
+    def set_gradients(self, gradients: Sequence[Tensor], loss: Tensor | None = None) -> None:
+        """Copy a gradient a parameter, in the order of `inputs`, into the flat gradient, and a loss () behind it.
+
+        One `cat` for each type: of mixed types a GPU would copy tensor by tensor.
+        """
+        pieces = [_in_memory_order(g.to(memory_format=torch.channels_last) if g.dim() == 4 else g) for g in gradients]
+        split = sum(self._sizes[: self._num_low])
+        if self._num_low:
+            self.gradient[:split].copy_(torch.cat(pieces[: self._num_low]))
+        rest = pieces[self._num_low :] + ([] if loss is None else [loss.view(1)])
+        if rest:
+            torch.cat(rest, out=self.reduced[split:] if loss is not None else self.gradient[split:])
+
+    def weights_only(self, value: float) -> Tensor:
+        """Return (P,): `value` at the weights of convolutions and dense layers, 0 at biases and batch norms."""
+        shares = [value if p.dim() > 1 else 0.0 for _, p in ordered(self.model)]
+        counts = torch.tensor(self._sizes)
+        return torch.tensor(shares).repeat_interleave(counts).to(self.values)
+
+    def refresh(self) -> None:
+        """Bring `compute` up to date after the values have changed."""
+        if self.low is not None:
+            self.low.copy_(self.values)
+
+    @contextmanager
+    def holding(self, values: Tensor) -> Iterator[None]:
+        """Let the model hold other values (P,) for a while, such as their moving average."""
+        own = self.values.clone()
+        self.values.copy_(values)
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.values.copy_(own)
+            self.refresh()
+
+    def _twin(self, low: Tensor) -> SmallCNN:
+        twin = copy.deepcopy(self.model)
+        for (name, p), piece in zip(ordered(twin), torch.split(low, self._sizes), strict=True):
+            owner, _, attribute = name.rpartition(".")
+            if isinstance(twin.get_submodule(owner), BatchNorm):
+                shared = self.model.get_parameter(name)
+            else:
+                shared = nn.Parameter(torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset()))
+            setattr(twin.get_submodule(owner), attribute, shared)
+        for name, buffer in self.model.named_buffers():
+            owner, _, attribute = name.rpartition(".")
+            setattr(twin.get_submodule(owner), attribute, buffer)
+        return twin
+
+
+def ordered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return a model's named parameters in the buffer's order: those of batch norms, which stay fp32, last."""
+    norms = {id(p) for module in model.modules() if isinstance(module, BatchNorm) for p in module.parameters()}
+    return sorted(model.named_parameters(), key=lambda named: id(named[1]) in norms)
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a dense tensor's elements as (numel,), in the order in which they lie in memory."""
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d])).reshape(-1)

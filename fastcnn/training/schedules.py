@@ -1,0 +1,84 @@
+"""Learning rate by step, and the weights' moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def scaled_lr(lr: float, rule: str, batch_size: int) -> float:
+    """Return the learning rate for a batch size, from that for 32: by their ratio, its root or not at all.
+
+    linear: P. Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677. sqrt, which suits Adam: S. Malladi et
+    al., "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", arXiv:2205.10287.
+    """
+    ratio = batch_size / 32
+    return lr * {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
+
+
+def schedule(
+    name: str,
+    lr: float,
+    num_steps: int,
+    *,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    decay_rate: float = 0.1,
+) -> Tensor:
+    """Return (num_steps,) learning rates: those of `SCHEDULES`, after a linear rise over `warmup_steps`.
+
+    decay_steps, decay_rate: how often, and to what share, "step" drops; None is a third of the run.
+    """
+    rise = [(i + 1) / (warmup_steps + 1) for i in range(min(warmup_steps, num_steps))]
+    rest = num_steps - len(rise)
+    every = decay_steps or max(1, num_steps // 3)
+    shares = rise + [SCHEDULES[name](i, rest, every, decay_rate) for i in range(rest)]
+    return (lr * torch.tensor(shares, dtype=torch.float64)).float()
+
+
+def _constant(step: int, num_steps: int, every: int, rate: float) -> float:
+    return 1.0
+
+
+def _cosine(step: int, num_steps: int, every: int, rate: float) -> float:
+    return (1 + math.cos(math.pi * step / num_steps)) / 2
+
+
+def _step(step: int, num_steps: int, every: int, rate: float) -> float:
+    return rate ** (step // every)
+
+
+def _onecycle(step: int, num_steps: int, every: int, rate: float) -> float:
+    """L. N. Smith and N. Topin, "Super-Convergence", arXiv:1708.07120.
+
+    From 1 / 25 up to 1 over the first 30% and down to 1 / 250,000, both along a cosine, as
+    torch.optim.lr_scheduler.OneCycleLR does.
+    """
+    peak = max(0.3 * num_steps - 1, 0.5)  # in a run of a few steps the first is all that rises
+    if step <= peak:
+        return _between(1 / 25, 1, step / peak)
+    return _between(1, 1 / 25e4, (step - peak) / (num_steps - 1 - peak))
+
+
+SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "step": _step,
+    "onecycle": _onecycle,
+}
+"""(step, steps of the run, steps between two drops, what a drop leaves) -> share of the learning rate."""
+
+
+def average_weights(decay: float, num_steps: int) -> Tensor:
+    """Return (num_steps,): the weight of each step's values in their moving average.
+
+    The average's decay is min(decay, (1 + i) / (10 + i)), so that a short run does not average its first weights in.
+    """
+    return torch.tensor([1 - min(decay, (1 + i) / (10 + i)) for i in range(num_steps)])
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
