@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -311,7 +312,7 @@ class _Server:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._connection.send("fork")
+                self._connection.send(_working_directory())
                 socket.send_fds(self._link, [b"x"], [theirs.fileno()])
                 return _Worker(self._connection.recv(), ours)
         except BaseException:
@@ -342,6 +343,14 @@ class _Server:
             self._process = None
 
 
+def _working_directory() -> str:
+    """Folder that relative paths start from; "" where it was removed."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return ""
+
+
 def serve(handle: int) -> None:
     """Import the decoder that the caller names, then fork workers until it is gone. The server's whole life."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group: it is the caller who decides
@@ -361,13 +370,13 @@ def serve(handle: int) -> None:
         connection.send("")
         while True:
             request = connection.recv()
-            if request == "fork":
+            if isinstance(request, str):  # the caller's working directory: fork a worker there
                 _, handles, _, _ = socket.recv_fds(link, 1, 1)
                 pid = os.fork()
                 if pid == 0:
                     connection.close()
                     link.close()
-                    _work(module, handles[0])
+                    _work(module, handles[0], request)
                 os.close(handles[0])
                 workers.add(pid)
                 connection.send(pid)
@@ -386,9 +395,11 @@ def _end_of(pid: int) -> int:
         return -signal.SIGKILL
 
 
-def _work(module: str, handle: int) -> None:
+def _work(module: str, handle: int, directory: str) -> None:
     """Decode what the caller asks for until it is gone. A worker's whole life."""
     try:
+        with contextlib.suppress(OSError):  # gone, or not to be entered: absolute paths need none
+            os.chdir(directory)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
             file.write("1000")  # where memory ends, this is what the system should end
         link = socket.socket(fileno=handle)

@@ -8,10 +8,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import hypothesis
 import pytest
 import torch
+
+from pipelines import workers
 
 # The machine may be busy: no deadlines. The same examples each time, so that CI is red only for a reason.
 hypothesis.settings.register_profile("fastcnn", deadline=None, derandomize=True)
@@ -56,6 +59,45 @@ def _no_wandb() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         yield
+
+
+class KeptServer(workers._Server):
+    """Decoder server that waits for its next user instead of ending: importing torch anew takes a second."""
+
+    idle: ClassVar[dict[Any, KeptServer]] = {}
+
+    @classmethod
+    def take(cls, module: str, *, gpu: int | None) -> KeptServer:
+        """Return an idle server that was started in the same environment, or a new one."""
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        key = module, gpu, tuple(sys.path), tuple(sorted(environment.items()))
+        server = cls.idle.pop(key, None)
+        if server is None or server._process is None or server._process.poll() is not None:
+            server = cls(module, gpu=gpu)
+        server.key = key
+        return server
+
+    def _start(self) -> None:
+        super()._start()
+        for key in [key for key, server in self.idle.items() if server is self]:
+            del self.idle[key]
+
+    def close(self, *, wait: bool = True) -> None:
+        alive = self._process is not None and self._process.poll() is None
+        if not (alive and self._ready and len(self.idle) < 2 and self.key not in self.idle):
+            super().close(wait=wait)
+        else:
+            self.idle[self.key] = self
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_decoders() -> Iterator[None]:
+    """Share decoder servers between tests; tests/pipelines/test_workers.py has each start its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "_Server", KeptServer.take)
+        yield
+    while KeptServer.idle:
+        workers._Server.close(KeptServer.idle.popitem()[1])
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,15 @@ def identity(gpu):
 """
 
 
+SERVER = workers._Server
+
+
+@pytest.fixture(autouse=True)
+def _own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start and end servers as a run does: tests/conftest.py keeps them elsewhere."""
+    monkeypatch.setattr(workers, "_Server", SERVER)
+
+
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A decoder that does what a file's last bytes say. JPEG ignores what stands behind its end."""
@@ -207,6 +216,17 @@ def test_a_killed_worker_and_a_killed_server_are_replaced(photos: list[bytes]) -
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_relative_paths_are_the_callers(photos: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it changed its working directory after the server was started."""
+    workers.start_early("pillow")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("photo.jpg").write_bytes(photos[0])
+    out = shared((1, SIZE, SIZE, 3))
+    with Workers("pillow") as decoding:
+        assert [verdict.reason for verdict in decoding.decode([Path("photo.jpg")], SIZE, out)] == [""]
+
+
 def test_nothing_is_left_behind(photos: list[bytes]) -> None:
     before, files = children(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(2):
