@@ -30,7 +30,7 @@ from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import restore
 from fastcnn.runs.fit import fit
 from fastcnn.storage import checkpoint
-from fastcnn.system import device as runtime
+from fastcnn.system.device import describe_hardware, pick_device, versions
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
@@ -58,12 +58,12 @@ def main() -> None:
     for row in rows:
         print(": ".join(tables.recipe(row)[1:]))
     if args.out:
-        device, shown = torch.device(runtime.pick_device("auto")), [item for item in args.set if "/" not in item]
+        device, shown = torch.device(pick_device("auto")), [item for item in args.set if "/" not in item]
         Record(
             format=FORMAT,
-            machine=slug(runtime.describe(device)),
-            hardware=runtime.describe(device),
-            versions=runtime.versions(),
+            machine=slug(describe_hardware(device)),
+            hardware=describe_hardware(device),
+            versions=versions(),
             rates={},
             settings={"seeds": args.seeds, "options": shown},
             command=f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)} "

@@ -59,7 +59,8 @@ def serving(photos: Path, threads: int) -> Iterator[tuple[dict[str, Callable[[in
     here = Path(str(fastcnn.__file__)).resolve().parents[1]
     assert here == Path.cwd().resolve(), f"fastcnn comes from {here}, not from the revision's folder"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with runtime.settings(device, threads=threads, deterministic=False):
+    settings = getattr(runtime, "torch_settings", None) or runtime.settings  # by its name now, or before
+    with settings(device, threads=threads, deterministic=False):
         precision = runtime.pick_precision("auto", device, deterministic=False, strict=False)
         config = make_config(
             data=str(photos), image_size=SIZE, batch_size=BATCH, device=str(device), precision=precision

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.harness.timing import seconds_a_call
-from fastcnn.system import device as runtime
+from fastcnn.system.device import has_bf16
 
 
 @functools.cache
@@ -19,7 +19,7 @@ def rates(device: torch.device) -> dict[str, float]:
     source = torch.empty(1 << (32 if on_gpu else 28), dtype=torch.uint8, device=device)
     target, side = torch.empty_like(source), 8192 if on_gpu else 2048
     found = {"copy_bytes_per_second": 2 * source.numel() / seconds_a_call(lambda: target.copy_(source), device)}
-    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if runtime.has_bf16(device) else {})
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16(device) else {})
     for name, dtype in kinds.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         found[f"{name}_flop_per_second"] = 2 * side**3 / seconds_a_call(functools.partial(torch.mm, a, b), device)

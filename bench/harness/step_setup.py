@@ -10,7 +10,7 @@ from fastcnn.data.loaders import Feed
 from fastcnn.network.kernels import cpu_max_pool as pool
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
-from fastcnn.system import device as runtime
+from fastcnn.system.device import DTYPES
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training.augment import Augment
 from fastcnn.training.engines import Engine
@@ -41,7 +41,7 @@ def make_step(
     ranks: Ranks = ALONE,
 ) -> TrainingStep:
     """Return a training step of the reference network, with augmentations by name and strength."""
-    device, dtype = feed.images.device, runtime.DTYPES[precision]
+    device, dtype = feed.images.device, DTYPES[precision]
     torch.manual_seed(0)
     if device.type == "cpu":
         pool.load()

@@ -34,7 +34,7 @@ from bench.report import tables
 from bench.report.record import FORMAT, Record, Row, read, without_paths
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.runs.resume import Interrupted
-from fastcnn.system import device as runtime
+from fastcnn.system.device import describe_hardware, pick_device, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 DIFFERENT = CheckError.exit_code
@@ -157,7 +157,7 @@ def _note(name: str, seed: int, found: Found) -> None:
 
 def results_file(args: argparse.Namespace, experiment: Experiment) -> Path:
     """Return where the results of these options go."""
-    folder = args.out or ROOT / "bench" / "results" / slug(runtime.describe(runtime.pick_device("auto")))
+    folder = args.out or ROOT / "bench" / "results" / slug(describe_hardware(pick_device("auto")))
     name = re.sub(r"[^\w.-]+", "-", experiment.data.name)
     return Path(folder) / f"parity-{name}-{args.image_size}{'-ingredients' if args.ingredients else ''}.json"
 
@@ -210,12 +210,12 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
     order = [PLAIN, *INGREDIENTS]
     rows = [row_of(args, name, runs, largest) for name in sorted(runs, key=order.index) if runs[name]]
     verdicts = {row["name"]: row["extra_info"].get("verdict", "undecided") for row in rows}
-    device = runtime.pick_device("auto")
+    device = pick_device("auto")
     return Record(
         format=FORMAT,
-        machine=slug(runtime.describe(device)),
-        hardware=runtime.describe(device),
-        versions=runtime.versions() | {"scipy": _version("scipy")},
+        machine=slug(describe_hardware(device)),
+        hardware=describe_hardware(device),
+        versions=versions() | {"scipy": _version("scipy")},
         rates={},
         settings={
             **settings_of(args, experiment),

@@ -11,7 +11,7 @@ from bench.harness.step_setup import make_step, random_feed, run_steps
 from bench.harness.timing import Clocked, clocked
 from fastcnn.config.fields import PRESETS, STRENGTHS, Config
 from fastcnn.config.load import read_recipe, recipe_names, resolve
-from fastcnn.system import device as runtime
+from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 
 LISTS: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ LISTS: dict[str, tuple[str, ...]] = {
 def bench_augmentation(race: Race, name: str) -> None:
     """Ours, with the engine that is the default here."""
     device, size, batch = race.device, race.scale["image_size"], race.scale["batches"][0]
-    precision = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    precision = pick_precision("auto", device, deterministic=False, strict=False)
     feed = random_feed(device, max(512, 2 * batch), size)
 
     def runner(names: tuple[str, ...]) -> tuple[Clocked, int]:

@@ -16,7 +16,7 @@ import pipelines
 from bench.baselines import decoding
 from bench.harness.race import Race
 from bench.harness.timing import Clocked, clocked
-from fastcnn.system import device as runtime
+from fastcnn.system.device import num_cores
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def paths(photos: Path, scale: dict[str, Any]) -> list[Path]:
 @pytest.fixture(scope="module")
 def baseline(paths: list[Path], scale: dict[str, Any]) -> dict[str, Clocked]:
     """DataLoader + Pillow with as many workers as serve it best, of 0, half the cores and all of them."""
-    cores = runtime.num_cores()
+    cores = num_cores()
     tried = {}
     for workers in sorted({0, cores // 2, cores}):
         run = clocked(decoding.pillow_loader(paths, scale["image_size"], workers), torch.device("cpu"))
@@ -51,7 +51,7 @@ def reference(paths: list[Path], scale: dict[str, Any]) -> npt.NDArray[np.uint8]
 
 
 @pytest.mark.parametrize("decoder", [*pipelines.BACKENDS, "dali on the GPU"])
-@pytest.mark.parametrize("threads", sorted({runtime.num_cores(), 1}, reverse=True))
+@pytest.mark.parametrize("threads", sorted({num_cores(), 1}, reverse=True))
 def bench_decoder(
     race: Race,
     decoder: str,
@@ -63,7 +63,7 @@ def bench_decoder(
 ) -> None:
     """Ours."""
     name, on_gpu = decoder.partition(" ")[0], decoder.endswith("GPU")
-    if threads < runtime.num_cores() and request.config.getoption("--scale") != "full":
+    if threads < num_cores() and request.config.getoption("--scale") != "full":
         pytest.skip("in the full form only")
     if on_gpu and race.device.type != "cuda":
         pytest.skip("needs an NVIDIA GPU")
@@ -87,7 +87,7 @@ def bench_decoder(
 
 
 PEERS: dict[str, Callable[[Path, list[Path], int], Callable[[], Any]]] = {
-    "torchvision ImageFolder": lambda folder, paths, size: decoding.image_folder(folder, size, runtime.num_cores()),
+    "torchvision ImageFolder": lambda folder, paths, size: decoding.image_folder(folder, size, num_cores()),
     "torchvision decode_jpeg on the GPU": lambda folder, paths, size: decoding.decode_jpeg_on_gpu(paths, size),
 }
 

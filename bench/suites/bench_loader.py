@@ -24,7 +24,7 @@ from bench.harness.timing import clocked
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
-from fastcnn.system import device as runtime
+from fastcnn.system.device import num_cores, pick_precision
 from fastcnn.training import engines
 from fastcnn.training.engines import Engine
 from fastcnn.training.step import TrainingStep
@@ -68,7 +68,7 @@ def train_with(loader: str, data: Dataset, device: torch.device, batch: int, fil
     """Return what trains with a loader, on the engine that is the default here."""
     options = Options(device=device, batch_size=batch, decoder=data.decoder)
     feed = LOADERS[loader](data.index, data.cache, data.photos("train"), options)
-    precision = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    precision = pick_precision("auto", device, deterministic=False, strict=False)
     step = make_step(feed, filters, batch, precision)
     return Training(step, engines.build("graphed" if device.type == "cuda" else "eager", step)[0])
 
@@ -93,6 +93,6 @@ def bench_data_loader(race: Race, make_data: Callable[[str], Dataset]) -> None:
     """What a DataLoader with Pillow decodes, with no step to feed."""
     data = make_data("resident")
     paths = [data.index.root / data.index.paths[photo] for photo in data.photos("train")]
-    run = decoding.pillow_loader(paths, race.scale["image_size"], runtime.num_cores())
-    race(f"DataLoader + Pillow, {runtime.num_cores()} workers, no step", run, {}, images=len(paths), peer=True)
+    run = decoding.pillow_loader(paths, race.scale["image_size"], num_cores())
+    race(f"DataLoader + Pillow, {num_cores()} workers, no step", run, {}, images=len(paths), peer=True)
     assert len(run()) == len(paths)

@@ -13,8 +13,8 @@ from bench.harness.step_setup import make_step, random_feed, run_steps
 from bench.harness.timing import Clocked, clocked
 from fastcnn.network.small_cnn import BatchNorm, Block
 from fastcnn.network.sync_layers import SyncBatchNorm, operators
-from fastcnn.system import device as runtime
 from fastcnn.system import ranks
+from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 
 
@@ -35,7 +35,7 @@ def group(device: object) -> Iterator[ranks.Ranks]:
 def bench_group_of_one(race: Race, group: ranks.Ranks, norm: str) -> None:
     """The reference step with the gradient's all-reduce in it, and with batch norms that exchange statistics."""
     device, size, batch = race.device, race.scale["image_size"], race.scale["batches"][0]
-    precision = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    precision = pick_precision("auto", device, deterministic=False, strict=False)
     feed = random_feed(device, max(512, 2 * batch), size)
 
     def runner(joined: ranks.Ranks) -> tuple[Clocked, int]:

@@ -27,7 +27,7 @@ from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_step
 from bench.harness.timing import Apart, clocked
 from fastcnn.network import fused_forward as fused
 from fastcnn.network.pixels import Normalise
-from fastcnn.system import device as runtime
+from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" not in metafunc.fixturenames:
         return
     device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
-    best = runtime.pick_precision("auto", device, deterministic=False, strict=False)
+    best = pick_precision("auto", device, deterministic=False, strict=False)
     networks, batches = SCALES[name]["networks"], SCALES[name]["batches"]
     if on_gpu(device):
         precisions = ["bf16", "fp16", "fp32"] if name == "full" else [best]

@@ -19,7 +19,7 @@ from bench.harness import machine
 from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs
 from fastcnn.network.kernels import cpu_max_pool as pool
-from fastcnn.system import device as runtime
+from fastcnn.system.device import describe_hardware, torch_settings, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -65,8 +65,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     """Keep what the figures depend on; host and user names are not among it."""
     device = torch.device(config.getoption("--device"))
     output_json["machine_info"] = {
-        "hardware": runtime.describe(device),
-        "versions": runtime.versions(),
+        "hardware": describe_hardware(device),
+        "versions": versions(),
         "rates": machine.rates(device),
     }
     scale = config.getoption("--scale")
@@ -91,7 +91,7 @@ def _settings(device: torch.device) -> Iterator[None]:
     """Measure with the settings of a run, in a process whose kernels are built."""
     if device.type == "cpu":
         pool.load()
-    with runtime.settings(device, threads=None, deterministic=False):
+    with torch_settings(device, threads=None, deterministic=False):
         yield
 
 

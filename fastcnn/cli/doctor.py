@@ -22,7 +22,7 @@ from fastcnn.data.cache import default_folder
 from fastcnn.errors import first_line
 from fastcnn.network.kernels import cpu_max_pool as pool
 from fastcnn.runs import wandb_tracker
-from fastcnn.system import device as runtime
+from fastcnn.system.device import describe_hardware, free_memory_bytes, has_bf16
 from pipelines.workers import Workers, shared
 
 LITTLE_DISK, LITTLE_MEMORY = 5 * 2**30, 2 * 2**30  # bytes: below them even a small set may not fit
@@ -64,12 +64,12 @@ def to_dict(lines: list[Line]) -> list[dict[str, str]]:
 
 
 def _machine(cache_dir: str | Path | None) -> Iterator[Line]:
-    facts = runtime.describe(torch.device("cpu"))
+    facts = describe_hardware(torch.device("cpu"))
     yield Line("fastcnn", "ok", f"{_version('fastcnn')} on Python {platform.python_version()}")
-    bf16 = "bf16" if runtime.has_bf16(torch.device("cpu")) else "no bf16: fp32"
+    bf16 = "bf16" if has_bf16(torch.device("cpu")) else "no bf16: fp32"
     where = f"{facts['system']} {facts['machine']}"
     yield Line("processor", "ok", f"{facts.get('cpu', where)}, {facts['cores']} cores, {bf16}; {where}")
-    free = runtime.free_memory_bytes(torch.device("cpu"))
+    free = free_memory_bytes(torch.device("cpu"))
     little = free < LITTLE_MEMORY
     advice = "free some: photos that do not fit are read from the disk while training" if little else ""
     yield Line("memory", "without" if little else "ok", f"{free / 2**30:,.1f} GiB free", advice)

@@ -17,7 +17,7 @@ from fastcnn.data.crops import crop_boxes
 from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, Selected, Sharded, Share
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
-from fastcnn.system import device as runtime
+from fastcnn.system.device import free_memory_bytes
 from fastcnn.system.ranks import ALONE, Ranks
 
 __all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "sharded", "shared", "stream"]
@@ -214,7 +214,7 @@ def choose(
     limit = (
         memory_limit
         if memory_limit is not None
-        else int(runtime.free_memory_bytes(device) * SHARE.get(device.type, SHARE["cpu"]))
+        else int(free_memory_bytes(device) * SHARE.get(device.type, SHARE["cpu"]))
         // (1 if device.type == "cuda" else ranks.local_count)
     )
     whose = "that --memory-limit allows" if given else "that they may take of the free memory"

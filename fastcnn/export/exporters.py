@@ -32,7 +32,7 @@ from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint
 from fastcnn.storage import files as whole
 from fastcnn.storage import run_folder as runs
-from fastcnn.system import device as runtime
+from fastcnn.system.device import DTYPES, versions
 
 Half = Literal["auto", "bf16", "fp16"]
 
@@ -125,7 +125,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         config["mean"],
         config["std"],
         state["classes"],
-        runtime.DTYPES[precision],
+        DTYPES[precision],
         always_resize=format != "torchscript",
     ).eval()
     metadata = {
@@ -141,7 +141,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "tolerance": TOLERANCES[precision],
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
         "training": {name: _plain(value) for name, value in state["best"].items()},
-        "versions": runtime.versions(),
+        "versions": versions(),
         "golden": golden(network, config),
     }
     parts = EXPORTERS[format](model)

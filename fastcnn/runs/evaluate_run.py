@@ -18,7 +18,7 @@ from fastcnn.reporting import class_scores as scorecard
 from fastcnn.reporting.class_scores import Scorecard
 from fastcnn.storage import checkpoint
 from fastcnn.storage import run_folder as runs
-from fastcnn.system import device as runtime
+from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision, torch_settings
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
@@ -74,8 +74,8 @@ def evaluate_run(
     """
     folder = runs.find(run)
     state = checkpoint.load(folder / "best.pt")
-    config, classes, place = state["config"], state["classes"], runtime.pick_device(device)
-    precision = runtime.pick_precision(
+    config, classes, place = state["config"], state["classes"], pick_device(device)
+    precision = pick_precision(
         config["precision"], place, deterministic=config["deterministic"], strict=config["strict"]
     )
     split = folder / "split.csv"
@@ -95,11 +95,11 @@ def evaluate_run(
         progress=progress,
     )
     _check(photos, classes)
-    threads = min(config["threads"] or runtime.num_cores(), runtime.num_cores())
-    with runtime.settings(
+    threads = min(config["threads"] or num_cores(), num_cores())
+    with torch_settings(
         place, threads=threads, deterministic=config["deterministic"], tf32=config["precision"] == "tf32"
     ):
-        dtype = runtime.DTYPES[precision]
+        dtype = DTYPES[precision]
         model = FlatParameters(restore(state).to(place), dtype).compute
         normalise = Normalise(config["mean"], config["std"], config["image_size"], dtype, place)
         cards = {}

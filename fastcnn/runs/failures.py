@@ -12,7 +12,7 @@ import torch
 from fastcnn.config.fields import Config
 from fastcnn.data.loaders import Feed
 from fastcnn.runs import state as sessions
-from fastcnn.system import device as runtime
+from fastcnn.system.device import is_out_of_memory, synchronize
 
 NUM_CLASSES = 100  # of the network that is tried: the output layer is the least of it
 
@@ -70,9 +70,9 @@ def _fits(config: Config) -> bool:
                 cursor=torch.zeros(1, dtype=torch.int64, device=device),
             )
             sessions.start(config, Path(), tuple(map(str, range(NUM_CLASSES))), feed).step()
-            runtime.synchronize(device)
+            synchronize(device)
         except (RuntimeError, MemoryError) as error:
-            if not runtime.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return False
     return True

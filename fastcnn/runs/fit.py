@@ -36,9 +36,17 @@ from fastcnn.runs.state import Session
 from fastcnn.runs.trackers import Run, Tracker
 from fastcnn.storage import files, locks
 from fastcnn.storage import run_folder as runs
-from fastcnn.system import device as runtime
 from fastcnn.system import launch, ranks, signals
 from fastcnn.system.console import Console
+from fastcnn.system.device import (
+    describe_hardware,
+    is_out_of_memory,
+    num_cores,
+    pick_device,
+    pick_precision,
+    torch_settings,
+    versions,
+)
 from fastcnn.system.ranks import Ranks
 from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.training import engines
@@ -94,7 +102,7 @@ def fit(
             with _folder(config, run_dir, resume, group) as (folder, going_on), _said(folder):
                 return _fit(config, folder, going_on, group, console, import_seconds, trackers)
         except (RuntimeError, MemoryError) as error:
-            if not runtime.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             why = first_line(error)
         # Only here, as the traceback is gone with all that it holds.
@@ -160,7 +168,7 @@ def _fit(
         console.line(f"restart {group.restarts}: going on in {folder}")
     if not begun and group.first:
         _write_config(folder, config)  # so that a run that is killed before its first step can be resumed as well
-    with runtime.settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
+    with torch_settings(device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
         with console.progress("decoding", "photos") as progress:
             data = dataset.prepare(
                 config.data,
@@ -210,8 +218,8 @@ def _fit(
             num_epochs=config.epochs,
             config={
                 **session.config.to_dict(),
-                "hardware": runtime.describe(device),
-                "versions": runtime.versions(),
+                "hardware": describe_hardware(device),
+                "versions": versions(),
             },
             rows=tuple(session.rows),
         )
@@ -237,7 +245,7 @@ def _set_up(
         return data, _make_ready(config, folder, data, watch, console, begun, group)
     except (RuntimeError, MemoryError) as error:
         alone = config.loader == "auto" and data.loader == "resident" and group.count == 1  # else others wait for us
-        if not alone or not runtime.is_out_of_memory(error):
+        if not alone or not is_out_of_memory(error):
             raise
         why = f"resident ran out of memory ({first_line(error)})"
     memory.release()
@@ -282,7 +290,7 @@ def _make_ready(
 def _kind(config: Config) -> str:
     """Return cpu, cuda or mps; ranks that are not joined yet and have none of it say so once."""
     try:
-        return runtime.pick_device(config.device).type
+        return pick_device(config.device).type
     except FastCNNError as error:
         if launch.speaks():
             raise
@@ -290,7 +298,7 @@ def _kind(config: Config) -> str:
 
 
 def _device(config: Config, group: Ranks) -> torch.device:
-    return runtime.pick_device(config.device, group.local_rank)
+    return pick_device(config.device, group.local_rank)
 
 
 def _resolve(config: Config, group: Ranks) -> Config:
@@ -302,7 +310,7 @@ def _resolve(config: Config, group: Ranks) -> Config:
         raise UsageError(
             f"--device {config.device} is one device, and there are {group.count} ranks: give {device.type}"
         )
-    cores = max(1, runtime.num_cores() // group.local_count)
+    cores = max(1, num_cores() // group.local_count)
     return dataclasses.replace(
         config,
         data=str(Path(config.data).resolve()),
@@ -311,9 +319,7 @@ def _resolve(config: Config, group: Ranks) -> Config:
         init_from=config.init_from
         and str(Path(config.init_from).resolve() if Path(config.init_from).exists() else config.init_from),
         device=device.type if group.count > 1 else str(device),
-        precision=runtime.pick_precision(
-            config.precision, device, deterministic=config.deterministic, strict=config.strict
-        ),
+        precision=pick_precision(config.precision, device, deterministic=config.deterministic, strict=config.strict),
         threads=config.threads or cores,
         workers=config.workers or (cores if group.count > 1 else None),
     )

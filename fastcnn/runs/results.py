@@ -21,8 +21,8 @@ from fastcnn.runs import trackers as tracking
 from fastcnn.runs.state import Session
 from fastcnn.runs.trackers import Tracker
 from fastcnn.storage import checkpoint, files
-from fastcnn.system import device as runtime
 from fastcnn.system.console import Console
+from fastcnn.system.device import describe_hardware, peak_memory_bytes, versions
 from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.training.evaluation import Evaluation
 
@@ -106,9 +106,9 @@ def _summary(session: Session, data: Dataset, watch: Stopwatch, test: Evaluation
         # Steady state: the mean over the epochs after the first, by time.
         "images_per_second": len(steady) / sum(1 / row["images_per_second"] for row in steady),
         "seconds": _seconds(watch),
-        "peak_memory_bytes": runtime.peak_memory_bytes(device),
-        "versions": runtime.versions(),
-        "hardware": runtime.describe(device),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "versions": versions(),
+        "hardware": describe_hardware(device),
     }
 
 

@@ -25,7 +25,7 @@ from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.storage import checkpoint
 from fastcnn.storage import run_folder as runs
-from fastcnn.system import device as runtime
+from fastcnn.system.device import DTYPES, describe_hardware
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training import engine_choice, engines
 from fastcnn.training.augment import Augment
@@ -185,7 +185,7 @@ def start(
         begin_with(model, config.init_from)
     sync.convert(model, ranks, batch_norm=config.sync_batch_norm)
     model = model.to(device)
-    dtype = runtime.DTYPES[config.precision]
+    dtype = DTYPES[config.precision]
     assert feed.batch_size in (None, config.batch_size // ranks.count)
     lr = scaled_lr(config.lr, config.lr_scaling, config.batch_size)
     parameters = FlatParameters(model, dtype)
@@ -258,7 +258,7 @@ def make_engine(session: Session) -> Engine:
     config, step = session.config, session.step
     step.parameters.compute.train()
     if config.engine == "auto":
-        hardware = runtime.describe(step.feed.images.device)
+        hardware = describe_hardware(step.feed.images.device)
         shape = {name: getattr(config, name) for name in ("batch_size", "precision", "augment")}
         signature = json.dumps([hardware, torch.__version__, session.model.options, shape])
         num_steps = config.epochs * step.num_steps

@@ -325,9 +325,9 @@ def _outcome(study: Study, lines: Sequence[Line], folder: Path) -> str:
 
 
 def _check_pack(device: str) -> None:
-    from fastcnn.system import device as runtime
+    from fastcnn.system.device import pick_device
 
-    kind = runtime.pick_device(device).type
+    kind = pick_device(device).type
     if kind != "cpu":
         raise UsageError(f"--pack is for CPUs: on {kind} it was not measured, and trials run one after another")
 

@@ -288,12 +288,12 @@ def _ask(connection: Connection, row: Mapping[str, float], *, is_last: bool) -> 
 
 def share(options: Mapping[str, Any], slots: int) -> dict[str, Any]:
     """Return a trial's options with its share of a CPU: threads where several run at once, photos in memory once."""
-    from fastcnn.system import device as runtime
+    from fastcnn.system.device import num_cores, pick_device
 
     shared = dict(options)
-    if runtime.pick_device(str(shared.get("device", "auto"))).type == "cpu":
+    if pick_device(str(shared.get("device", "auto"))).type == "cpu":
         if slots > 1 and shared.get("threads") is None:
-            shared["threads"] = max(1, runtime.num_cores() // slots)
+            shared["threads"] = max(1, num_cores() // slots)
         if shared.get("loader", "auto") == "auto":
             shared["loader"] = "shared"
     return shared

@@ -18,6 +18,7 @@ import torch
 
 from fastcnn.config.fields import Precision
 from fastcnn.errors import FastCNNError, fall_back
+from pipelines import num_cores as num_cores  # for the rooms that decode nothing
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -82,7 +83,9 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def settings(device: torch.device, *, threads: int | None, deterministic: bool, tf32: bool = False) -> Iterator[None]:
+def torch_settings(
+    device: torch.device, *, threads: int | None, deterministic: bool, tf32: bool = False
+) -> Iterator[None]:
     """Set threads, allocator and determinism for the time of a run, and put back what was there."""
     before_threads, before_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     before_cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
@@ -134,11 +137,6 @@ def keep_freed_memory() -> bool:
         return False
     never = 2**31 - 1
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, never), mallopt(_M_TOP_PAD, 64 << 20)])
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -210,7 +208,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe_hardware(device: torch.device) -> dict[str, Any]:
     """Return the hardware in words: never a host or user name."""
     facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": num_cores()}
     with contextlib.suppress(OSError):  # Linux has it

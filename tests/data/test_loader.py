@@ -29,7 +29,7 @@ from fastcnn.data.index import Index, scan
 from fastcnn.data.loaders import LOADERS, Options, choose
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.storage import checkpoint
-from fastcnn.system import device as runtime
+from fastcnn.system.device import free_memory_bytes
 
 SIZE, BATCH = 32, 16
 CPU = torch.device("cpu")
@@ -414,7 +414,7 @@ def test_the_choice(
     why: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "free_memory_bytes", lambda device: 1000 * MIB)
+    monkeypatch.setattr("fastcnn.data.loaders.free_memory_bytes", lambda device: 1000 * MIB)
     limit = limit and limit * MIB
     name, reason = choose(loader, needed * MIB, on_disk=on_disk, device=CPU, memory_limit=limit)
     assert name == expected
@@ -428,7 +428,7 @@ def test_resident_beyond_the_limit_is_an_error() -> None:
 
 
 def test_free_memory_is_that_of_this_machine() -> None:
-    assert 10 * MIB < runtime.free_memory_bytes(CPU) < 2**50
+    assert 10 * MIB < free_memory_bytes(CPU) < 2**50
 
 
 @pytest.mark.parametrize(

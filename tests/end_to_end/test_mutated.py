@@ -24,7 +24,7 @@ from fastcnn.data import cache, index, split
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.storage import checkpoint
-from fastcnn.system import device as runtime
+from fastcnn.system.device import peak_memory_bytes
 from pipelines import Member
 
 MEMORY = 300 * 2**20  # more than any of them takes, less than a bomb
@@ -224,7 +224,7 @@ READERS: dict[str, Callable[[Path, Path], tuple[bytes, Read]]] = {
 def test_mutated_bytes(reader: str, count: int, photos: Path, tmp_path: Path) -> None:
     original, read = READERS[reader](photos, tmp_path)
     read(original)
-    before, refused = runtime.peak_memory_bytes(torch.device("cpu")), 0
+    before, refused = peak_memory_bytes(torch.device("cpu")), 0
 
     @settings(max_examples=count, suppress_health_check=list(HealthCheck), database=None)
     @given(edits())
@@ -240,7 +240,7 @@ def test_mutated_bytes(reader: str, count: int, photos: Path, tmp_path: Path) ->
 
     check()
     print(f"{reader}: {count} examples, {refused} refused")
-    assert runtime.peak_memory_bytes(torch.device("cpu")) - before < MEMORY
+    assert peak_memory_bytes(torch.device("cpu")) - before < MEMORY
 
 
 # A few lines that grow to gigabytes where they are believed.
@@ -273,10 +273,10 @@ YAML_BOMBS = {
 def test_a_malicious_configuration_is_one_line(tmp_path: Path, what: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(YAML_BOMBS[what])
-    before = runtime.peak_memory_bytes(torch.device("cpu"))
+    before = peak_memory_bytes(torch.device("cpu"))
     with pytest.raises(FastCNNError) as caught:
         resolve(read_yaml(path))
     assert len(str(caught.value)) < 1000
     assert "\n" not in str(caught.value)
     assert [child.name for child in tmp_path.iterdir()] == ["config.yaml"]
-    assert runtime.peak_memory_bytes(torch.device("cpu")) - before < MEMORY
+    assert peak_memory_bytes(torch.device("cpu")) - before < MEMORY

@@ -28,7 +28,7 @@ from fastcnn.sweeps import trial_process as slot
 from fastcnn.sweeps import wandb_agent as sweep_agent
 from fastcnn.sweeps.study import Line
 from fastcnn.sweeps.trial_process import Ending, Job, Slot
-from fastcnn.system import device as runtime
+from fastcnn.system import device
 
 pytest.importorskip("optuna")
 
@@ -92,7 +92,7 @@ def test_all_of_it_is_there_already(packed: tuple[Path, list[Line]], photos: Pat
 
 
 def test_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "num_cores", lambda: 8)
+    monkeypatch.setattr(device, "num_cores", lambda: 8)
     assert slot.share({"device": "cpu"}, 3) == {"device": "cpu", "threads": 2, "loader": "shared"}
     assert slot.share({"device": "cpu", "threads": 4, "loader": "mapped"}, 3)["threads"] == 4
     assert "threads" not in slot.share({"device": "cpu"}, 1)
@@ -220,7 +220,7 @@ def test_a_number_of_trials_is_needed(photos: Path) -> None:
 
 
 def test_packing_is_for_cpus(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(device, "pick_device", lambda name: torch.device("cuda", 0))
     with pytest.raises(UsageError, match="--pack is for CPUs"):
         sweeps.run(plan(), {"data": str(photos)}, pack=2)
 
