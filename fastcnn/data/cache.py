@@ -187,7 +187,7 @@ def build(
                 _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
                 return missing
 
-            missing = ranks.share(look)
+            missing = ranks.broadcast(look)
             if _read_header(folder) != header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "

@@ -97,7 +97,7 @@ def prepare(
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        index = ranks.share(lambda: indexes.scan(root) if classes is None else indexes.scan_held_out(root, classes))
+        index = ranks.broadcast(lambda: indexes.scan(root) if classes is None else indexes.scan_held_out(root, classes))
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
     try:
@@ -107,7 +107,7 @@ def prepare(
     if missing:
         fall_back(missing, strict=strict)
     decoding_gpu = gpu if chosen == "dali" else None
-    picked, why = ranks.share(
+    picked, why = ranks.broadcast(
         lambda: loaders.choose(
             loader,
             len(index) * image_size**2 * 3,
@@ -156,7 +156,7 @@ def prepare(
         splits = index.folders
     elif split:
         own = Path(split)
-        splits = ranks.share(lambda: read_split(own, index))
+        splits = ranks.broadcast(lambda: read_split(own, index))
     else:
         splits = draw_split(index, val_fraction, seed)
     listed = splits != ""

@@ -130,7 +130,7 @@ def _folder(
             group.keep("run folder", str(folder.resolve()))
             return folder, bool(going_on)
 
-        yield group.share(find)
+        yield group.broadcast(find)
 
 
 @contextlib.contextmanager
@@ -162,8 +162,8 @@ def _fit(
     device = _device(config, group)
     tf32 = config.precision == "tf32"
     own_split = folder / "split.csv"
-    begun = group.share(lambda: resume and (folder / "last.pt").is_file())
-    own_split_there = group.share(lambda: resume and own_split.is_file())
+    begun = group.broadcast(lambda: resume and (folder / "last.pt").is_file())
+    own_split_there = group.broadcast(lambda: resume and own_split.is_file())
     if group.restarts:
         console.line(f"restart {group.restarts}: going on in {folder}")
     if not begun and group.first:
@@ -393,7 +393,7 @@ def _train(
             "lr": float(step.optimizer.lr),
             "images_per_second": (train.count - done * config.batch_size) / train_seconds,
         }
-        row = group.share(functools.partial(dict, row))  # times differ
+        row = group.broadcast(functools.partial(dict, row))  # times differ
         session.rows.append(row)
         is_best = not session.best or _rank(row) > _rank(session.best)
         if is_best:

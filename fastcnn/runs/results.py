@@ -47,12 +47,12 @@ def finish(
     story, drawn, evaluation = None, dict[str, bytes](), None
     if judged == "test" or config.report:
         with watch.stage("eval"):
-            best = ranks.share(lambda: checkpoint.load(folder / "best.pt"))
+            best = ranks.broadcast(lambda: checkpoint.load(folder / "best.pt"))
             session.model.load_state_dict(best["model"])
             session.step.parameters.refresh()
             evaluation = sessions.judge(session, feeds[judged])
     if not ranks.first:
-        return ranks.share(dict[str, Any])
+        return ranks.broadcast(dict[str, Any])
     if config.report and evaluation:
         with watch.stage("report"):
             story, drawn = _draw(session, data, judged, evaluation)
@@ -76,7 +76,7 @@ def finish(
     summary |= tracking.finish(trackers, outcome)
     summary["finished"] = True
     _write(folder, summary)
-    return ranks.share(lambda: summary)
+    return ranks.broadcast(lambda: summary)
 
 
 def _summary(session: Session, data: Dataset, watch: Stopwatch, test: Evaluation | None) -> dict[str, Any]:

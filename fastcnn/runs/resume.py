@@ -79,7 +79,7 @@ def is_finished(folder: Path) -> bool:
 
 def restore(session: Session, console: Console) -> None:
     """Put a session where the run's `last.pt` left it. Raises DataError where the classes are others by now."""
-    state = session.ranks.share(lambda: checkpoint.load(session.run_dir / "last.pt"))
+    state = session.ranks.broadcast(lambda: checkpoint.load(session.run_dir / "last.pt"))
     if tuple(state["classes"]) != session.classes:
         raise DataError(f"{session.run_dir} was trained on other classes than there are now: begin a new run")
     session.restore(state)
@@ -93,7 +93,7 @@ def _mend_best(session: Session, done: int) -> None:
     best = session.best.get("epoch")
     if best is None:
         return
-    problem = session.ranks.share(lambda: _problem(session, best))
+    problem = session.ranks.broadcast(lambda: _problem(session, best))
     if not problem:
         return
     if best == session.epoch and not done:

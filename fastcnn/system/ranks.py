@@ -55,7 +55,7 @@ class Ranks:
         """Whether this is the rank that writes."""
         return self.rank == 0
 
-    def share(self, make: Callable[[], Value]) -> Value:
+    def broadcast(self, make: Callable[[], Value]) -> Value:
         """Return what `make` returns on the first rank; it is called there alone."""
         if not self.joined:
             return make()

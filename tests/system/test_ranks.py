@@ -215,7 +215,7 @@ def test_a_captured_step_holds_its_all_reduce(uneven: Path, tmp_path: Path) -> N
 def test_alone_a_rank_talks_to_nobody() -> None:
     values = torch.tensor([1.0, 2.0])
     assert ALONE.sum_(values) is values
-    assert ALONE.share(lambda: 3) == 3
+    assert ALONE.broadcast(lambda: 3) == 3
     assert ALONE.highest(1, 2) == [1, 2]
     assert ALONE.interleaved(values, 2) is values
     assert ALONE.is_first_to("speak")
