@@ -43,15 +43,15 @@ def main() -> None:
 
 def opening(photos: Path, folder: Path) -> None:
     """Open a whole cache, its rows checked or not."""
-    found, checked = index.scan(photos), cache_files._damaged
+    found, checked = index.scan(photos), cache_files.find_damaged
     cache.build(found, image_size=128, decoder="turbo", cache_dir=folder)
 
     def open_it(check: Callable[..., list[int]]) -> None:
-        cache_files._damaged = check
+        cache_files.find_damaged = check
         cache.build(found, image_size=128, decoder="turbo", cache_dir=folder)
 
     compare(f"open {len(found):,} photos", lambda: open_it(checked), lambda: open_it(lambda *arguments: []))
-    cache_files._damaged = checked
+    cache_files.find_damaged = checked
 
 
 def building(photos: Path, folder: Path) -> None:

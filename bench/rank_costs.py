@@ -48,7 +48,7 @@ def main() -> None:
         middle, spread = _spread(seconds)
         rate = rows * PHOTO_BYTES / middle / 1e9
         print(f"{rows} {what}: {rate:.2f} GB/s, {middle * 1e6:,.0f} us ({spread}), n = {len(seconds)}")
-    seconds = _read_journal()
+    seconds = read_journal()
     middle, spread = _spread(seconds)
     print(f"{LINES:,} lines of a journal: {LINES / middle:,.0f} photos/s ({spread} us), n = {len(seconds)}")
 
@@ -95,15 +95,15 @@ def _append_rows() -> list[float]:
         return _timed(append, 100)
 
 
-def _read_journal() -> list[float]:
+def read_journal() -> list[float]:
     """Return seconds a reading of a cache's journal."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "photos.jsonl"
         entry = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "crc": 4_000_000_000, "reason": ""}
-        lines = [cache_files._line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
+        lines = [cache_files.journal_line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
         path.write_bytes(b"".join(lines))
-        assert len(cache_files._read_journal(path)) == LINES
-        return _timed(lambda: cache_files._read_journal(path), 10)
+        assert len(cache_files.read_journal(path)) == LINES
+        return _timed(lambda: cache_files.read_journal(path), 10)
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastcnn.data.loaders import Feed
+from fastcnn.data.feeds import Feed
 from fastcnn.network.kernels import cpu_max_pool as pool
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN

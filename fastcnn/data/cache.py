@@ -40,14 +40,14 @@ import pipelines
 from fastcnn.data import cache_files
 from fastcnn.data.cache_files import (
     FORMAT,
-    _append,
-    _check_header,
-    _chunks,
-    _map,
-    _missing,
-    _read_header,
-    _read_journal,
-    _read_row,
+    append_chunk,
+    chunks_of,
+    ensure_header,
+    find_missing,
+    map_rows,
+    read_header,
+    read_journal,
+    read_row,
 )
 from fastcnn.data.index import Index
 from fastcnn.errors import FastCNNError, fall_back
@@ -118,7 +118,7 @@ class Cache:
             return
         with self._opened() as file:
             for i in np.argsort(rows):  # in the disk's order
-                if not _read_row(file, rows[i], out[i]):
+                if not read_row(file, rows[i], out[i]):
                     raise FastCNNError(f"{file.name} became shorter while it was used: run again")
 
     @contextlib.contextmanager
@@ -179,22 +179,22 @@ def build(
         with locked(folder, note) if ranks.first else contextlib.nullcontext(True) as writable:
 
             def look() -> npt.NDArray[np.intp]:
-                _check_header(folder, header, writable)
-                journal.update(_read_journal(folder / "photos.jsonl"))
-                missing = _missing(index, journal, folder, image_size, keep_pixels)
+                ensure_header(folder, header, writable)
+                journal.update(read_journal(folder / "photos.jsonl"))
+                missing = find_missing(index, journal, folder, image_size, keep_pixels)
                 if len(missing) and not writable:
                     raise PermissionError(errno.EROFS, "it is read-only, and photos are missing in it")
                 _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
                 return missing
 
             missing = ranks.broadcast(look)
-            if _read_header(folder) != header:  # the first rank has just written it
+            if read_header(folder) != header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
             size = max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
-            chunks = _chunks(missing, size)
+            chunks = chunks_of(missing, size)
             mine = range(ranks.rank, len(chunks), ranks.count)
             # A chunk is written while the next is decoded.
             with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
@@ -207,14 +207,14 @@ def build(
                     verdicts = decoding.decode(index.sources(photos), image_size, pixels)
                     if writing:
                         writing.result()
-                    append = functools.partial(_append, folder, index, photos, pixels, verdicts, keep_pixels)
+                    append = functools.partial(append_chunk, folder, index, photos, pixels, verdicts, keep_pixels)
                     writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
                     progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
                 if writing:
                     writing.result()
             ranks.wait()  # the lock is the first rank's
             if len(missing) or not ranks.first:
-                journal = _read_journal(folder / "photos.jsonl")
+                journal = read_journal(folder / "photos.jsonl")
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     except OSError as error:
@@ -222,7 +222,7 @@ def build(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
         ) from None
     entries = [journal[path] for path in index.paths]
-    images, inode = _map(folder, image_size)
+    images, inode = map_rows(folder, image_size)
     return Cache(
         folder=folder,
         images=images,
@@ -265,7 +265,7 @@ def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = N
     """
     with contextlib.suppress(OSError):
         here = str(Path(root).resolve(strict=True))
-        known = [_read_header(folder).get("root") for folder in _cache_folders(cache_dir)]
+        known = [read_header(folder).get("root") for folder in _cache_folders(cache_dir)]
         gpu = Path("/proc/driver/nvidia").exists()  # then another decoder does it
         if pipelines.num_cores() > 1 and not gpu and here not in known:
             start_decoder({"auto": "turbo"}.get(decoder, decoder))
@@ -275,9 +275,9 @@ def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     """Return a mapping a cache: key, root, image_size, decoder, photos, bytes, modified (seconds since the epoch)."""
     caches = []
     for folder in sorted(_cache_folders(cache_dir)):
-        header = _read_header(folder)
+        header = read_header(folder)
         stats = [path.stat() for path in folder.iterdir()]
-        journal = _read_journal(folder / "photos.jsonl")
+        journal = read_journal(folder / "photos.jsonl")
         caches.append(
             {
                 "key": folder.name,

@@ -32,7 +32,7 @@ _TRANSIENT = frozenset(
 )  # verdicts about the moment, not the file: asked again by the next run
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> dict[str, Any]:
     """Return what cache.json says, as far as it is the plain data that it should be."""
     try:
         header = json.loads((folder / "cache.json").read_bytes())
@@ -43,9 +43,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in header.items() if isinstance(value, str | int)}
 
 
-def _check_header(folder: Path, header: dict[str, Any], writable: bool) -> None:
+def ensure_header(folder: Path, header: dict[str, Any], writable: bool) -> None:
     """Write the header of a new cache. What stands under another one is no cache of these photos, and is deleted."""
-    found = _read_header(folder)
+    found = read_header(folder)
     if found == header:
         return
     if not writable:
@@ -60,7 +60,7 @@ def _check_header(folder: Path, header: dict[str, Any], writable: bool) -> None:
     files.write(folder / "cache.json", json.dumps(header, indent=1))
 
 
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+def read_journal(path: Path) -> dict[str, dict[str, Any]]:
     """Return the last whole line of each photo, by path."""
     journal = {}
     with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
@@ -78,7 +78,7 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
 _SUM = b', "sum": '
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def journal_line(entry: dict[str, Any]) -> bytes:
     """Return an entry as a line that ends in the checksum of what stands before that."""
     body = json.dumps(entry).encode()[:-1]
     return body + _SUM + str(zlib.crc32(body)).encode() + b"}\n"
@@ -89,7 +89,7 @@ def _is_entry(entry: object) -> bool:
     return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
 
 
-def _missing(
+def find_missing(
     index: Index, journal: dict[str, dict[str, Any]], folder: Path, image_size: int, keep_pixels: bool
 ) -> npt.NDArray[np.intp]:
     """Return the positions of the photos that have no entry, or one that does not hold any more."""
@@ -102,14 +102,14 @@ def _missing(
             kept.append((entry["row"], i, entry["crc"]))
         elif entry["row"] != -1 or entry["reason"] in _TRANSIENT:
             missing.append(i)
-    damaged = _damaged(folder / "pixels.bin", sorted(kept), image_size)
+    damaged = find_damaged(folder / "pixels.bin", sorted(kept), image_size)
     if damaged:
         some = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
         warn(f"the pixels of {some} in the cache {folder} are damaged: decoding them again")
     return np.array(sorted(missing + damaged), np.intp)
 
 
-def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) -> list[int]:
+def find_damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) -> list[int]:
     """Return the positions of those (row, position, checksum) whose pixels are not what they were."""
 
     def check(part: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -119,7 +119,7 @@ def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) 
             return [
                 i
                 for row, i, checksum in part
-                if not (0 <= row < num_rows and _read_row(file, row, pixels) and zlib.crc32(pixels.data) == checksum)
+                if not (0 <= row < num_rows and read_row(file, row, pixels) and zlib.crc32(pixels.data) == checksum)
             ]
 
     if not kept:
@@ -127,10 +127,10 @@ def _damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) 
     if not path.exists():
         return [i for _, i, _ in kept]
     with ThreadPoolExecutor() as threads:  # reading and summing let go of the interpreter
-        return [i for part in threads.map(check, _chunks(kept, CHUNK)) for i in part]
+        return [i for part in threads.map(check, chunks_of(kept, CHUNK)) for i in part]
 
 
-def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
+def read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
     """Write a row of pixels.bin into `out` (size, size, 3); return whether there was so much."""
     file.seek(int(row) * out.nbytes)
     return file.readinto(out.data) == out.nbytes
@@ -139,11 +139,12 @@ def _read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
 _Some = TypeVar("_Some", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
 
 
-def _chunks(some: _Some, size: int) -> list[_Some]:
+def chunks_of(some: _Some, size: int) -> list[_Some]:
+    """Return consecutive parts of `size` elements; the last may be shorter."""
     return [some[start : start + size] for start in range(0, len(some), size)]
 
 
-def _append(
+def append_chunk(
     folder: Path,
     index: Index,
     photos: npt.NDArray[np.intp],
@@ -167,7 +168,7 @@ def _append(
         if verdict.warning:
             entry["damage"] = verdict.warning
         row += bool(kept)
-        lines.append(_line(entry))
+        lines.append(journal_line(entry))
     with (folder / "photos.jsonl").open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -186,7 +187,7 @@ def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
     return row
 
 
-def _map(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
+def map_rows(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
     """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the file's inode."""
     path = folder / "pixels.bin"
     rows = path.stat().st_size // (size * size * 3) if path.exists() else 0

@@ -14,11 +14,9 @@ import torch
 
 import pipelines
 from fastcnn.config.fields import Decoder, Loader
-from fastcnn.data import cache as caches
-from fastcnn.data import index as indexes
 from fastcnn.data import loaders
-from fastcnn.data.cache import Cache
-from fastcnn.data.index import Index
+from fastcnn.data.cache import Cache, build, fits_on_disk
+from fastcnn.data.index import Index, check_classes, scan, scan_held_out
 from fastcnn.data.split import draw_split, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.storage import files
@@ -97,7 +95,7 @@ def prepare(
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        index = ranks.broadcast(lambda: indexes.scan(root) if classes is None else indexes.scan_held_out(root, classes))
+        index = ranks.broadcast(lambda: scan(root) if classes is None else scan_held_out(root, classes))
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
     try:
@@ -111,7 +109,7 @@ def prepare(
         lambda: loaders.choose(
             loader,
             len(index) * image_size**2 * 3,
-            on_disk=caches.fits_on_disk(
+            on_disk=fits_on_disk(
                 index,
                 image_size=image_size,
                 decoder=chosen,
@@ -127,7 +125,7 @@ def prepare(
     if why:
         note(f"loader {picked}: {why}")
     with stopwatch.stage("decode"):
-        cache = caches.build(
+        cache = build(
             index,
             image_size=image_size,
             decoder=chosen,
@@ -148,7 +146,7 @@ def prepare(
         usable = cache.usable
         index, cache = index.take(usable), cache.take(usable)
         if classes is None:
-            indexes.check_classes(index)
+            check_classes(index)
     damaged = {path: damage for path, damage in zip(index.paths, cache.damage, strict=True) if damage}
     if damaged:
         _report_damaged(damaged, len(index))

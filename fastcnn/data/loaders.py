@@ -1,4 +1,4 @@
-"""A split's photos as a Feed: resident on the device, shared by processes, read from the cache, or decoded in use."""
+"""Loaders: a split's images as a feed, resident on the device, shared by processes, read from the cache or streamed."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ import torch
 
 import pipelines
 from fastcnn.config.fields import Loader
-from fastcnn.data.buffered_feed import Buffered
+from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.cache import Cache
 from fastcnn.data.crops import crop_boxes
-from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, Selected, Sharded, Share
+from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, RankSlice, ShardedFeed
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system.device import free_memory_bytes
 from fastcnn.system.ranks import ALONE, Ranks
 
-__all__ = ["LOADERS", "Feed", "Options", "choose", "mapped", "resident", "sharded", "shared", "stream"]
+MEMORY_SHARE = {"cuda": 0.6, "cpu": 0.5}  # part of the free memory that images may take: the network needs the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a split is fed."""
+    """How a split is fed to the step."""
 
     device: torch.device
     """Where the step runs."""
     batch_size: int
-    """Photos a step, of all ranks."""
+    """Images a step, of all ranks."""
     rank: int = 0
-    """Which of the ranks is fed."""
+    """The rank that is fed."""
     num_ranks: int = 1
-    """Ranks that share each batch."""
+    """Ranks among which each batch is divided."""
     decoder: str = "turbo"
-    """What decodes streamed photos, as in `pipelines.BACKENDS`."""
+    """Decoder of streamed photos, a name in `pipelines.BACKENDS`."""
     workers: int | None = None
-    """Threads that it decodes with; None is one a core."""
+    """Its threads; None is one a core."""
     crop_scale: float | None = None
-    """Least share of a streamed training photo's area that is shown; None shows all of every photo."""
+    """Smallest fraction of a streamed training photo's area that a crop shows; None shows whole photos."""
     max_pixels: int = pipelines.MAX_PIXELS
     """Pixels above which a streamed photo is refused."""
 
     @property
-    def share(self) -> Share:
-        """What is taken of each batch."""
-        return Share(self.batch_size, self.rank, self.num_ranks)
+    def rank_slice(self) -> RankSlice:
+        """The part of each batch that the rank takes."""
+        return RankSlice(self.batch_size, self.rank, self.num_ranks)
 
 
 def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
-    """Return a Feed that holds all of `photos` (positions in the index) on the device."""
+    """Return a feed that holds all of `photos` (positions in the index) on the device."""
     device = options.device
     images = torch.empty((len(photos), *cache.images.shape[1:]), dtype=torch.uint8, device=device)
     if device.type == "cpu":
@@ -69,16 +69,16 @@ def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: 
 
 
 def shared(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
-    """Return a Feed of `photos` whose pixels are the cache's own pages: in memory once, whoever uses them.
+    """Return a feed of `photos` whose pixels are the cache's own pages: in memory once for all processes.
 
-    On another device than a CPU, which has no such pages, it is a resident one.
+    Only a CPU can read those pages; on any other device the feed is a resident one.
     """
     if options.device.type != "cpu" or not len(cache.images):
         return resident(index, cache, photos, options)
     labels = torch.zeros(len(cache.images), dtype=torch.int64)
     rows = cache.rows[photos]
     labels[rows] = torch.from_numpy(index.labels[photos])
-    return Selected(
+    return Feed(
         images=torch.from_numpy(cache.pages()),
         labels=labels,
         permutation=torch.from_numpy(rows.copy()),
@@ -88,47 +88,40 @@ def shared(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
 
 
 def mapped(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
-    """Return a Feed of two batches of `photos`, whose pixels are read from the cache while the step works."""
-
-    return Buffered(_reading(index, cache, photos), len(photos), cache.images.shape[1], options.share, options.device)
+    """Return a feed of two batches of `photos`, whose pixels are read from the cache while the step works."""
+    fill, size = _fill_from_cache(index, cache, photos), cache.images.shape[1]
+    return BufferedFeed(fill, len(photos), size, options.rank_slice, options.device)
 
 
 def sharded(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
-    """Return a Feed that holds what this rank takes of `photos` in an epoch; alone, a resident one."""
+    """Return a feed that holds this rank's slice of every batch of an epoch; with one rank, a resident one."""
     if options.num_ranks == 1:
         return resident(index, cache, photos, options)
-    return Sharded(_reading(index, cache, photos), len(photos), cache.images.shape[1], options.share, options.device)
-
-
-def _reading(index: Index, cache: Cache, photos: npt.NDArray[np.intp]) -> Fill:
-    def fill(
-        places: npt.NDArray[np.intp], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], epoch: Epoch | None
-    ) -> dict[str, str]:
-        cache.read(photos[places], images)
-        labels[:] = index.labels[photos[places]]
-        return {}
-
-    return fill
+    fill, size = _fill_from_cache(index, cache, photos), cache.images.shape[1]
+    return ShardedFeed(fill, len(photos), size, options.rank_slice, options.device)
 
 
 def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
-    """Return a Feed of two batches of `photos`, decoded from their files while the step works.
+    """Return a feed of two batches of `photos`, decoded from their files while the step works.
 
-    A training photo that cannot be decoded any more is replaced by the next one of its batch; in an evaluation that is
-    a DataError.
+    A training photo that cannot be decoded any more is replaced by the next usable one of its batch; in an evaluation
+    it raises DataError.
     """
     size, device = cache.images.shape[1], options.device
     gpu = device.index if device.type == "cuda" and options.decoder == "dali" else None
 
     def fill(
-        places: npt.NDArray[np.intp], images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], epoch: Epoch | None
+        positions: npt.NDArray[np.intp],
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int64],
+        epoch: Epoch | None,
     ) -> dict[str, str]:
-        chosen = photos[places]
+        chosen = photos[positions]
         verdicts = pipelines.decode(
             index.sources(chosen),
             size,
             images,
-            _boxes(chosen, epoch, options.crop_scale),
+            _crops(chosen, epoch, options.crop_scale),
             decoder=options.decoder,
             workers=options.workers,
             gpu=gpu,
@@ -140,18 +133,41 @@ def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
             first, reason = next(iter(bad.items()))
             raise DataError(
                 f"{index.root / index.paths[chosen[first]]} was usable when the run began and cannot be decoded any "
-                f"more ({reason}): bring it back and start again, or start again without it"
+                f"more ({reason}): restore it, or start again without it"
             )
         for i in bad:
             other = next(j % len(verdicts) for j in range(i + 1, i + len(verdicts)) if verdicts[j % len(verdicts)].ok)
             images[i], labels[i] = images[other], labels[other]
         return {index.paths[chosen[i]]: reason for i, reason in bad.items()}
 
-    return Buffered(fill, len(photos), size, options.share, device)
+    return BufferedFeed(fill, len(photos), size, options.rank_slice, device)
 
 
-def _boxes(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | None) -> pipelines.Boxes | None:
-    """Return what says which part of each photo is shown, once its size is known; None for all of it."""
+LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]] = {
+    "resident": resident,
+    "shared": shared,
+    "sharded": sharded,
+    "mapped": mapped,
+    "stream": stream,
+}
+
+
+def _fill_from_cache(index: Index, cache: Cache, photos: npt.NDArray[np.intp]) -> Fill:
+    def fill(
+        positions: npt.NDArray[np.intp],
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int64],
+        epoch: Epoch | None,
+    ) -> dict[str, str]:
+        cache.read(photos[positions], images)
+        labels[:] = index.labels[photos[positions]]
+        return {}
+
+    return fill
+
+
+def _crops(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | None) -> pipelines.Boxes | None:
+    """Return the function that draws each photo's crop once its size is known; None shows whole photos."""
     if epoch is None or scale is None:
         return None
     seed, number = epoch
@@ -163,20 +179,6 @@ def _boxes(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | Non
     return box
 
 
-LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]] = {
-    "resident": resident,
-    "shared": shared,
-    "sharded": sharded,
-    "mapped": mapped,
-    "stream": stream,
-}
-
-SHARE = {
-    "cuda": 0.6,
-    "cpu": 0.5,
-}  # of the free memory that the photos may take: the rest is the network's and the user's
-
-
 def choose(
     loader: Loader,
     needed: int,
@@ -186,20 +188,20 @@ def choose(
     memory_limit: int | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Loader, str]:
-    """Return the loader that `loader` means here, and why for "auto".
+    """Return the loader that `loader` means here, and the reason where it is "auto".
 
-    Resident where the pixels fit into memory, sharded where a rank's part of them does, else mapped, and stream where
-    not even the disk has room for them.
+    auto is resident where the pixels fit into memory, else sharded where a rank's part of them does, else mapped; it is
+    stream where not even the disk has room for them.
 
     Args:
-        loader: what was asked for.
-        needed: bytes of all photos' pixels.
-        on_disk: whether the cache is there or has room.
-        device: whose memory a resident feed takes.
-        memory_limit: bytes that it may take; None is a share of what is free.
-        ranks: who else has all of them, on a CPU in the same memory.
+        loader: the loader asked for.
+        needed: bytes of the pixels of all photos.
+        on_disk: whether the pixels are in the cache already, or have room there.
+        device: the device whose memory a resident feed takes.
+        memory_limit: bytes that the feed may take; None is a fraction of the free memory.
+        ranks: ranks that each hold all pixels, on a CPU in the same memory.
 
-    Raises FastCNNError where "resident" was asked for and exceeds the limit that was given.
+    Raises FastCNNError where "resident" was asked for and exceeds `memory_limit`.
     """
     if loader != "auto":
         if loader == "resident" and memory_limit is not None and needed > memory_limit:
@@ -210,14 +212,12 @@ def choose(
         return loader, ""
     if not on_disk:
         return "stream", f"there is no room on disk for the photos' {_mib(needed)}; see also --cache-dir"
-    given = memory_limit is not None
-    limit = (
-        memory_limit
-        if memory_limit is not None
-        else int(free_memory_bytes(device) * SHARE.get(device.type, SHARE["cpu"]))
-        // (1 if device.type == "cuda" else ranks.local_count)
-    )
-    whose = "that --memory-limit allows" if given else "that they may take of the free memory"
+    if memory_limit is not None:
+        limit, whose = memory_limit, "that --memory-limit allows"
+    else:
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        limit = int(free_memory_bytes(device) * MEMORY_SHARE[kind]) // (1 if kind == "cuda" else ranks.local_count)
+        whose = "that they may take of the free memory"
     if needed <= limit:
         return "resident", f"the photos take {_mib(needed)} of the {_mib(limit)} {whose}"
     if ranks.count > 1 and needed / ranks.count <= limit:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 import pipelines
 from fastcnn.config.fields import Decoder
-from fastcnn.data import index as indexes
-from fastcnn.data.index import Index
-from fastcnn.data_tools import duplicates as twins
+from fastcnn.data.index import Index, outside, scan_loosely
+from fastcnn.data_tools import duplicates
 from fastcnn.errors import FastCNNError
 from fastcnn.system.text import printable
 from pipelines.facts import Facts, facts, misnamed
@@ -234,7 +233,7 @@ def check(
 
     Raises DataError where there is no such folder, FastCNNError where the decoder is missing.
     """
-    index, refusal = indexes.scan_loosely(root)
+    index, refusal = scan_loosely(root)
     sources = index.sources()
     try:
         chosen, _ = pipelines.choose(decoder, gpu=False)
@@ -249,7 +248,7 @@ def check(
     if not refusal and num_bad > max_bad * len(index):
         refusal = f"{num_bad:,} of {len(index):,} photos cannot be used, more than --max-bad {max_bad:g}"
     exact = [tuple(group) for group in contents if len(group) > 1]
-    alike = twins.groups(usable[twins.pairs(hashes[usable], pictures[usable])])
+    alike = duplicates.groups(usable[duplicates.pairs(hashes[usable], pictures[usable])])
     copies = {frozenset(group) for group in exact}
     return Findings(
         index=index,
@@ -258,7 +257,7 @@ def check(
         verdicts=verdicts,
         exact=_groups(index, exact),
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
-        outside=[] if index.classes == ("",) else indexes.outside(index.root),
+        outside=[] if index.classes == ("",) else outside(index.root),
         decoder=chosen,
         max_pixels=max_pixels or pipelines.MAX_PIXELS,
     )
@@ -330,15 +329,15 @@ def _decode(
     """Return the verdict, the hash and the small picture of every photo."""
     verdicts: list[Verdict] = []
     hashes = np.zeros(len(sources), np.uint64)
-    pictures = np.zeros((len(sources), (twins.SIZE // 2) ** 2), np.uint8)
+    pictures = np.zeros((len(sources), (duplicates.SIZE // 2) ** 2), np.uint8)
     with Workers(decoder, threads=threads, max_pixels=max_pixels) as decoding:
-        buffer = shared((CHUNK, twins.SIZE, twins.SIZE, 3))
+        buffer = shared((CHUNK, duplicates.SIZE, duplicates.SIZE, 3))
         for start in range(0, len(sources), CHUNK):
             part = sources[start : start + CHUNK]
             images = buffer[: len(part)]
-            verdicts += decoding.decode(part, twins.SIZE, images)
+            verdicts += decoding.decode(part, duplicates.SIZE, images)
             here = slice(start, start + len(part))
-            hashes[here], pictures[here] = twins.describe(images)
+            hashes[here], pictures[here] = duplicates.describe(images)
             progress(start + len(part), len(sources))
     return verdicts, hashes, pictures
 

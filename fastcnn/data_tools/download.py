@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fastcnn.data_tools import http_download as fetch
-from fastcnn.data_tools import unzip as archive
+from fastcnn.data_tools import http_download, unzip
 from fastcnn.errors import DataError, FastCNNError, UsageError, nearest
 from fastcnn.system.console import Console
 
@@ -34,7 +33,7 @@ DOWNLOADS: dict[str, Source] = {
 }
 
 
-class Interrupted(FastCNNError):
+class DownloadInterrupted(FastCNNError):
     """Ctrl-C, with what is there kept."""
 
     exit_code = 130
@@ -46,8 +45,8 @@ def download(
     *,
     url: str | None = None,
     console: Console | None = None,
-    timeout: float = fetch.TIMEOUT,
-    pause: float = fetch.PAUSE,
+    timeout: float = http_download.TIMEOUT,
+    pause: float = http_download.PAUSE,
 ) -> Path:
     """Load a set of photos into a folder, unpack it there, and return the folder of its train/<class>/...
 
@@ -69,7 +68,7 @@ def download(
         raise UsageError(f"no data set '{name}'{nearest(name, DOWNLOADS)}; expected one of {', '.join(DOWNLOADS)}")
     source, folder, console = DOWNLOADS[name], Path(folder), console or Console()
     url = url or source.url
-    fetch.check_url(url)
+    http_download.check_url(url)
     photos, packed = folder / source.folder, folder / source.archive
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,12 +79,14 @@ def download(
             if packed.is_file():
                 console.line(f"{packed} is there already: unpacking it")
             else:
-                fetch.fetch(url, packed, console, timeout=timeout, pause=pause)
+                http_download.fetch(url, packed, console, timeout=timeout, pause=pause)
             _unpack(packed, photos, console)
     except filelock.Timeout:
         raise FastCNNError(f"another command is loading into {folder}: wait for it to end") from None
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; what was loaded is kept in {folder}, the same command goes on") from None
+        raise DownloadInterrupted(
+            f"interrupted; what was loaded is kept in {folder}, the same command goes on"
+        ) from None
     except OSError as error:
         raise FastCNNError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; mend that or choose another folder"
@@ -108,15 +109,17 @@ def _unpack(packed: Path, photos: Path, console: Console) -> None:
     beside = photos.with_name(f".{photos.name}.unpacking")
     if beside.exists():  # of a command that was killed
         shutil.rmtree(beside)
-    with archive.opened(packed) as opened:
-        members = archive.files(opened)
+    with unzip.opened(packed) as opened:
+        members = unzip.files(opened)
         root = photo_root(members)
         members = {name: info for name, info in members.items() if PurePosixPath(name).is_relative_to(root)}
-        fetch.check_space(photos.parent, sum(info.file_size for info in members.values()), "what is in the archive")
+        http_download.check_space(
+            photos.parent, sum(info.file_size for info in members.values()), "what is in the archive"
+        )
         beside.mkdir()
         try:
             with console.progress("unpacking", "files") as progress:
-                archive.unpack(opened, members, beside, lambda done, total: progress(done, total, ""))
+                unzip.unpack(opened, members, beside, lambda done, total: progress(done, total, ""))
             (beside / root).rename(photos)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -136,5 +139,5 @@ def photo_root(names: Iterable[str]) -> PurePosixPath:
             classes[PurePosixPath(*parts[:position])].append(parts[position + 1])
     roots = [root for root, found in classes.items() if len(set(found)) >= 2]
     if not roots:
-        raise archive.Refused("it holds no train/<class>/<photos> of two classes or more")
+        raise unzip.Refused("it holds no train/<class>/<photos> of two classes or more")
     return min(roots, key=lambda root: (len(root.parts), -len(classes[root])))

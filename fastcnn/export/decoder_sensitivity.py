@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pipelines
-from fastcnn.data import index as indexes
+from fastcnn.data.index import scan_held_out
 from fastcnn.errors import DataError
 from fastcnn.inference.artefact import Artefact
 
@@ -99,7 +99,7 @@ def measure(
 
     Raises DataError where the folder does not fit the model or holds no usable photo.
     """
-    index = indexes.scan_held_out(data, model.classes)
+    index = scan_held_out(data, model.classes)
     ways, left_out = _ways(decoders, gpu, workers)
     answers: dict[str, list[Probabilities]] = {name: [] for name in ways}
     reasons: list[str] = []

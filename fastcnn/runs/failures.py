@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastcnn.config.fields import Config
-from fastcnn.data.loaders import Feed
+from fastcnn.data.feeds import Feed
 from fastcnn.runs import state as sessions
 from fastcnn.system.device import is_out_of_memory, synchronize
 

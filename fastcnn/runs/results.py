@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastcnn.data.dataset import Dataset
-from fastcnn.data.loaders import Feed
+from fastcnn.data.feeds import Feed
 from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.reporting import class_scores as scorecard
 from fastcnn.reporting import plots as pictures

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastcnn.config.fields import Config
 from fastcnn.config.fields import Engine as EngineName
-from fastcnn.data.feeds import Chances
-from fastcnn.data.loaders import Feed
+from fastcnn.data.feeds import Feed, SamplingWeights
 from fastcnn.errors import FastCNNError, fall_back, first_line, warn
 from fastcnn.network import fused_forward as fused
 from fastcnn.network import sync_layers as sync
@@ -47,7 +46,7 @@ class Session:
     model: SmallCNN
     step: TrainingStep
     ranks: Ranks = ALONE
-    chances: Chances | None = None
+    chances: SamplingWeights | None = None
     """Of each training photo, to be drawn for an epoch; None takes each once."""
     why: str = ""
     """Why `--engine auto` chose the engine."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.data.loaders import Feed
+from fastcnn.data.feeds import Feed
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.ranks import ALONE, Ranks

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcnn.data.feeds import Chances, Feed
+from fastcnn.data.feeds import Feed, SamplingWeights
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.ranks import ALONE, Ranks
@@ -108,7 +108,7 @@ class TrainingStep:
         self.skipped = torch.zeros((), device=device)
         self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
 
-    def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: Chances | None = None) -> Feed:
+    def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: SamplingWeights | None = None) -> Feed:
         """Return the feed at an epoch's beginning, or `done` steps from it: see `Feed.start_epoch`."""
         if len(self.draws):
             self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))

@@ -22,7 +22,7 @@ from fastcnn import Config, fit
 from fastcnn.config.fields import Loader
 from fastcnn.config.load import resolve
 from fastcnn.data import buffered_feed, cache
-from fastcnn.data.buffered_feed import Buffered, PinnedSlot, Slot
+from fastcnn.data.buffered_feed import BatchBuffer, BufferedFeed, PinnedBatchBuffer
 from fastcnn.data.crops import RATIO, SCALE, crop_boxes
 from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.data.index import Index, scan
@@ -135,7 +135,7 @@ def test_an_epoch_goes_on_where_it_was(loader: str, index: Index, decoded: cache
 def test_who_is_slow_changes_nothing(slow: str, index: Index, decoded: cache.Cache) -> None:
     expected = two_epochs(make_feed("resident", index, decoded))
     feed = make_feed("mapped", index, decoded)
-    assert isinstance(feed, Buffered)
+    assert isinstance(feed, BufferedFeed)
     fill, drive = feed.fill, feed.drive
 
     def slow_fill(*args: Any) -> dict[str, str]:
@@ -160,12 +160,12 @@ def test_who_is_slow_changes_nothing(slow: str, index: Index, decoded: cache.Cac
 def test_a_copy_between_host_and_device(index: Index, decoded: cache.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the step cannot read what the thread writes. Here both are on the CPU."""
 
-    class Apart(Slot):
+    class Apart(BatchBuffer):
         def __init__(self, images: Tensor, labels: Tensor) -> None:
             super().__init__(images, labels)
             self.host_images, self.host_labels = self._host(images), self._host(labels)
 
-    monkeypatch.setattr(buffered_feed, "Slot", Apart)
+    monkeypatch.setattr(buffered_feed, "BatchBuffer", Apart)
     expected = two_epochs(make_feed("resident", index, decoded))
     assert equal(two_epochs(make_feed("mapped", index, decoded)), expected)
 
@@ -177,8 +177,8 @@ def test_the_buffer_on_a_gpu(loader: str, index: Index, decoded: cache.Cache) ->
     device = torch.device("cuda", 0)
     expected = make_feed("resident", index, decoded, 120)
     ours = make_feed(loader, index, decoded, 120, device=device)
-    assert isinstance(ours, Buffered)
-    assert isinstance(ours.slots[0], PinnedSlot)
+    assert isinstance(ours, BufferedFeed)
+    assert isinstance(ours.buffers[0], PinnedBatchBuffer)
     for epoch in range(1, 31):
         with expected.start_epoch(3, epoch), ours.start_epoch(3, epoch):
             torch.cuda._sleep(10_000_000)  # the host runs ahead of the device
@@ -191,7 +191,7 @@ def test_an_error_in_the_thread_is_raised_as_it_is(index: Index, decoded: cache.
     def broken(*args: Any) -> dict[str, str]:
         raise DataError("the disk is gone")
 
-    assert isinstance(feed, Buffered)
+    assert isinstance(feed, BufferedFeed)
     feed.fill = broken
     with pytest.raises(DataError, match="the disk is gone"), feed.start_epoch(7, 1):
         batches(feed, 2)
@@ -492,7 +492,7 @@ def test_auto_picks_what_fits_and_says_so(photos: Path, reference: Any, monkeypa
     assert run.summary["loader"] == "mapped"
     assert "--memory-limit" in run.summary["loader_reason"]
     assert outcome(run)[1] == reference[1]
-    monkeypatch.setattr(cache, "fits_on_disk", lambda index, **options: False)
+    monkeypatch.setattr("fastcnn.data.dataset.fits_on_disk", lambda index, **options: False)
     assert fit(Config(data=str(photos), **SMALL)).summary["loader"] == "stream"
     monkeypatch.undo()
     assert fit(Config(data=str(photos), **SMALL)).summary["loader"] == "resident"

@@ -18,8 +18,7 @@ from fastcnn import Config, evaluate_run, fit
 from fastcnn.data import cache, dataset, index, split
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
-from fastcnn.data_tools import check
-from fastcnn.data_tools import write_shards as shard_writer
+from fastcnn.data_tools import check, write_shards
 from fastcnn.errors import DataError, FastCNNWarning
 from pipelines.verdict import Member
 from pipelines.workers import Workers, shared
@@ -69,7 +68,7 @@ def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in five shards. Read-only."""
     out = tmp_path_factory.mktemp("shards") / "out"
-    shard_writer.write(folder, out, photos_each=25)
+    write_shards.write(folder, out, photos_each=25)
     return out
 
 

@@ -100,7 +100,7 @@ def test_a_malicious_split_file(mine: Path, tmp_path: Path, name: str) -> None:
 
 
 def journal_line(entry: dict[str, object]) -> bytes:
-    return cache_files._line({"path": "", "size": 0, "mtime": 0, "row": 0, "crc": 0, "reason": "", **entry})
+    return cache_files.journal_line({"path": "", "size": 0, "mtime": 0, "row": 0, "crc": 0, "reason": "", **entry})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import yaml
 
 from fastcnn import Config, fit
 from fastcnn.cli import main
-from fastcnn.data_tools import write_shards as shard_writer
+from fastcnn.data_tools import write_shards
 from fastcnn.errors import UsageError
 from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 from fastcnn.network.sync_layers import SharedDropout, convert
@@ -42,7 +42,7 @@ def uneven(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uneven") / "photos"
     shutil.copytree(photos, folder)
     next(iter(sorted(folder.glob("*/*")))).unlink()
-    shard_writer.write(folder, f"{folder}-shards", photos_each=40)
+    write_shards.write(folder, f"{folder}-shards", photos_each=40)
     assert len(list(Path(f"{folder}-shards").glob("*.tar"))) == 3
     return folder
 

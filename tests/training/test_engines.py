@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn import Config, fit
 from fastcnn.config.fields import STRENGTHS
-from fastcnn.data.loaders import Feed
+from fastcnn.data.feeds import Feed
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN

@@ -17,7 +17,7 @@ import pytest
 
 from fastcnn.cli import main
 from fastcnn.data import index
-from fastcnn.data_tools import write_shards as shard_writer
+from fastcnn.data_tools import write_shards
 from fastcnn.errors import DataError, FastCNNError
 
 
@@ -83,7 +83,7 @@ def test_every_byte_is_there(few: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_order_is_the_seeds(few: Path, tmp_path: Path) -> None:
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        shard_writer.write(few, tmp_path / out, seed=seed)
+        write_shards.write(few, tmp_path / out, seed=seed)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert contents(tmp_path / "a")["paths.csv"] != contents(tmp_path / "c")["paths.csv"]
     rows = contents(tmp_path / "a")["paths.csv"].splitlines()
@@ -94,14 +94,14 @@ def test_split_folders_and_sizes(few: Path, tmp_path: Path) -> None:
     for part in ("train", "validation", "test"):
         shutil.copytree(few, tmp_path / "data" / part, symlinks=True)
     size = max(path.stat().st_size for path in few.rglob("*"))
-    written = shard_writer.write(tmp_path / "data", tmp_path / "out", bytes_each=2 * size)
+    written = write_shards.write(tmp_path / "data", tmp_path / "out", bytes_each=2 * size)
     found = index.scan(tmp_path / "out")
     assert written.photos == len(found) == 51
     assert set(found.folders) == {"train", "val", "test"}
     assert len({path.rpartition("/")[2] for path in found.paths}) == 51  # keys are nowhere the same
     shards = sorted(path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").rglob("*.tar"))
     assert len(shards) == written.shards > 9
-    again = shard_writer.write(tmp_path / "out", tmp_path / "again", photos_each=51)
+    again = write_shards.write(tmp_path / "out", tmp_path / "again", photos_each=51)
     assert (again.photos, again.shards) == (51, 3)
     assert index.scan(tmp_path / "again").classes == found.classes
 
@@ -123,7 +123,7 @@ def test_refused(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (few / "a\nb").mkdir()
     (few / "a\nb" / "1.jpg").touch()
     with pytest.raises(DataError, match=r"class 'a b' .* cannot stand on a line"):
-        shard_writer.write(few, tmp_path / "out")
+        write_shards.write(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -138,7 +138,7 @@ def test_interrupted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copy, calls = shard_writer._content, []
+    copy, calls = write_shards._content, []
 
     def interrupted(*arguments: Any) -> bytes:
         calls.append(arguments)
@@ -146,7 +146,7 @@ def test_interrupted(
             os.kill(os.getpid(), signum)
         return copy(*arguments)
 
-    monkeypatch.setattr(shard_writer, "_content", interrupted)
+    monkeypatch.setattr(write_shards, "_content", interrupted)
     if there:
         (tmp_path / "out").mkdir()
     assert run(capsys, few, tmp_path / "out", "--photos", "2") == (code, "", "\nfastcnn: error: interrupted\n")
@@ -159,11 +159,11 @@ def test_a_full_disk_is_one_line(few: Path, tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "_add", full)
+        patch.setattr(write_shards, "_add", full)
         with pytest.raises(FastCNNError, match=r"cannot write the shards into .*: No space left on device"):
-            shard_writer.write(few, tmp_path / "out")
+            write_shards.write(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(FastCNNError, match="what the shards will hold, needs 0 MiB"):
-        shard_writer.write(few, tmp_path / "out")
+        write_shards.write(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()

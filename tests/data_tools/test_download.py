@@ -27,8 +27,7 @@ from hypothesis import strategies as st
 
 from fastcnn.cli import main
 from fastcnn.data_tools import download as data
-from fastcnn.data_tools import http_download as fetch
-from fastcnn.data_tools import unzip as archive
+from fastcnn.data_tools import http_download, unzip
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system.console import Console
 
@@ -202,7 +201,7 @@ def test_a_server_that_always_breaks_is_given_up(server: Server, tmp_path: Path)
     server.ranges, server.breaks = False, [HALF]
     with pytest.raises(FastCNNError, match="the connection broke after"):
         get(server, tmp_path / "d")
-    assert len(server.requests) == 1 + fetch.RETRIES
+    assert len(server.requests) == 1 + http_download.RETRIES
 
 
 @pytest.mark.parametrize("validator", [{}, {"ETag": 'W/"weak"'}])
@@ -351,7 +350,7 @@ def test_ctrl_c_keeps_what_is_there(server: Server, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "fastcnn: error: interrupted; what was loaded is kept in d, the same command goes on\n"
+    assert err == "fastcnn: error: interrupted; the part that was loaded is kept in d: run the same command to go on\n"
     assert REFERENCE.startswith(partial.read_bytes())
     get(server, tmp_path / "d")
     assert_whole(tmp_path / "d")
@@ -381,8 +380,8 @@ def test_an_interrupted_unpacking_leaves_the_archive(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "unpack", interrupt)
-        with pytest.raises(data.Interrupted):
+        patch.setattr(unzip, "unpack", interrupt)
+        with pytest.raises(data.DownloadInterrupted):
             unpacked(REFERENCE, tmp_path)
     assert set(content(tmp_path / "in" / "d")) == {"nature_12K.zip", ".nature_12K.zip.lock"}
     unpacked(REFERENCE, tmp_path)
@@ -520,8 +519,8 @@ def test_modes_are_not_taken_over(tmp_path: Path) -> None:
 @given(st.text(st.sampled_from("./\\: \x00aC~") | st.characters(), max_size=12))
 def test_whatever_the_name_the_path_stays_inside(name: str) -> None:
     try:
-        path = archive.safe_path(name)
-    except archive.Refused:
+        path = unzip.safe_path(name)
+    except unzip.Refused:
         return
     windows = PureWindowsPath(str(path))
     assert not path.is_absolute()
