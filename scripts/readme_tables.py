@@ -1,9 +1,10 @@
-"""Write the README's tables from the results files in bench/results/published: no figure is typed by hand.
+"""Tables of README.md and docs/*.md, made from the files in bench/results/published: no figure is typed by hand.
 
-    python scripts/readme_tables.py            # writes them
-    python scripts/readme_tables.py --check    # exits with 1 where they differ
+    python scripts/readme_tables.py            # write them
+    python scripts/readme_tables.py --check    # exit with 1 where they differ
 
 A table stands between <!-- table: NAME --> and <!-- end -->; the names are those of bench.report.tables.TABLES.
+The tables of docs/scale.md come from a model: python -m bench.scale --write makes them.
 """
 
 import sys
@@ -17,27 +18,33 @@ from bench.report import tables  # noqa: E402
 from bench.report.record import Record, read  # noqa: E402
 
 PUBLISHED = ROOT / "bench" / "results" / "published"
-ON_CPU = {
-    "infer",
-    "decode",
-    "recipes",
-}  # measured without a GPU too where there is one: no line says that a GPU is missing
+# Measured on the CPU also where there is a GPU: no line says that a GPU is missing.
+ON_CPU = {"infer", "decode", "recipes"}
 
 
 def main(arguments: list[str]) -> int:
     """Write the tables, or compare them; return the exit code."""
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before, published(PUBLISHED))
     if arguments not in ([], ["--check"]):
         print(f"readme_tables: error: expected --check or nothing, got {' '.join(arguments)}", file=sys.stderr)
         return 2
-    if arguments and before != after:
-        print("README.md differs from the published results: run python scripts/readme_tables.py", file=sys.stderr)
-        return 1
-    if before != after:
-        path.write_text(after, encoding="utf-8")
-    return 0
+    records, code = published(PUBLISHED), 0
+    for path in documents():
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, records)
+        if before == after:
+            continue
+        if arguments:
+            name = path.relative_to(ROOT)
+            print(f"{name} differs from the published results: run python scripts/readme_tables.py", file=sys.stderr)
+            code = 1
+        else:
+            path.write_text(after, encoding="utf-8")
+    return code
+
+
+def documents() -> list[Path]:
+    """Return the files whose marked tables come from results files."""
+    return [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "scale.md")]
 
 
 def published(folder: Path) -> list[Record]:
