@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.sweeps.trial_process import Epoch, Job, Slot
+from fastcnn.sweeps.trial_process import Epoch, Job, TrialProcess
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     }
     count = given.pack * given.steps * given.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        slots: list[Slot] = []
+        slots: list[TrialProcess] = []
         looked: list[str] = []
 
         def look(epoch: Epoch) -> bool:
@@ -47,7 +47,7 @@ def main() -> None:
                 looked[:] = memory(slots)
             return False
 
-        slots += [Slot(look, print) for _ in range(given.pack)]
+        slots += [TrialProcess(look, print) for _ in range(given.pack)]
         jobs = Jobs(Path(folder), options)
         try:
             measure(slots, [jobs.make(given.pack) for _ in slots])  # imports, decodes, builds
@@ -79,7 +79,7 @@ class Jobs:
         return Job(options=self.options, run_dir=name, lock=f"{name}.lock", slots=slots)
 
 
-def measure(slots: list[Slot], jobs: list[Job]) -> float:
+def measure(slots: list[TrialProcess], jobs: list[Job]) -> float:
     """Run a trial in each slot; return the seconds until the last has ended."""
     start = time.perf_counter()
     for slot, job in zip(slots, jobs, strict=True):
@@ -92,7 +92,7 @@ def measure(slots: list[Slot], jobs: list[Job]) -> float:
     return time.perf_counter() - start
 
 
-def memory(slots: list[Slot]) -> list[str]:
+def memory(slots: list[TrialProcess]) -> list[str]:
     """Return what the cache's pages take of each process: as if they were its own (RSS), and its share (PSS)."""
     lines = []
     for slot in slots:

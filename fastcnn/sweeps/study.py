@@ -42,7 +42,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class TrialRecord:
     """What the book says of a trial."""
 
     number: int
@@ -151,7 +151,7 @@ class Study:
         trial.handle.set_user_attr("epochs", epoch)
         return may_prune and self.sweep.early is not None and trial.handle.should_prune()
 
-    def tell(self, trial: Claimed, state: str, reason: str = "") -> Line:
+    def tell(self, trial: Claimed, state: str, reason: str = "") -> TrialRecord:
         """Write down how a trial ended: finished, pruned or failed. Return its line."""
         from optuna.trial import TrialState
 
@@ -167,11 +167,11 @@ class Study:
             self.optuna.tell(trial.handle, value, state=code, skip_if_finished=True)
         return self.lines()[trial.number]
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[TrialRecord]:
         """Return what the book says, by number."""
         return [self._line(trial) for trial in self.optuna.get_trials(deepcopy=False)]
 
-    def best(self) -> Line | None:
+    def best(self) -> TrialRecord | None:
         """Return the best of the trials that finished."""
         finished = [line for line in self.lines() if line.state == "finished" and line.value is not None]
         return min(finished, key=lambda line: self.rank(line.value)) if finished else None
@@ -200,9 +200,9 @@ class Study:
     def _best(self, values: Any) -> float:
         return float(min(values, key=self.rank))
 
-    def _line(self, trial: FrozenTrial) -> Line:
+    def _line(self, trial: FrozenTrial) -> TrialRecord:
         notes, known = trial.user_attrs, trial.intermediate_values
-        return Line(
+        return TrialRecord(
             number=trial.number,
             state=_STATES[trial.state.name],
             value=self._best(known.values()) if known else None,

@@ -15,9 +15,9 @@ from fastcnn.storage import files
 from fastcnn.storage import run_folder as runs
 from fastcnn.sweeps import plots as sweep_pictures
 from fastcnn.sweeps.search_space import Sweep
-from fastcnn.sweeps.study import FOLDER, Claimed, Line, Study
+from fastcnn.sweeps.study import FOLDER, Claimed, TrialRecord, Study
 from fastcnn.sweeps.sweep_file import METRICS
-from fastcnn.sweeps.trial_process import Ending, Epoch, Job, Slot
+from fastcnn.sweeps.trial_process import Ending, Epoch, Job, TrialProcess
 from fastcnn.system import signals
 from fastcnn.system.console import Console
 
@@ -31,7 +31,7 @@ LOCAL = frozenset(
 _STATES = {"done": "finished", "pruned": "pruned", "failed": "failed"}
 
 
-class Stopped(FastCNNError):
+class SweepStopped(FastCNNError):
     """The sweep was told to stop; the message says how to go on."""
 
     def __init__(self, signum: int, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Stopped(FastCNNError):
 class Place:
     """A slot and the trial in it."""
 
-    slot: Slot
+    slot: TrialProcess
     trial: Claimed | None = None
     began: float = 0.0
 
@@ -93,7 +93,7 @@ class Sweeping:
 
     def add_place(self) -> None:
         """Add a slot."""
-        place = Place(Slot(lambda epoch: self._report(place, epoch), self._warn))
+        place = Place(TrialProcess(lambda epoch: self._report(place, epoch), self._warn))
         self.places.append(place)
 
     def _job(self, trial: Claimed) -> Job:
@@ -125,7 +125,7 @@ class Sweeping:
             self.failures = ["", *self.failures]  # not all of them fail
         self.console.line(self._said(line, time.perf_counter() - place.began))
 
-    def _said(self, line: Line, seconds: float) -> str:
+    def _said(self, line: TrialRecord, seconds: float) -> str:
         metric, values = self.study.sweep.metric, " ".join(f"{k}={_shown(v)}" for k, v in line.values.items())
         if line.state == "failed":
             what = f"failed: {line.reason}"
@@ -156,7 +156,7 @@ def run(
     storage: str | None = None,
     pack: int = 1,
     console: Console | None = None,
-) -> list[Line]:
+) -> list[TrialRecord]:
     """Run a sweep's trials until `trials` of them are begun, and return what the book says of each.
 
     Each is an ordinary run in the sweep's folder; beside them, at the end and when the sweep is told to stop, are
@@ -172,7 +172,7 @@ def run(
         pack: trials at once, on a CPU, each with its share of the cores.
         console: where progress is shown; None shows nothing.
 
-    Raises UsageError for what cannot be meant, DataError where the photos are missing, Stopped on SIGINT and SIGTERM.
+    Raises UsageError for what cannot be meant, DataError where the photos are missing, SweepStopped on SIGINT and SIGTERM.
     """
     console = console or Console(quiet=True)
     options = {**options, **sweep.fixed}
@@ -216,7 +216,7 @@ def run(
     console.line(table(sweep, lines))
     console.line(_outcome(study, lines, folder))
     if stop:
-        raise Stopped(stop[0], folder)
+        raise SweepStopped(stop[0], folder)
     if sweeping.hopeless:
         raise FastCNNError(f"the first {SAME_FAILURES} trials failed alike: {sweeping.hopeless}")
     return lines
@@ -272,7 +272,7 @@ def write_summary(study: Study, folder: Path, options: Mapping[str, Any]) -> Non
         _write_best(best, folder, options)
 
 
-def _write_best(best: Line, folder: Path, options: Mapping[str, Any]) -> None:
+def _write_best(best: TrialRecord, folder: Path, options: Mapping[str, Any]) -> None:
     theirs = folder / best.folder / runs.CONFIG
     if theirs.is_file():
         files.write(folder / runs.CONFIG, theirs.read_bytes())
@@ -283,10 +283,10 @@ def _write_best(best: Line, folder: Path, options: Mapping[str, Any]) -> None:
     files.write(folder / runs.CONFIG, text)
 
 
-def table(sweep: Sweep, lines: Sequence[Line]) -> str:
+def table(sweep: Sweep, lines: Sequence[TrialRecord]) -> str:
     """Return the trials as a table, the best first; of many the first ones."""
 
-    def rank(line: Line) -> tuple[bool, float]:
+    def rank(line: TrialRecord) -> tuple[bool, float]:
         worst = float("inf") if line.value is None else line.value if sweep.goal == "minimize" else -line.value
         return line.state == "failed", worst
 
@@ -310,7 +310,7 @@ def table(sweep: Sweep, lines: Sequence[Line]) -> str:
     return "\n".join(["", *text, *([f"and {more} more in sweep.csv"] if more else []), ""])
 
 
-def _outcome(study: Study, lines: Sequence[Line], folder: Path) -> str:
+def _outcome(study: Study, lines: Sequence[TrialRecord], folder: Path) -> str:
     counts = {
         state: sum(line.state == state for line in lines) for state in ("finished", "pruned", "failed", "running")
     }

@@ -70,7 +70,7 @@ class Pruned(FastCNNError):
     """The trial was given up, as it does worse than others."""
 
 
-class Slot:
+class TrialProcess:
     """A process, and the job that it has.
 
     Args:
@@ -256,7 +256,7 @@ def _train(job: Job, connection: Connection) -> None:
         fit(resumed_config(folder, {}), resume=folder, trackers=[reporter])
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fit(load.resolve(share(job.options, job.slots)), run_dir=folder, trackers=[reporter])
+        fit(load.resolve(split_cores(job.options, job.slots)), run_dir=folder, trackers=[reporter])
 
 
 class Reporter:
@@ -286,7 +286,7 @@ def _ask(connection: Connection, row: Mapping[str, float], *, is_last: bool) -> 
     return bool(connection.recv())
 
 
-def share(options: Mapping[str, Any], slots: int) -> dict[str, Any]:
+def split_cores(options: Mapping[str, Any], slots: int) -> dict[str, Any]:
     """Return a trial's options with its share of a CPU: threads where several run at once, photos in memory once."""
     from fastcnn.system.device import num_cores, pick_device
 

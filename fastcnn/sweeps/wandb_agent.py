@@ -12,7 +12,7 @@ from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.runs.wandb_tracker import logged_in
 from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.sweep import SWEEPS
-from fastcnn.sweeps.trial_process import Epoch, Job, Slot
+from fastcnn.sweeps.trial_process import Epoch, Job, TrialProcess
 from fastcnn.system.console import Console
 
 
@@ -46,7 +46,7 @@ def run(
         raise FastCNNError("--wandb: not logged in: wandb login, or leave out --wandb to search with Optuna, here")
     project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
     (folder / "locks").mkdir(parents=True, exist_ok=True)
-    slot = Slot(_go_on, warn)
+    slot = TrialProcess(_go_on, warn)
 
     def trial() -> None:
         """Run what the agent was given: it says so by variables and a file."""

@@ -26,8 +26,8 @@ from fastcnn.sweeps import sweep as sweeps
 from fastcnn.sweeps import sweep_file as sweepfile
 from fastcnn.sweeps import trial_process as slot
 from fastcnn.sweeps import wandb_agent as sweep_agent
-from fastcnn.sweeps.study import Line
-from fastcnn.sweeps.trial_process import Ending, Job, Slot
+from fastcnn.sweeps.study import TrialRecord
+from fastcnn.sweeps.trial_process import Ending, Job, TrialProcess
 from fastcnn.system import device
 
 pytest.importorskip("optuna")
@@ -47,13 +47,13 @@ def plan(**more: Any) -> search_space.Sweep:
 
 
 @pytest.fixture(scope="module")
-def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Line]]:
+def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRecord]]:
     """A sweep of four trials, two at once, one of which fails. Read-only."""
     folder = tmp_path_factory.mktemp("sweeps") / "packed"
     return folder, sweeps.run(plan(), {"data": str(photos), **EXACT}, folder=folder, pack=2)
 
 
-def test_a_trial_that_fails_leaves_the_others_alone(packed: tuple[Path, list[Line]]) -> None:
+def test_a_trial_that_fails_leaves_the_others_alone(packed: tuple[Path, list[TrialRecord]]) -> None:
     folder, lines = packed
     assert [line.state for line in lines] == ["finished", "finished", "failed", "finished"]
     assert "loss" in lines[2].reason
@@ -62,7 +62,9 @@ def test_a_trial_that_fails_leaves_the_others_alone(packed: tuple[Path, list[Lin
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_packed_trial_is_what_it_is_alone(packed: tuple[Path, list[Line]], number: int, tmp_path: Path) -> None:
+def test_a_packed_trial_is_what_it_is_alone(
+    packed: tuple[Path, list[TrialRecord]], number: int, tmp_path: Path
+) -> None:
     run = packed[0] / packed[1][number].folder
     alone = fit(load.resolve(load.read_yaml(run / "config.yaml")), run_dir=tmp_path / "alone").run_dir
     for name in ("last.pt", "best.pt"):
@@ -70,7 +72,7 @@ def test_a_packed_trial_is_what_it_is_alone(packed: tuple[Path, list[Line]], num
         assert all(torch.equal(here[key], there[key]) for key in here)
 
 
-def test_what_a_sweep_leaves(packed: tuple[Path, list[Line]]) -> None:
+def test_what_a_sweep_leaves(packed: tuple[Path, list[TrialRecord]]) -> None:
     folder, lines = packed
     with (folder / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -84,7 +86,7 @@ def test_what_a_sweep_leaves(packed: tuple[Path, list[Line]]) -> None:
     assert (values["threads"], values["loader"], values["wandb"]) == (1, "shared", "disabled")
 
 
-def test_all_of_it_is_there_already(packed: tuple[Path, list[Line]], photos: Path) -> None:
+def test_all_of_it_is_there_already(packed: tuple[Path, list[TrialRecord]], photos: Path) -> None:
     before = (packed[0] / "trial-0003" / "last.pt").stat().st_mtime_ns
     again = sweeps.run(plan(), {"data": str(photos), **EXACT}, folder=packed[0], pack=2)
     assert again == packed[1]
@@ -93,9 +95,9 @@ def test_all_of_it_is_there_already(packed: tuple[Path, list[Line]], photos: Pat
 
 def test_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "num_cores", lambda: 8)
-    assert slot.share({"device": "cpu"}, 3) == {"device": "cpu", "threads": 2, "loader": "shared"}
-    assert slot.share({"device": "cpu", "threads": 4, "loader": "mapped"}, 3)["threads"] == 4
-    assert "threads" not in slot.share({"device": "cpu"}, 1)
+    assert slot.split_cores({"device": "cpu"}, 3) == {"device": "cpu", "threads": 2, "loader": "shared"}
+    assert slot.split_cores({"device": "cpu", "threads": 4, "loader": "mapped"}, 3)["threads"] == 4
+    assert "threads" not in slot.split_cores({"device": "cpu"}, 1)
 
 
 # a slot
@@ -111,13 +113,13 @@ def job(photos: Path, tmp_path: Path) -> Job:
 
 
 @pytest.fixture
-def place() -> Iterator[Slot]:
-    made = Slot(lambda epoch: False, lambda text: None)
+def place() -> Iterator[TrialProcess]:
+    made = TrialProcess(lambda epoch: False, lambda text: None)
     yield made
     made.close()
 
 
-def test_a_process_that_dies_takes_its_trial_alone(job: Job, place: Slot) -> None:
+def test_a_process_that_dies_takes_its_trial_alone(job: Job, place: TrialProcess) -> None:
     epochs = []
 
     def kill_once(epoch: slot.Epoch) -> bool:
@@ -139,7 +141,7 @@ def test_a_process_that_dies_takes_its_trial_alone(job: Job, place: Slot) -> Non
     assert epochs[5:] == [1]
 
 
-def test_a_trial_that_is_stopped_before_it_begins_has_not_failed(job: Job, place: Slot) -> None:
+def test_a_trial_that_is_stopped_before_it_begins_has_not_failed(job: Job, place: TrialProcess) -> None:
     place.start(job)
     place.stop()
     while (ending := place.step()) is None:
