@@ -76,7 +76,7 @@ class Jobs:
         """Return a trial that shares the cores with so many."""
         self.number += 1
         name = str(self.folder / str(self.number))
-        return Job(options=self.options, run_dir=name, lock=f"{name}.lock", slots=slots)
+        return Job(options=self.options, run_dir=name, lock=f"{name}.lock", num_parallel=slots)
 
 
 def measure(slots: list[TrialProcess], jobs: list[Job]) -> float:
@@ -87,7 +87,7 @@ def measure(slots: list[TrialProcess], jobs: list[Job]) -> float:
     while busy := [slot for slot in slots if slot.busy]:
         wait([handle for slot in busy for handle in slot.handles], timeout=1)
         for slot in busy:
-            ending = slot.step()
+            ending = slot.poll()
             assert ending is None or ending.state == "done", ending
     return time.perf_counter() - start
 

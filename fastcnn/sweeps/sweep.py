@@ -15,7 +15,7 @@ from fastcnn.storage import files
 from fastcnn.storage import run_folder as runs
 from fastcnn.sweeps import plots as sweep_pictures
 from fastcnn.sweeps.search_space import Sweep
-from fastcnn.sweeps.study import FOLDER, Claimed, TrialRecord, Study
+from fastcnn.sweeps.study import FOLDER, Claimed, Study, TrialRecord
 from fastcnn.sweeps.sweep_file import METRICS
 from fastcnn.sweeps.trial_process import Ending, Epoch, Job, TrialProcess
 from fastcnn.system import signals
@@ -82,7 +82,7 @@ class Sweeping:
         handles = [handle for place in self.places if place.slot.busy for handle in place.slot.handles]
         wait(handles, timeout=0.5)
         for place in self.places:
-            ending = place.slot.step() if place.slot.busy else None
+            ending = place.slot.poll() if place.slot.busy else None
             if ending:
                 self._end(place, ending)
 
@@ -102,7 +102,7 @@ class Sweeping:
             options={**self.options, **trial.values},
             run_dir=str(self.folder / name),
             lock=str(self.folder / "locks" / name),
-            slots=self.pack,
+            num_parallel=self.pack,
         )
 
     def _report(self, place: Place, epoch: Epoch) -> bool:
@@ -172,7 +172,8 @@ def run(
         pack: trials at once, on a CPU, each with its share of the cores.
         console: where progress is shown; None shows nothing.
 
-    Raises UsageError for what cannot be meant, DataError where the photos are missing, SweepStopped on SIGINT and SIGTERM.
+    Raises UsageError for what cannot be meant, DataError where the photos are missing, SweepStopped
+    on SIGINT and SIGTERM.
     """
     console = console or Console(quiet=True)
     options = {**options, **sweep.fixed}

@@ -42,7 +42,7 @@ class Job:
     """The run folder; where it holds a run that was stopped or killed, that one goes on."""
     lock: str
     """A file that is locked while the trial runs, so that no other process goes on with it meanwhile."""
-    slots: int = 1
+    num_parallel: int = 1
     """Trials at once, which share the cores."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables to set for the trial."""
@@ -86,13 +86,13 @@ class TrialProcess:
         self._connection: Connection | None = None
 
     def start(self, job: Job) -> None:
-        """Begin with a trial; `step` until it returns an ending."""
+        """Begin with a trial; `poll` until it returns an ending."""
         assert not self.busy
         if self._process is None or not self._process.is_alive():
             self._start_process()
         assert self._connection
         self.busy, self._told_to_stop = True, False
-        with contextlib.suppress(OSError):  # died just now; `step` finds out
+        with contextlib.suppress(OSError):  # died just now; `poll` finds out
             self._connection.send(job)
 
     @property
@@ -102,7 +102,7 @@ class TrialProcess:
         assert self._process
         return [self._connection, self._process.sentinel]
 
-    def step(self) -> Ending | None:
+    def poll(self) -> Ending | None:
         """Handle what the process has sent; return the trial's ending once it has ended."""
         assert self._connection
         assert self._process
@@ -134,7 +134,7 @@ class TrialProcess:
         try:
             while True:
                 wait(self.handles, timeout=1)
-                ending = self.step()
+                ending = self.poll()
                 if ending:
                     return ending
         except BaseException:
@@ -256,7 +256,7 @@ def _train(job: Job, connection: Connection) -> None:
         fit(resumed_config(folder, {}), resume=folder, trackers=[reporter])
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fit(load.resolve(split_cores(job.options, job.slots)), run_dir=folder, trackers=[reporter])
+        fit(load.resolve(split_cores(job.options, job.num_parallel)), run_dir=folder, trackers=[reporter])
 
 
 class Reporter:
@@ -286,14 +286,14 @@ def _ask(connection: Connection, row: Mapping[str, float], *, is_last: bool) -> 
     return bool(connection.recv())
 
 
-def split_cores(options: Mapping[str, Any], slots: int) -> dict[str, Any]:
+def split_cores(options: Mapping[str, Any], num_parallel: int) -> dict[str, Any]:
     """Return a trial's options with its share of a CPU: threads where several run at once, photos in memory once."""
     from fastcnn.system.device import num_cores, pick_device
 
     shared = dict(options)
     if pick_device(str(shared.get("device", "auto"))).type == "cpu":
-        if slots > 1 and shared.get("threads") is None:
-            shared["threads"] = max(1, num_cores() // slots)
+        if num_parallel > 1 and shared.get("threads") is None:
+            shared["threads"] = max(1, num_cores() // num_parallel)
         if shared.get("loader", "auto") == "auto":
             shared["loader"] = "shared"
     return shared

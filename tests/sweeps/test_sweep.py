@@ -144,7 +144,7 @@ def test_a_process_that_dies_takes_its_trial_alone(job: Job, place: TrialProcess
 def test_a_trial_that_is_stopped_before_it_begins_has_not_failed(job: Job, place: TrialProcess) -> None:
     place.start(job)
     place.stop()
-    while (ending := place.step()) is None:
+    while (ending := place.poll()) is None:
         time.sleep(0.01)
     assert ending == Ending(state="stopped")
 
