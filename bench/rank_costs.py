@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from bench.rates import GRADIENT_BYTES, PHOTO_BYTES, STATISTICS_BYTES
+from bench.scale import GRADIENT_BYTES, PHOTO_BYTES, STATISTICS_BYTES
 from fastcnn.data import cache_files
 from fastcnn.data.cache_files import CHUNK
 

@@ -43,10 +43,7 @@ def image_folder(folder: Path, size: int, workers: int) -> Callable[[], Tensor]:
 
     transform = transforms.Compose([transforms.Resize((size, size), antialias=True), transforms.PILToTensor()])
     loader = DataLoader(
-        datasets.ImageFolder(str(folder), transform),
-        batch_size=32,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        datasets.ImageFolder(str(folder), transform), batch_size=32, num_workers=workers, persistent_workers=workers > 0
     )
     return lambda: torch.cat([images.permute(0, 2, 3, 1) for images, _ in loader])
 

@@ -9,28 +9,11 @@ from typing import Any
 
 import pytest
 
-from bench import rank_costs, rates, scale, scale_picture, scale_step, scale_tables
-from bench.pipeline import simulate
+from bench import rank_costs, scale
 from bench.report.record import read
+from bench.scale import simulate
 
-VALUES = rates.values()
-THROUGHPUTS = [
-    *(
-        "scan",
-        "journal",
-        "append",
-        "cpu_decode",
-        "check",
-        "upload",
-        "row_read",
-        "bandwidth",
-        "matrix",
-        "share",
-        "gpu_decode",
-        "cores",
-    ),
-    *("link_node", "link_net", "disk_read", "disk_write", "storage_node", "storage_all"),
-]
+VALUES = scale.rate_values()
 DURATIONS = [
     "start",
     "checkpoint",
@@ -43,12 +26,25 @@ DURATIONS = [
     "hop_net",
     "jpeg",
 ]
+OTHERS = {
+    "cpu_step",
+    "evaluate",
+    "index",
+    "gloo_small",
+    "gloo_gradient",
+    "memory",
+    "host_memory",
+    "disk",
+    "price",
+    "keep",
+}
+THROUGHPUTS = sorted({*VALUES} - {*DURATIONS} - OTHERS)
 
 
 def test_the_document_shows_what_the_model_says() -> None:
-    text = scale_tables.DOCUMENT.read_text(encoding="utf-8")
-    assert all(f"<!-- table: {name} -->" in text for name in scale_tables.TABLES)
-    assert scale_tables.filled(text) == text
+    text = scale.DOCUMENT.read_text(encoding="utf-8")
+    assert all(f"<!-- table: {name} -->" in text for name in scale.TABLES)
+    assert scale.filled(text) == text
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,12 +55,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_picture(tmp_path: Any) -> None:
-    scale_picture.draw(tmp_path / "scale.png")
+    scale.draw(tmp_path / "scale.png")
     assert 0 < (tmp_path / "scale.png").stat().st_size < 100_000
 
 
 def test_rates_say_where_they_are_from() -> None:
-    for name, rate in rates.rates().items():
+    for name, rate in scale.rate_table().items():
         assert rate.low <= rate.value <= rate.high, name
         assert rate.unit, name
         assert (rate.kind == "measured") == ("`python -m bench" in rate.source), name
@@ -73,12 +69,12 @@ def test_rates_say_where_they_are_from() -> None:
 def test_what_is_counted() -> None:
     from fastcnn import SmallCNN
 
-    assert sum(parameter.numel() for parameter in SmallCNN(10).parameters()) == rates.NUM_PARAMETERS
+    assert sum(parameter.numel() for parameter in SmallCNN(10).parameters()) == scale.NUM_PARAMETERS
 
 
 def test_the_model_gives_what_was_measured() -> None:
     """Whole runs on two cores: start, scan, decoding, training, evaluation."""
-    for row in read(rates.PUBLISHED).rows:
+    for row in read(scale.PUBLISHED).rows:
         info = row["extra_info"]
         if row["group"] == "train" or info.get("grows") == "photos":
             run = scale.run(info["num_photos"], 0, VALUES, epochs=info.get("epochs", 1), batch=32)
@@ -87,7 +83,7 @@ def test_the_model_gives_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1000])
-@pytest.mark.parametrize("photos", scale_tables.PHOTOS)
+@pytest.mark.parametrize("photos", scale.PHOTOS)
 def test_a_worse_rate_makes_no_run_faster(photos: int, gpus: int) -> None:
     run = scale.run(photos, gpus, VALUES)
     for names, factor in ((THROUGHPUTS, 0.5), (DURATIONS, 2.0)):
@@ -98,25 +94,25 @@ def test_a_worse_rate_makes_no_run_faster(photos: int, gpus: int) -> None:
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1000])
 def test_more_photos_take_longer(gpus: int) -> None:
-    runs = [scale.run(photos, gpus, VALUES) for photos in scale_tables.PHOTOS]
+    runs = [scale.run(photos, gpus, VALUES) for photos in scale.PHOTOS]
     assert all(few.seconds < many.seconds for few, many in itertools.pairwise(runs))
 
 
 def test_no_rank_is_faster_than_its_parts_allow() -> None:
     """Images a second of all GPUs: never above the floor's, or what the loader reads for them."""
-    for photos in scale_tables.PHOTOS:
-        for gpus in scale_tables.GPUS:
+    for photos in scale.PHOTOS:
+        for gpus in scale.GPUS:
             run = scale.run(photos, gpus, VALUES)
-            alone = scale_step.step(run.batch / gpus, 1, VALUES)
+            alone = scale.step(run.batch / gpus, 1, VALUES)
             assert run.images_per_second <= run.batch / alone.seconds * (1 + 1e-9)
             if run.memory == "mapped":
-                assert run.images_per_second <= gpus * VALUES["row_read"] / rates.PHOTO_BYTES * (1 + 1e-9)
+                assert run.images_per_second <= gpus * VALUES["row_read"] / scale.PHOTO_BYTES * (1 + 1e-9)
             if run.memory == "stream":
                 assert run.images_per_second <= gpus * VALUES["gpu_decode"] * (1 + 1e-9)
 
 
 def test_where_the_pixels_are() -> None:
-    places = {(p, g): scale.run(p, g, VALUES).memory for p in scale_tables.PHOTOS for g in scale_tables.GPUS}
+    places = {(p, g): scale.run(p, g, VALUES).memory for p in scale.PHOTOS for g in scale.GPUS}
     assert places[10**6, 1] == "resident"
     assert places[10**7, 1] == "mapped"
     assert places[10**7, 8] == "sharded"
@@ -128,12 +124,12 @@ def test_where_the_pixels_are() -> None:
 
 def test_a_collective_takes_the_faster_of_ring_and_tree() -> None:
     one = {"collective": 0.0, "hop_node": 1.0, "hop_net": 10.0, "link_node": 1.0, "link_net": 1.0}
-    assert scale_step.collective(8, 1, one) == 0
-    assert scale_step.collective(0, 8, one) == 2 * 3  # a tree of three levels, up and down
-    assert scale_step.collective(0, 8, one, ways=1) == 3
-    assert scale_step.collective(8e6, 8, one) == 2 * 7 * (1 + 1e6)  # a ring: each link carries an eighth
-    assert scale_step.collective(0, 64, one) == 2 * 3 + 2 * 3 * 10
-    sizes = [scale_step.collective(size, 64, VALUES) for size in (0, 1e3, 1e6, 1e9)]
+    assert scale.collective(8, 1, one) == 0
+    assert scale.collective(0, 8, one) == 2 * 3  # a tree of three levels, up and down
+    assert scale.collective(0, 8, one, ways=1) == 3
+    assert scale.collective(8e6, 8, one) == 2 * 7 * (1 + 1e6)  # a ring: each link carries an eighth
+    assert scale.collective(0, 64, one) == 2 * 3 + 2 * 3 * 10
+    sizes = [scale.collective(size, 64, VALUES) for size in (0, 1e3, 1e6, 1e9)]
     assert sizes == sorted(sizes)
 
 
@@ -145,7 +141,7 @@ def test_the_slowest_of_many(ranks: int) -> None:
         x = i * step
         below, density = 0.5 * (1 + math.erf(x / math.sqrt(2))), math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         expected += x * ranks * below ** (ranks - 1) * density * step
-    assert scale_step.slowest(ranks) == pytest.approx(expected, abs=0.03)
+    assert scale.slowest(ranks) == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize("stages", [[3.0], [1.0, 3.0], [3.0, 1.0], [2.0, 5.0, 1.0]])
@@ -163,15 +159,14 @@ def test_without_a_second_buffer_nothing_overlaps() -> None:
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1000])
 def test_simulated_stragglers_are_the_expected_ones(gpus: int) -> None:
-    one = scale_step.step(256, gpus, VALUES)
+    one = scale.step(256, gpus, VALUES)
     took = simulate([one.compute], 400, ranks=gpus, exchange=one.exchange, jitter=[VALUES["jitter"]])
     assert took / 400 == pytest.approx(one.seconds, rel=0.01)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_jitter_ranks_and_short_buffers_cost_time(seed: int) -> None:
+def test_jitter_ranks_and_short_buffers_cost_time() -> None:
     def took(ranks: int = 16, jitter: float = 0.3, depth: int = 2) -> float:
-        return simulate([0.9, 1.0], 300, ranks=ranks, exchange=0.0, jitter=[jitter, 0.0], depth=depth, seed=seed)
+        return simulate([0.9, 1.0], 300, ranks=ranks, exchange=0.0, jitter=[jitter, 0.0], depth=depth)
 
     assert 300 < took(jitter=0.0) < took(jitter=0.1) < took() < took(jitter=0.6)
     assert took(ranks=1) < took() < took(ranks=256)
@@ -180,13 +175,13 @@ def test_jitter_ranks_and_short_buffers_cost_time(seed: int) -> None:
 
 
 def test_the_step_says_what_bounds_it() -> None:
-    assert scale_step.step(32, 1, VALUES).bottleneck == "launches"
-    assert scale_step.step(2048, 1, VALUES).bottleneck == "compute"
-    assert scale_step.step(32, 64, VALUES).bottleneck == "exchange"
-    assert scale_step.step(32, 64, VALUES, feed=1.0).bottleneck == "feed"
-    apart = scale_step.step(32, 64, VALUES, sync_batch_norm=False)
-    assert dataclasses.replace(scale_step.step(32, 64, VALUES), exchange=0) == dataclasses.replace(apart, exchange=0)
-    assert apart.exchange == scale_step.collective(rates.GRADIENT_BYTES, 64, VALUES)
+    assert scale.step(32, 1, VALUES).bottleneck == "launches"
+    assert scale.step(2048, 1, VALUES).bottleneck == "compute"
+    assert scale.step(32, 64, VALUES).bottleneck == "exchange"
+    assert scale.step(32, 64, VALUES, feed=1.0).bottleneck == "feed"
+    apart = scale.step(32, 64, VALUES, sync_batch_norm=False)
+    assert dataclasses.replace(scale.step(32, 64, VALUES), exchange=0) == dataclasses.replace(apart, exchange=0)
+    assert apart.exchange == scale.collective(scale.GRADIENT_BYTES, 64, VALUES)
 
 
 @pytest.mark.long

@@ -351,7 +351,7 @@ def test_compiled_around_the_blocks_captured_uncaptured(compiler: None) -> None:
 @pytest.mark.parametrize("augmentations", [(), ("flip", "shift")])
 def test_compiling_halves_the_launches_around_the_blocks(augmentations: tuple[str, ...]) -> None:
     """Counted in the code that inductor makes for a GPU, which needs none."""
-    text, code = printed("bench.launches", "--precisions", "bf16", "fp32", "--augment", *augmentations)
+    text, code = printed("bench.kernels", "--launches", "--types", "bf16", "fp32", "--augment", *augmentations)
     print("\n" + text)
     assert code == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
