@@ -1,7 +1,7 @@
 """One revision's share of a comparison: a process that does so many units of work when told to, and says the seconds.
 
 `bench/compare` starts this file, the current checkout's, in the folder of a revision, whose own packages it imports.
-So it uses few names of theirs: what a run itself starts with (Config, session.start, make_engine) and pipelines.decode.
+So it uses few names of theirs: what a run itself starts with (Config, start, make_engine) and pipelines.decode.
 
 A line in, "step 8" or "decode 64"; a line of JSON out: {"seconds": ...} or {"error": ...}. The first line out says
 what is measured.
@@ -75,7 +75,7 @@ def training_step(config: Any, device: Any) -> tuple[Callable[[int], float], str
     import torch
 
     pool = imported("fastcnn.network.kernels.cpu_max_pool", "fastcnn.kernels.pool")
-    sessions = imported("fastcnn.runs.state", "fastcnn.session")
+    build = imported("fastcnn.runs.build", "fastcnn.session")
 
     if device.type == "cpu":
         with contextlib.suppress(pool.NoKernel):  # a run goes on without it, too
@@ -86,8 +86,8 @@ def training_step(config: Any, device: Any) -> tuple[Callable[[int], float], str
         permutation=torch.randperm(RESIDENT).to(device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
     )
-    session = sessions.start(config, Path(), tuple(map(str, range(NUM_CLASSES))), feed)
-    engine = sessions.make_engine(session)
+    state = build.start(config, Path(), tuple(map(str, range(NUM_CLASSES))), feed)
+    engine = build.make_engine(state)
 
     def wait() -> None:
         if device.type == "cuda":
@@ -99,13 +99,13 @@ def training_step(config: Any, device: Any) -> tuple[Callable[[int], float], str
         while count:
             portion = min(count, RESIDENT // BATCH)
             feed.cursor.zero_()
-            session.step.number.zero_()  # the schedule is as long as a run, which this is not
+            state.step.number.zero_()  # the schedule is as long as a run, which this is not
             engine.run(portion)
             count -= portion
         wait()
         return time.perf_counter() - start
 
-    return run, session.config.engine
+    return run, state.config.engine
 
 
 def decoding(folder: Path, threads: int) -> Callable[[int], float]:

@@ -33,7 +33,7 @@ from bench.parity.equivalence import ALPHA, MOST, compare, overall
 from bench.report import tables
 from bench.report.record import FORMAT, Record, Row, read, without_paths
 from fastcnn.errors import CheckError, FastCNNError, UsageError
-from fastcnn.runs.resume import Interrupted
+from fastcnn.runs.failures import RunInterrupted
 from fastcnn.system.device import describe_hardware, pick_device, versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("scipy: not installed. pip install scipy, or scripts/bench.sh, which installs it", 1)
     try:
         return run(args)
-    except (KeyboardInterrupt, Interrupted) as error:
-        code = error.exit_code if isinstance(error, Interrupted) else 130
+    except (KeyboardInterrupt, RunInterrupted) as error:
+        code = error.exit_code if isinstance(error, RunInterrupted) else 130
         return _fail("interrupted; the same command goes on from the last run that ended", code)
     except FastCNNError as error:
         return _fail(str(error), error.exit_code)
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     runs[name][seed] = arm(experiment, seed)
                 except FastCNNError as error:
-                    if name in (PLAIN, FAST) or isinstance(error, Interrupted):
+                    if name in (PLAIN, FAST) or isinstance(error, RunInterrupted):
                         raise
                     skipped[name] = without_paths(str(error)).removesuffix(STRICT)
                     print(f"{name}: not measured: {skipped[name]}", flush=True)

@@ -1,4 +1,4 @@
-"""A finished run's best model scored again: on the run's own held-out photos, or on others."""
+"""Scoring the best model of a finished run: on the run's own held-out images, or on others."""
 
 from __future__ import annotations
 
@@ -7,38 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config.fields import Decoder
+import torch
+
+from fastcnn.config.fields import Decoder, Precision
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError, FastCNNError, warn
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import restore
-from fastcnn.reporting import class_scores as scorecard
+from fastcnn.reporting import class_scores
 from fastcnn.reporting.class_scores import Scorecard
-from fastcnn.storage import checkpoint
-from fastcnn.storage import run_folder as runs
+from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision, torch_settings
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
-SETS = ("val", "test", "train", "all")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a run's best model got."""
+    """Scores of a run's best model."""
 
     run_dir: Path
     data: Path
-    """The folder of the photos."""
+    """Folder of the images."""
     best_epoch: int
     device: str
     precision: str
     scorecards: dict[str, Scorecard]
-    """By set of photos: val and test as the run or the folder splits them; train, or all, where it does not."""
+    """By split: val and test, as the run or the folders split the images; else train, or all."""
     bad: dict[str, str]
-    """Path -> reason of the photos that could not be used."""
+    """Path -> reason, of the images that cannot be used."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -61,32 +60,58 @@ def evaluate_run(
     decoder: Decoder | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
-    """Return what a run's best model gets; on the device it was trained on, what the run itself reported.
+    """Return the scores of a run's best model; on the device of its training, exactly those that the run reported.
 
     Args:
         run: a run folder, or a name under `runs/`. Only `best.pt` and, without `data`, `split.csv` are read.
-        data: a folder of photos, see `index.scan_held_out`; None takes the run's own val and test photos.
+        data: a folder of images, see `index.scan_held_out`; None takes the run's own val and test images.
         device: as for training.
-        decoder: what decodes photos that are not in the cache; None is the run's.
-        progress: told photos decoded and photos to decode.
+        decoder: decodes images that are not in the cache; None is the run's.
+        progress: called with the numbers of images decoded and to decode.
 
-    Raises DataError where the photos do not fit the run.
+    Raises DataError if the images do not fit the run.
     """
-    folder = runs.find(run)
-    state = checkpoint.load(folder / "best.pt")
-    config, classes, place = state["config"], state["classes"], pick_device(device)
+    run_dir = run_folder.find(run)
+    saved, place = checkpoint.load(run_dir / "best.pt"), pick_device(device)
+    config = saved["config"]
     precision = pick_precision(
         config["precision"], place, deterministic=config["deterministic"], strict=config["strict"]
     )
-    split = folder / "split.csv"
+    images = _prepare(run_dir, saved, data, place, decoder, progress)
+    threads, tf32 = min(config["threads"] or num_cores(), num_cores()), config["precision"] == "tf32"
+    with torch_settings(place, threads=threads, deterministic=config["deterministic"], tf32=tf32):
+        splits = ("val", "test") if data is None else ("val", "test", "train", "all")
+        scorecards = _score(saved, images, splits, place, precision)
+    _check_found(images, saved["classes"], scorecards)
+    return Scores(
+        run_dir=run_dir,
+        data=images.index.root,
+        best_epoch=saved["epoch"],
+        device=str(place),
+        precision=precision,
+        scorecards=scorecards,
+        bad=images.bad,
+    )
+
+
+def _prepare(
+    run_dir: Path,
+    saved: dict[str, Any],
+    data: str | Path | None,
+    device: torch.device,
+    decoder: Decoder | None,
+    progress: Callable[[int, int], None],
+) -> Dataset:
+    """Return the dataset of a folder, or of the run. Raises DataError if its classes are not the run's."""
+    config, classes, split = saved["config"], saved["classes"], run_dir / "split.csv"
     if data is None and not split.is_file():
-        raise FastCNNError(f"{folder} has no split.csv: say which photos, as fastcnn eval {folder} DATA")
-    photos = dataset.prepare(
-        config["data"] if data is None else Path(data).resolve(),  # resolved: as it stands in the cache's key
+        raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as fastcnn eval {run_dir} DATA")
+    found = dataset.prepare(
+        config["data"] if data is None else Path(data).resolve(),  # resolved, as it is part of the cache's key
         image_size=config["cache_size"] or config["image_size"],
         loader=config["loader"],
         decoder=decoder or config["decoder"],
-        gpu=place.index if place.type == "cuda" else None,
+        gpu=device.index if device.type == "cuda" else None,
         cache_dir=config["cache_dir"],
         split=split if data is None else None,
         classes=None if data is None else classes,
@@ -94,52 +119,38 @@ def evaluate_run(
         max_pixels=config.get("max_pixels"),  # not in older checkpoints
         progress=progress,
     )
-    _check(photos, classes)
-    threads = min(config["threads"] or num_cores(), num_cores())
-    with torch_settings(
-        place, threads=threads, deterministic=config["deterministic"], tf32=config["precision"] == "tf32"
-    ):
-        dtype = DTYPES[precision]
-        model = FlatParameters(restore(state).to(place), dtype).compute
-        normalise = Normalise(config["mean"], config["std"], config["image_size"], dtype, place)
-        cards = {}
-        for name in SETS if data is not None else ("val", "test"):
-            mine = photos.photos(name)
-            if len(mine):
-                options = Options(
-                    device=place,
-                    batch_size=BATCH_SIZE,
-                    decoder=photos.decoder,
-                    max_pixels=photos.max_pixels,
-                )
-                feed = LOADERS[photos.loader](photos.index, photos.cache, mine, options)
-                found = Evaluator(model, feed, normalise, num_classes=len(classes))()
-                predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
-                cards[name] = scorecard.make(classes, found.score, photos.index.labels[mine], predicted, probabilities)
-    if not cards:
-        raise DataError(f"no usable photos in {photos.index.root}: {len(photos.bad)} cannot be used")
-    missing = [name for i, name in enumerate(classes) if not any(card.photos[i] for card in cards.values())]
+    root, here = found.index.root, found.index.classes
+    if unknown := [name for name in here if name not in classes]:
+        raise DataError(f"{root} now has a class that the run does not know: {unknown[0]}; give a folder without it")
+    if missing := [name for name in classes if name not in here]:
+        raise DataError(f"{root} has no folder of the run's class '{missing[0]}' any more; give a folder of photos")
+    return found
+
+
+def _score(
+    saved: dict[str, Any], data: Dataset, splits: tuple[str, ...], device: torch.device, precision: Precision
+) -> dict[str, Scorecard]:
+    """Return the scorecard of each split that has images."""
+    config, classes, dtype = saved["config"], saved["classes"], DTYPES[precision]
+    model = FlatParameters(restore(saved).to(device), dtype).compute
+    normalise = Normalise(config["mean"], config["std"], config["image_size"], dtype, device)
+    options = Options(device=device, batch_size=BATCH_SIZE, decoder=data.decoder, max_pixels=data.max_pixels)
+    scorecards = {}
+    for name in splits:
+        photos = data.photos(name)
+        if len(photos):
+            feed = LOADERS[data.loader](data.index, data.cache, photos, options)
+            found = Evaluator(model, feed, normalise, num_classes=len(classes))()
+            predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
+            labels = data.index.labels[photos]
+            scorecards[name] = class_scores.make(classes, found.score, labels, predicted, probabilities)
+    return scorecards
+
+
+def _check_found(data: Dataset, classes: list[str], scorecards: dict[str, Scorecard]) -> None:
+    """Raise DataError if there are no usable images; warn of classes without any."""
+    if not scorecards:
+        raise DataError(f"no usable photos in {data.index.root}: {len(data.bad)} cannot be used")
+    missing = [name for i, name in enumerate(classes) if not any(card.photos[i] for card in scorecards.values())]
     if missing:
-        warn(f"{photos.index.root} has no photos of: {', '.join(missing)}")
-    return Scores(
-        run_dir=folder,
-        data=photos.index.root,
-        best_epoch=state["epoch"],
-        device=str(place),
-        precision=precision,
-        scorecards=cards,
-        bad=photos.bad,
-    )
-
-
-def _check(photos: Dataset, classes: list[str]) -> None:
-    """Raise DataError where the folder's classes are not the run's."""
-    index = photos.index
-    for name in index.classes:
-        if name not in classes:
-            raise DataError(
-                f"{index.root} now has a class that the run does not know: {name}; give a folder without it"
-            )
-    if index.classes != tuple(classes):
-        missing = next(name for name in classes if name not in index.classes)
-        raise DataError(f"{index.root} has no folder of the run's class '{missing}' any more; give a folder of photos")
+        warn(f"{data.index.root} has no photos of: {', '.join(missing)}")

@@ -1,10 +1,9 @@
-"""Going on with a run that was stopped, killed or finished: by what configuration, and from what state."""
+"""Resuming a run that was stopped, killed or finished: its configuration, and its state from the last checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,108 +11,79 @@ from fastcnn.config.coerce import option_name
 from fastcnn.config.fields import Config
 from fastcnn.config.load import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
-from fastcnn.runs.state import Session
-from fastcnn.storage import checkpoint
-from fastcnn.storage import run_folder as runs
+from fastcnn.runs.state import RunState
+from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.console import Console
 
-RESUMABLE = (
-    "epochs",
-    "device",
-    "devices",
-    "wandb",
-    "loader",
-    "on_nan",
-    "checkpoint_every",
-)  # may change when a run goes on
-
-
-class Interrupted(FastCNNError):
-    """The run was told to stop; the message says what is saved."""
-
-    def __init__(self, signum: int, saved: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {saved}")
-        self.exit_code = 128 + signum
-
-
-def what_is_saved(folder: Path) -> str:
-    """Return what is kept of a run that ends here, and how to go on with it."""
-    if not (folder / "split.csv").is_file():
-        return "no step was saved yet, but the photos decoded so far are: the same command goes on"
-    if not (folder / "last.pt").is_file():
-        return f"no step was saved yet: fastcnn train --resume {folder} begins again"
-    return f"saved in {folder / 'last.pt'}: fastcnn train --resume {folder} goes on"
+RESUMABLE = ("epochs", "device", "devices", "wandb", "loader", "on_nan", "checkpoint_every")
+"""Options that may change when a run is resumed; DATA may too, if the same photos have moved."""
 
 
 def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
-    """Return the configuration to go on with a run by: its own, with other `epochs` or another `device`.
+    """Return the configuration of an earlier run, with changes to what is in `RESUMABLE`.
 
-    Raises UsageError for any other change, FastCNNError where there is no such run or no `last.pt` in it.
+    Raises UsageError for any other change, and if the run is finished; FastCNNError if there is no such run.
     """
     refused = ["DATA" if name == "data" else option_name(name) for name in changes if name not in RESUMABLE]
     if refused:
         raise UsageError(
-            f"--resume goes on as before: {', '.join(refused)} cannot change, "
-            f"only {', '.join(option_name(name) for name in RESUMABLE)}"
+            f"--resume: {', '.join(refused)} cannot change; "
+            f"change only {', '.join(option_name(name) for name in RESUMABLE)}"
         )
-    folder = runs.find(run)
-    if not (folder / "last.pt").is_file():  # killed before its first step was saved
-        return resolve(read_yaml(folder / "config.yaml"), changes)
-    state = checkpoint.load(folder / "last.pt")
-    config = resolve(state["config"], changes)
-    if config.devices != state["config"]["devices"]:
-        config = dataclasses.replace(config, threads=None, workers=None)  # they were a share of the cores
-    if config.epochs <= state["epoch"] and is_finished(folder):
-        raise UsageError(f"--resume: {run} has its {state['epoch']} epochs: give more with --epochs")
+    run_dir = run_folder.find(run)
+    if not (run_dir / "last.pt").is_file():  # killed before its first step was saved
+        return resolve(read_yaml(run_dir / "config.yaml"), changes)
+    saved = checkpoint.load(run_dir / "last.pt")
+    config = resolve(saved["config"], changes)
+    if config.devices != saved["config"]["devices"]:
+        config = dataclasses.replace(config, threads=None, workers=None)  # each was one rank's part of the cores
+    if config.epochs <= saved["epoch"] and is_finished(run_dir):
+        raise UsageError(f"--resume: {run} has its {saved['epoch']} epochs: give more with --epochs")
     return config
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether all that a run leaves is there; one that was killed while it was written is not finished."""
+def is_finished(run_dir: Path) -> bool:
+    """Return whether a run has written everything; one that was killed while writing has not."""
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(result, dict) and result.get("finished") is True
 
 
-def restore(session: Session, console: Console) -> None:
-    """Put a session where the run's `last.pt` left it. Raises DataError where the classes are others by now."""
-    state = session.ranks.broadcast(lambda: checkpoint.load(session.run_dir / "last.pt"))
-    if tuple(state["classes"]) != session.classes:
-        raise DataError(f"{session.run_dir} was trained on other classes than there are now: begin a new run")
-    session.restore(state)
-    done = session.steps_done
-    _mend_best(session, done)
-    console.line(f"going on after epoch {session.epoch}" + (f" and {done} steps" if done else ""))
+def restore(state: RunState, console: Console) -> None:
+    """Load the run's `last.pt` into its state. Raises DataError if the classes have changed since."""
+    saved = state.ranks.broadcast(lambda: checkpoint.load(state.run_dir / "last.pt"))
+    if tuple(saved["classes"]) != state.classes:
+        raise DataError(f"{state.run_dir} was trained on other classes than there are now: begin a new run")
+    state.restore(saved)
+    _repair_best(state)
+    steps = f" and {state.steps_done} steps" if state.steps_done else ""
+    console.line(f"going on after epoch {state.epoch}{steps}")
 
 
-def _mend_best(session: Session, done: int) -> None:
-    """Write `best.pt` again where it is not the best epoch's: a run may be killed between last.pt and it."""
-    best = session.best.get("epoch")
-    if best is None:
-        return
-    problem = session.ranks.broadcast(lambda: _problem(session, best))
+def _repair_best(state: RunState) -> None:
+    """Write `best.pt` again if it is not the best epoch's: the run may have been killed after writing `last.pt`."""
+    best = state.best.get("epoch")
+    problem = "" if best is None else state.ranks.broadcast(lambda: _problem_of_best(state))
     if not problem:
         return
-    if best == session.epoch and not done:
-        session.save_best()
-        return
-    if not done:
-        session.best = session.rows[-1]
-        session.save_best()
+    if state.steps_done:  # no epoch's weights are at hand
+        state.best = {}
     else:
-        session.best = {}
-    warn(f"{problem}: the weights of epoch {best:g}, the best, are lost; the best is chosen of what comes")
+        state.best = state.rows[-1]
+        state.save_best()
+    if best != state.best.get("epoch"):
+        warn(f"{problem}: the weights of the best epoch, {best:g}, are lost; the best is chosen among later epochs")
 
 
-def _problem(session: Session, best: float) -> str:
-    """Return why `best.pt` is not that of the best epoch; "" where it is."""
-    path = session.run_dir / "best.pt"
+def _problem_of_best(state: RunState) -> str:
+    """Return why `best.pt` is not that of the best epoch; "" if it is."""
+    path, best = state.run_dir / "best.pt", state.best["epoch"]
     try:
-        state = checkpoint.load(path)
+        saved = checkpoint.load(path)
     except FastCNNError as error:
         return str(error)
-    if state["best"].get("epoch") == best and tuple(state["classes"]) == session.classes:
+    if saved["best"].get("epoch") == best and tuple(saved["classes"]) == state.classes:
         return ""
     return f"{path} is of another epoch than {best:g}"

@@ -1,4 +1,4 @@
-"""Where a run's figures go, an epoch at a time: the console, a CSV file, W&B."""
+"""Trackers of a run's figures, epoch by epoch: the console, a CSV file, W&B."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What trackers are told of a run before its first epoch."""
+    """Facts about a run that its trackers get before the first epoch."""
 
     run_dir: Path
     console: Console
@@ -35,31 +35,31 @@ class Run:
     config: Mapping[str, Any]
     """The configuration, hardware and versions, as plain data."""
     rows: Sequence[Mapping[str, float]] = ()
-    """The epochs that a resumed run has behind it."""
+    """Figures of the epochs that a resumed run already has."""
 
 
 class Tracker(Protocol):
-    """Takes a run's figures. The three are called in this order, `finish` only for a run that was not cut short."""
+    """Records a run's figures. Methods are called in this order; `finish` only if the run was not cut short."""
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Take the figures of an epoch: the values of `COLUMNS`."""
+        """Record an epoch: one value for each of `COLUMNS`."""
 
     def finish(self, outcome: Outcome) -> None:
-        """Take what the run leaves."""
+        """Record the outcome of a finished run."""
 
     def close(self, exit_code: int) -> dict[str, Any]:
-        """Write what is not written yet; return what result.json says of it. May be called again."""
+        """Write what is still pending; return entries for result.json. May be called again."""
         return {}
 
 
 class ConsoleTracker(Tracker):
-    """A line an epoch, with the time left."""
+    """Prints a line per epoch, with the time left."""
 
     def __init__(self, run: Run) -> None:
         self.console, self.num_epochs = run.console, run.num_epochs
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Write the epoch's line."""
+        """Print the epoch's line."""
         minutes, seconds = divmod(round(row["seconds"] * (self.num_epochs - row["epoch"])), 60)
         width = len(str(self.num_epochs))
         self.console.line(
@@ -71,7 +71,7 @@ class ConsoleTracker(Tracker):
 
 
 class CsvTracker(Tracker):
-    """metrics.csv: a row an epoch."""
+    """Writes metrics.csv: a row per epoch."""
 
     def __init__(self, run: Run) -> None:
         self.path = run.run_dir / "metrics.csv"
@@ -95,7 +95,7 @@ TRACKERS: dict[str, Callable[[Run], Tracker]] = {
 
 @contextlib.contextmanager
 def opened(run: Run, more: Sequence[Callable[[Run], Tracker]] = ()) -> Iterator[list[Tracker]]:
-    """Yield a run's trackers, `more` after the rest; where it is cut short they are closed with its exit code."""
+    """Yield a run's trackers, `more` last; if an error ends the run, close them with its exit code."""
     trackers = [make(run) for make in (*TRACKERS.values(), *more)]
     try:
         yield trackers
@@ -107,7 +107,7 @@ def opened(run: Run, more: Sequence[Callable[[Run], Tracker]] = ()) -> Iterator[
 
 
 def finish(trackers: Sequence[Tracker], outcome: Outcome) -> dict[str, Any]:
-    """Give the trackers what the run leaves and close them; return what result.json says of them."""
+    """Pass the outcome to the trackers and close them; return their entries for result.json."""
     notes: dict[str, Any] = {}
     for tracker in trackers:
         tracker.finish(outcome)

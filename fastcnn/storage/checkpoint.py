@@ -161,7 +161,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "rng": _is_tensor,
     "device_rng": lambda value: value is None or _is_tensor(value),
 }
-"""What a checkpoint holds: `Session.save` writes it."""
+"""What a checkpoint holds: `RunState.save` writes it."""
 
 
 def _check_content(path: Path, state: dict[str, Any], size: int) -> None:

@@ -216,17 +216,17 @@ def run(
         study.close()
     console.line(table(sweep, lines))
     console.line(_outcome(study, lines, folder))
-    if stop:
-        raise SweepStopped(stop[0], folder)
+    if stop.signum:
+        raise SweepStopped(stop.signum, folder)
     if sweeping.hopeless:
         raise FastCNNError(f"the first {SAME_FAILURES} trials failed alike: {sweeping.hopeless}")
     return lines
 
 
-def _loop(sweeping: Sweeping, stop: list[int]) -> None:
+def _loop(sweeping: Sweeping, stop: signals.StopRequest) -> None:
     told = False
     while True:
-        if not stop:
+        if not stop.signum:
             sweeping.fill()
         elif not told:
             told = True

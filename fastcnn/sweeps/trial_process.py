@@ -214,7 +214,7 @@ def _end_with_parent() -> None:
 def _run(job: Job, connection: Connection) -> Ending:
     import filelock
 
-    from fastcnn.runs.resume import Interrupted
+    from fastcnn.runs.failures import RunInterrupted
 
     before = dict(os.environ)
     os.environ.update(job.environment)
@@ -224,7 +224,7 @@ def _run(job: Job, connection: Connection) -> Ending:
         return Ending(state="done")
     except Pruned:
         return Ending(state="pruned")
-    except (Interrupted, KeyboardInterrupt):
+    except (RunInterrupted, KeyboardInterrupt):
         return Ending(state="stopped")
     except FastCNNError as error:
         return Ending(state="failed", reason=str(error))

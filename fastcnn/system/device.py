@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -170,6 +171,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release_memory() -> None:
+    """Collect garbage, such as tensors of a traceback, and give a GPU's cached memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

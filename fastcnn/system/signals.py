@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: an error wherever they come, or something that a loop asks for between two steps."""
+"""SIGINT and SIGTERM: raised as an error wherever they arrive, or noted for a loop that looks between two steps."""
 
 from __future__ import annotations
 
@@ -11,43 +11,50 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(KeyboardInterrupt):
-    """The process was told to stop. No Exception: code that goes on after those must not go on after this."""
+class StopSignal(KeyboardInterrupt):
+    """SIGINT or SIGTERM, where it arrived. Not an Exception, so that `except Exception` does not swallow it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum, self.exit_code = signum, 128 + signum
 
 
+class StopRequest:
+    """The first SIGINT or SIGTERM that arrived."""
+
+    signum = 0
+    """0 before one arrives."""
+
+
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM raise Stopped; a second SIGINT ends the process at once."""
+    """Raise StopSignal at the first SIGINT or SIGTERM; a second SIGINT ends the process at once."""
 
     def receive(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put in order stays so
-        raise Stopped(signum)
+        raise StopSignal(signum)
 
     with _handled(receive):
         yield
 
 
 @contextlib.contextmanager
-def received() -> Iterator[list[int]]:
-    """Yield a list that the first SIGINT or SIGTERM is put into; a second SIGINT ends the process at once."""
-    signals: list[int] = []
+def received() -> Iterator[StopRequest]:
+    """Yield a request that notes the first SIGINT or SIGTERM; a second SIGINT ends the process at once."""
+    request = StopRequest()
 
     def receive(signum: int, frame: FrameType | None) -> None:
-        signals.append(signum)
+        request.signum = request.signum or signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with _handled(receive):
-        yield signals
+        yield request
 
 
 @contextlib.contextmanager
 def _handled(receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let signals go to `receive` for a while; only the main thread can."""
+    """Handle both signals by `receive` for a while; in any other than the main thread, leave them alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

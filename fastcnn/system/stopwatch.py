@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds by stage. A stage inside another counts for itself only."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        """seconds: by stage, spent before this stopwatch starts."""
+        self.seconds = dict(seconds or {})
         self._open: list[str] = []
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - sum(self.seconds.values())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a stage, and take it from the one around it."""
-        start, around = time.perf_counter(), self._open[-1] if self._open else None
+        """Add the time spent inside to a stage, and subtract it from the stage around it."""
+        start, outer = time.perf_counter(), self._open[-1] if self._open else None
         self._open.append(name)
         try:
             yield
@@ -26,9 +27,9 @@ class Stopwatch:
             self._open.pop()
             elapsed = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
-            if around is not None:
-                self.seconds[around] = self.seconds.get(around, 0.0) - elapsed
+            if outer is not None:
+                self.seconds[outer] = self.seconds.get(outer, 0.0) - elapsed
 
     def total(self) -> float:
-        """Return the seconds since the stopwatch was made."""
+        """Return all seconds, inside and outside of stages."""
         return time.perf_counter() - self._start

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcnn.errors import FastCNNWarning
 from fastcnn.network.kernels import cpu_max_pool as pool
-from fastcnn.runs.fit import _load_kernels
+from fastcnn.runs.build import load_cpu_kernels
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     with pytest.warns(FastCNNWarning, match="no C compiler"):
-        _load_kernels(torch.device("cpu"), strict=False)
+        load_cpu_kernels(torch.device("cpu"), strict=False)
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho 'cc: out of order' >&2\nexit 1\n")
     os.chmod(broken, 0o755)  # noqa: PTH101
     monkeypatch.setenv("CC", str(broken))
     with pytest.warns(FastCNNWarning, match="out of order"):
-        _load_kernels(torch.device("cpu"), strict=False)
+        load_cpu_kernels(torch.device("cpu"), strict=False)
     assert not list(tmp_path.glob("fastcnn/network/kernels/*"))

@@ -48,17 +48,17 @@ def shifted_labels(patch: pytest.MonkeyPatch) -> None:
 
 def halved_learning_rate(patch: pytest.MonkeyPatch) -> None:
     """Train at half the learning rate."""
-    from fastcnn.runs import state as session
+    from fastcnn.runs import build
     from fastcnn.training import schedules
 
-    patch.setattr(session, "schedule", lambda *given, **named: schedules.schedule(*given, **named) / 2)
+    patch.setattr(build, "schedule", lambda *given, **named: schedules.schedule(*given, **named) / 2)
 
 
 def unasked_augmentation(patch: pytest.MonkeyPatch) -> None:
     """Flip and shift the training photos."""
-    from fastcnn.runs import state as session
+    from fastcnn.runs import build
 
-    patch.setattr(session, "in_the_step", lambda config: [("flip", 0.5), ("shift", 0.0625)])
+    patch.setattr(build, "in_the_step", lambda config: [("flip", 0.5), ("shift", 0.0625)])
 
 
 def changed_momentum(patch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_the_same_command_goes_on_where_it_stopped(
 ) -> None:
     from bench.parity import __main__ as parity
     from bench.parity import arms
-    from fastcnn.runs.fit import Interrupted
+    from fastcnn.runs.failures import RunInterrupted
 
     trained: list[int] = []
 
@@ -180,7 +180,7 @@ def test_the_same_command_goes_on_where_it_stopped(
         return {"accuracy": 0.9, "train_losses": [0.1] * 4, "held_out_losses": [0.2] * 4, "seconds": 1.0}
 
     def stopped(*_: Any) -> arms.Found:
-        raise Interrupted(signal.SIGTERM, tmp_path)
+        raise RunInterrupted(signal.SIGTERM, tmp_path)
 
     monkeypatch.setattr(arms, "fast", fast)
     monkeypatch.setattr(arms, "plain", lambda *_: pytest.fail("seed.py's runs were all there"))

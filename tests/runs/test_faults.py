@@ -27,10 +27,11 @@ from fastcnn import Config, fit
 from fastcnn.data import cache, cache_files
 from fastcnn.data import loaders as loader
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
-from fastcnn.runs import failures as memory
-from fastcnn.runs import fit as train
-from fastcnn.runs import trackers as tracker
-from fastcnn.runs.resume import Interrupted, resumed_config
+from fastcnn.runs import loop, trackers
+from fastcnn.runs.failures import RunInterrupted, largest_batch_size
+from fastcnn.runs.fit import resolve_machine, write_config
+from fastcnn.runs.loop import CheckpointTimer
+from fastcnn.runs.resume import resumed_config
 from fastcnn.storage import checkpoint
 from fastcnn.system import signals, stopwatch
 from fastcnn.system.ranks import ALONE
@@ -92,7 +93,7 @@ def go_on(run_dir: Path | str, **changes: Any) -> Path:
 
 def test_a_run_killed_before_its_first_step_was_saved_begins_again(config: Config, whole: Path) -> None:
     Path("cut").mkdir()
-    train._write_config(Path("cut"), train._resolve(config, ALONE))
+    write_config(Path("cut"), resolve_machine(config, ALONE))
     with pytest.raises(FastCNNError, match="not empty: choose another with --run-dir, or go on with --resume cut"):
         fit(config, run_dir="cut")
     assert_equal(go_on("cut"), whole)
@@ -114,14 +115,14 @@ def test_a_run_killed_within_an_epoch_goes_on_from_the_last_save(
 
     saves = 0
 
-    def save(self: train.Saving) -> None:
+    def save(self: CheckpointTimer) -> None:
         nonlocal saves
         saves += 1
         if saves == after + 1:  # the first is the beginning
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Saving, "saved", save)
+        patch.setattr(CheckpointTimer, "restart", save)
         with pytest.raises(Killed):
             fit(Config(**{**config.to_dict(), "checkpoint_every": "1"}), run_dir="cut")
     assert checkpoint.load(Path("cut/last.pt"))["step"] == after
@@ -132,7 +133,7 @@ def test_a_run_killed_between_its_two_checkpoints_writes_the_best_again(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """last.pt comes first, and best.pt can be made of it."""
-    monkeypatch.setattr(train, "_rank", lambda row: row["epoch"])  # the last epoch is the best
+    monkeypatch.setattr(loop, "merit", lambda row: row["epoch"])  # the last epoch is the best
     late = fit(config, run_dir="late").run_dir
     shutil.copytree(late, "cut")
     for spoilt in (lambda path: path.unlink(), lambda path: path.write_bytes(b"half")):
@@ -146,7 +147,7 @@ def test_a_best_that_is_lost_is_said_so(whole: Path) -> None:
     state = checkpoint.load(Path("cut/last.pt"))
     checkpoint.save(Path("cut/last.pt"), {**state, "best": state["rows"][0]})
     Path("cut/best.pt").write_bytes(b"half")
-    with pytest.warns(FastCNNWarning, match=r"best.pt is cut short.*: the weights of epoch 1, the best, are lost"):
+    with pytest.warns(FastCNNWarning, match=r"best.pt is cut short.*: the weights of the best epoch, 1, are lost"):
         go_on("cut", epochs=3)
     assert checkpoint.load(Path("cut/best.pt"))["best"]["epoch"] in (2, 3)
 
@@ -179,7 +180,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole: Path, photos: Path) -> No
 
 
 def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, seconds, never = (train.Saving(every) for every in ("4", "30s", None))
+    steps, seconds, never = (CheckpointTimer(every) for every in ("4", "30s", None))
     assert [done for done in range(1, 13) if steps.due(done)] == [4, 8, 12]
     assert [steps.limit(8, done) for done in (0, 3, 4)] == [4, 1, 4]
     assert seconds.limit(8, 3) == never.limit(8, 3) == 8
@@ -187,7 +188,7 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not never.due(4)
     seconds.last -= 31
     assert seconds.due(5)
-    seconds.saved()
+    seconds.restart()
     assert not seconds.due(6)
 
 
@@ -240,7 +241,7 @@ def test_a_signal_while_photos_are_decoded(
     monkeypatch.setattr(cache_files, "CHUNK", 20)
     with monkeypatch.context() as patch:
         patch.setattr(cache.Workers, "decode", stopping)
-        with pytest.raises(Interrupted, match="the same command goes on") as caught:
+        with pytest.raises(RunInterrupted, match="run the same command again") as caught:
             fit(config, run_dir="cut")
     assert caught.value.exit_code == code
     assert not Path("cut").exists()
@@ -252,7 +253,9 @@ def test_a_signal_while_photos_are_decoded(
 def test_a_signal_while_the_run_is_finished(config: Config, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("fastcnn.runs.results._export", lambda *arguments: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(Interrupted, match=r"stopped by SIGTERM; saved in .*: fastcnn train --resume cut goes on"):
+        with pytest.raises(
+            RunInterrupted, match=r"stopped by SIGTERM; saved in .*; to continue, run: fastcnn train --resume cut$"
+        ):
             fit(config, run_dir="cut")
     assert_equal(go_on("cut"), whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -265,7 +268,7 @@ def test_a_second_sigint_leaves_at_once(how: str) -> None:
         "import signal, time\nfrom fastcnn.system import signals\n"
         f"with signals.{how}():\n"
         "    try:\n        signal.raise_signal(signal.SIGINT)\n"
-        "    except signals.Stopped:\n        pass\n"
+        "    except signals.StopSignal:\n        pass\n"
         "    print('first', flush=True)\n    signal.raise_signal(signal.SIGINT)\n    print('second')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -273,7 +276,7 @@ def test_a_second_sigint_leaves_at_once(how: str) -> None:
 
 
 def test_no_exception_handler_takes_a_signal_for_a_failure() -> None:
-    assert not issubclass(signals.Stopped, Exception)
+    assert not issubclass(signals.StopSignal, Exception)
 
 
 # At the same time
@@ -351,7 +354,9 @@ def test_a_loss_that_is_no_number_stops_the_run(photos: Path, monkeypatch: pytes
         f"and with {names[0]}, {names[1]}, {names[2]} and 13 more (run/not_finite.csv)"
     )
     assert "try a lower --lr, --clip-norm 1 or --precision fp32, or --on-nan skip" in said
-    assert said.endswith("; run/last.pt is from before: --resume goes on from it, --init-from run begins a new run")
+    assert said.endswith(
+        "; run/last.pt was saved before it: --resume continues from there, --init-from run begins a new run"
+    )
     assert "\n" not in said
     assert state["step"] == STEPS
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -370,7 +375,7 @@ def test_a_stop_by_a_signal_saves_no_bad_state(photos: Path, monkeypatch: pytest
 
 def test_on_nan_skip_leaves_the_step_out_and_counts_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, lambda number: number in (2, STEPS + 1))
-    with pytest.warns(FastCNNWarning, match="1 of 6 steps of epoch . were skipped") as caught:
+    with pytest.warns(FastCNNWarning, match="skipped 1 of 6 steps of epoch .: ") as caught:
         run = fit(Config(data=str(photos), on_nan="skip", **SMALL))
     assert len(caught) == 2
     assert run.summary["skipped_steps"] == 2
@@ -421,12 +426,14 @@ def test_auto_steps_down_to_mapped(photos: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_resident_out_of_memory_names_what_fits(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loader.LOADERS, "resident", exhausted)
-    with pytest.raises(FastCNNError, match=r"out of memory on cpu .*: --loader mapped fits with --batch-size 16$"):
+    with pytest.raises(
+        FastCNNError, match=r"out of memory on cpu .*: use --loader mapped, which fits with --batch-size 16$"
+    ):
         fit(Config(data=str(photos), loader="resident", **SMALL))
 
 
 @pytest.mark.parametrize(
-    ("most", "said"), [(5, "--loader mapped --batch-size 4 would fit"), (1, "not even one batch of 2 fits")]
+    ("most", "said"), [(5, "use --loader mapped --batch-size 4, which fits"), (1, "not even one batch of 2 fits")]
 )
 def test_a_batch_out_of_memory_names_what_fits(
     photos: Path, most: int, said: str, monkeypatch: pytest.MonkeyPatch
@@ -455,7 +462,7 @@ def test_other_errors_are_not_taken_for_it(photos: Path, monkeypatch: pytest.Mon
 
 
 def test_the_batch_that_fits_is_tried(photos: Path) -> None:
-    assert memory.largest_batch_size(train._resolve(Config(data=str(photos), **SMALL), ALONE)) == 16
+    assert largest_batch_size(resolve_machine(Config(data=str(photos), **SMALL), ALONE)) == 16
 
 
 # A full disk
@@ -466,11 +473,11 @@ def test_a_disk_that_is_full_is_one_line(photos: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker.CsvTracker, "epoch", full)
+        patch.setattr(trackers.CsvTracker, "epoch", full)
         with pytest.raises(FastCNNError) as caught:
             fit(Config(data=str(photos), **SMALL), run_dir="run")
     assert str(caught.value) == (
-        "cannot write run: No space left on device; mend that; saved in run/last.pt: fastcnn train --resume run goes on"
+        "cannot write run: No space left on device; saved in run/last.pt; to continue, run: fastcnn train --resume run"
     )
     assert len(figures(go_on("run"))) == 2
 

@@ -16,9 +16,10 @@ import torch
 from fastcnn import Config, fit
 from fastcnn.data.feeds import shuffled
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
-from fastcnn.runs import fit as train
-from fastcnn.runs import resume
-from fastcnn.runs.state import class_weights
+from fastcnn.runs import loop
+from fastcnn.runs.build import class_weights
+from fastcnn.runs.failures import RunInterrupted
+from fastcnn.runs.resume import resumed_config
 from fastcnn.storage import checkpoint
 
 SMALL: dict[str, Any] = {"image_size": 32, "filters": (8,), "batch_size": 16, "deterministic": True}
@@ -41,7 +42,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
         data=str(photos), epochs=3, schedule="onecycle", augment=("flip", "mixup"), ema=0.9, dropout=0.2, **SMALL
     )  # fmt: skip
     whole = fit(config, run_dir="whole")
-    plain, calls = train._run_epoch, 0
+    plain, calls = loop.run_steps, 0
 
     def stopping(*args: Any) -> Any:
         nonlocal calls
@@ -52,10 +53,10 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
             yield state
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_run_epoch", stopping)
-        with pytest.raises(resume.Interrupted):
+        patch.setattr(loop, "run_steps", stopping)
+        with pytest.raises(RunInterrupted):
             fit(config, run_dir="cut")
-    resumed = fit(resume.resumed_config("cut", {}), resume="cut")
+    resumed = fit(resumed_config("cut", {}), resume="cut")
     assert resumed.run_dir == Path("cut")
     for name in ("last.pt", "best.pt"):
         one, other = (checkpoint.load(folder / name) for folder in (whole.run_dir, resumed.run_dir))
@@ -69,17 +70,17 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
 def test_a_finished_run_goes_on_with_more_epochs(run_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     with pytest.raises(UsageError, match="has its 2 epochs: give more with --epochs"):
-        resume.resumed_config("run", {})
-    fit(resume.resumed_config("run", {"epochs": 3}), resume="run")
+        resumed_config("run", {})
+    fit(resumed_config("run", {"epochs": 3}), resume="run")
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2", "3"]
     assert rows(tmp_path / "run")[:2] == rows(run_dir)
 
 
 def test_a_resumed_run_changes_nothing_else(run_dir: Path) -> None:
     with pytest.raises(UsageError, match="--lr cannot change"):
-        resume.resumed_config(run_dir, {"lr": 1})
+        resumed_config(run_dir, {"lr": 1})
     with pytest.raises(FastCNNError, match="no run nothing"):
-        resume.resumed_config("nothing", {})
+        resumed_config("nothing", {})
 
 
 def test_patience_ends_a_run_early(photos: Path) -> None:
@@ -104,7 +105,7 @@ def test_init_from_takes_the_weights_and_another_output_layer(photos: Path, run_
     fewer = tmp_path / "three"
     shutil.copytree(photos, fewer)
     shutil.rmtree(sorted(path for path in fewer.iterdir() if path.is_dir())[0])
-    with pytest.warns(FastCNNWarning, match="the output layer begins anew"):
+    with pytest.warns(FastCNNWarning, match="the output layer starts from random weights"):
         other = fit(Config(data=str(fewer), init_from=str(run_dir / "best.pt"), **plain))
     found = checkpoint.load(other.run_dir / "best.pt")["model"]
     assert found["output.weight"].shape[0] == 3

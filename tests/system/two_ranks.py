@@ -59,9 +59,9 @@ def train(photos: str, out: Path, case: str, devices: int) -> None:
 def plant() -> None:
     """Let the second rank fail in its second portion of steps."""
     from fastcnn.errors import DataError
-    from fastcnn.runs import fit as trainer
+    from fastcnn.runs import loop
 
-    plain = trainer._run_epoch
+    plain = loop.run_steps
 
     def failing(*args: Any) -> Iterator[Any]:
         for number, state in enumerate(plain(*args)):
@@ -69,7 +69,7 @@ def plant() -> None:
                 raise DataError("planted in rank 1")
             yield state
 
-    trainer._run_epoch = failing
+    loop.run_steps = failing
 
 
 if __name__ == "__main__":
