@@ -102,8 +102,8 @@ def read_journal() -> list[float]:
         entry = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "crc": 4_000_000_000, "reason": ""}
         lines = [cache_files.journal_line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
         path.write_bytes(b"".join(lines))
-        assert len(cache_files.read_journal(path)) == LINES
-        return _timed(lambda: cache_files.read_journal(path), 10)
+        assert len(cache_files.read_journal(path.parent)) == LINES
+        return _timed(lambda: cache_files.read_journal(path.parent), 10)
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:

@@ -9,15 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipelines import pillow
-from pipelines.verdict import MAX_PIXELS, Source, Unusable, image_format, read
-
-EXTENSIONS = {
-    "JPEG": {"jpg", "jpeg", "jpe", "jfif", "mpo"},
-    "TIFF": {"tif", "tiff"},
-    "PPM": {"ppm", "pgm", "pnm"},
-    "JPEG2000": {"jp2", "j2k", "jpf", "jpx", "j2c", "jpc"},
-}
-"""Format -> extensions that belong to it, where it is not its own name alone."""
+from pipelines.verdict import EXTENSIONS, MAX_PIXELS, Source, Unusable, image_format, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,7 @@ def facts(source: Source, *, header: bool = True) -> Facts:
 def misnamed(path: str, format: str) -> bool:
     """Whether a file's name claims another format than its content has. No extension claims nothing."""
     extension = Path(path).suffix[1:].lower()
-    return bool(format) and bool(extension) and extension not in EXTENSIONS.get(format, {format.lower()})
+    return bool(format) and bool(extension) and extension not in EXTENSIONS[format]
 
 
 def thumbnail(source: Source, side: int, max_pixels: int = MAX_PIXELS) -> bytes:

@@ -161,6 +161,20 @@ def explain(error: Exception) -> Verdict:
     return Verdict("corrupt", detail)
 
 
+EXTENSIONS = {
+    "AVIF": ("avif",),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+    "HEIC": ("heic", "heif"),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "JPEG2000": ("jp2", "j2k", "jpf", "jpx", "j2c", "jpc"),
+    "PNG": ("png",),
+    "PPM": ("ppm", "pgm", "pnm"),
+    "TIFF": ("tiff", "tif"),
+    "WEBP": ("webp",),
+}
+"""Format, as `image_format` names it -> extensions of such files, in small letters, the usual one first."""
+
 _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",

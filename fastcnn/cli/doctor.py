@@ -6,7 +6,6 @@ import importlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from fastcnn.data.cache import default_folder
 from fastcnn.errors import first_line
 from fastcnn.network.kernels import cpu_max_pool as pool
 from fastcnn.runs import wandb_tracker
+from fastcnn.storage.files import free_bytes
 from fastcnn.system.device import describe_hardware, free_memory_bytes, has_bf16
 from pipelines.workers import Workers, shared
 
@@ -75,7 +75,7 @@ def _machine(cache_dir: str | Path | None) -> Iterator[Line]:
     yield Line("memory", "without" if little else "ok", f"{free / 2**30:,.1f} GiB free", advice)
     folder = default_folder(cache_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK)
+    free, writable = free_bytes(folder), os.access(there, os.W_OK)
     state: State = "wrong" if not writable else "without" if free < LITTLE_DISK else "ok"
     advice = {
         "wrong": f"{folder} cannot be written: choose another folder with --cache-dir",

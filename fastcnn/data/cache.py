@@ -2,24 +2,23 @@
 
 A cache is a folder named by the hash of what determines pixels (data folder, image size, resize rule, decoder), with
 
-    cache.json     the header: format version and those values
+    cache.json     header: format version and those values
     pixels.bin     rows of (size, size, 3) uint8, only ever appended to
-    photos.jsonl   a journal, a line a photo: path, size, mtime, row, CRC-32 of the row, or the reason why it has none,
+    photos.jsonl   journal, one line a photo: path, size, mtime, row, CRC-32 of the row or the reason why there is none,
                    and the CRC-32 of the line
-    lock           held by the run that builds
+    lock           held by the run that builds the cache
 
-A photo is found again by path, size and modification time, so that photos added later are decoded alone and an
-interrupted build goes on where it stopped. A line that is cut short or damaged, or a row whose checksum is wrong, only
-means that its photo is decoded again; a header that is not the one expected means that all are. Files from elsewhere
-can do no more harm than that: all of it is plain data.
+A photo is identified by path, size and modification time, so photos added later are decoded alone and an interrupted
+build continues where it stopped. A line that is cut short or damaged, or a row with a wrong checksum, means that its
+photo is decoded again; a header that is not the expected one, that all are. Files from elsewhere can do no more harm
+than that: all of it is plain data.
 
-A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and pixels.bin and rows are left out.
+A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and it has no pixels.bin and no rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -51,6 +50,7 @@ from fastcnn.data.cache_files import (
 )
 from fastcnn.data.index import Index
 from fastcnn.errors import FastCNNError, fall_back
+from fastcnn.storage.files import check_space, free_bytes
 from fastcnn.storage.locks import locked
 from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.ranks import ALONE, Ranks
@@ -67,18 +67,18 @@ class Cache:
 
     folder: Path
     images: npt.NDArray[np.uint8]
-    """(R, size, size, 3), memory-mapped, read-only; none in a cache of verdicts alone."""
+    """(R, size, size, 3), memory-mapped, read-only; R is 0 in a cache of verdicts alone."""
     rows: npt.NDArray[np.int64]
     """(N,) row in `images` of each photo of the index, -1 where it has none."""
     reasons: tuple[str, ...]
-    """(N,) why a photo is unusable, "" where it is not."""
+    """(N,) why a photo is unusable, "" for a usable one."""
     damage: tuple[str, ...]
     """(N,) what is wrong with a photo that is usable all the same, "" as a rule."""
     num_decoded: int
-    """Photos that this build decoded; the rest were there."""
+    """Photos that this build decoded; the others were in the cache."""
     decode_seconds: float
     inode: int | None = None
-    """Of pixels.bin, which `images` keeps from being used again: another file of that name has other rows."""
+    """Inode of pixels.bin, which `images` keeps from being reused: a file with another one has other rows."""
 
     @property
     def usable(self) -> npt.NDArray[np.bool_]:
@@ -86,21 +86,21 @@ class Cache:
         return np.array([not reason for reason in self.reasons], np.bool_)
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
-        """Return the cache of `index.take(keep)`."""
+        """Return the cache of `index.take(keep)`, for keep (N,)."""
         reasons = tuple(reason for reason, kept in zip(self.reasons, keep, strict=True) if kept)
         damage = tuple(damage for damage, kept in zip(self.damage, keep, strict=True) if kept)
         return Cache(**{**vars(self), "rows": self.rows[keep], "reasons": reasons, "damage": damage})
 
     def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
-        """Return (n, size, size, 3): the pixels of photos, by their positions in the index, in memory."""
+        """Return a copy (n, size, size, 3) of the pixels of photos, given by their positions in the index."""
         out = np.empty((len(photos), *self.images.shape[1:]), np.uint8)
         self.read(photos, out)
         return out
 
     def pages(self) -> npt.NDArray[np.uint8]:
-        """Return `images` as an array that may be given to torch: the same pages, copied where they are written to.
+        """Return `images` as an array that torch accepts: the same pages, copied where they are written to.
 
-        Raises FastCNNError where the file is gone, is another or is shorter.
+        Raises FastCNNError where the file is gone, was replaced or is too short.
         """
         with self._opened() as file:
             if os.fstat(file.fileno()).st_size < self.images.nbytes:
@@ -108,22 +108,22 @@ class Cache:
             return np.memmap(file, np.uint8, "c", shape=self.images.shape)
 
     def read(self, photos: npt.NDArray[np.intp], out: npt.NDArray[np.uint8]) -> None:
-        """Write the pixels of photos into `out` (n, size, size, 3).
+        """Write the pixels of photos, given by their positions in the index, into `out` (n, size, size, 3).
 
-        Read, not copied from the map: pages of the map that were touched count as this process's memory, so that it
-        would grow to the size of the set. Raises FastCNNError where the file is gone or too short.
+        They are read, not copied from the map: pages of the map that were touched count as this process's memory, which
+        would grow to the size of the set. Raises FastCNNError where the file is gone, was replaced or is too short.
         """
         rows = self.rows[photos]
         if not len(rows):
             return
         with self._opened() as file:
-            for i in np.argsort(rows):  # in the disk's order
+            for i in np.argsort(rows):  # in the order of the disk
                 if not read_row(file, rows[i], out[i]):
                     raise FastCNNError(f"{file.name} became shorter while it was used: run again")
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[io.FileIO]:
-        """Yield the file of the pixels. Raises FastCNNError where it is gone, or another."""
+        """Yield pixels.bin, opened. Raises FastCNNError where it is gone or was replaced."""
         path = self.folder / "pixels.bin"
         try:
             with io.FileIO(path) as file:
@@ -149,9 +149,9 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Cache:
-    """Return the cache of an index, after decoding what it lacks.
+    """Return the cache of an index, after decoding the photos that it lacks.
 
-    Ranks decode it together, each every count-th chunk, and append in turn: it is the one that one process makes.
+    Ranks decode chunks in turn and append them in order, so the files are those that one process writes.
 
     Args:
         index: the photos.
@@ -159,13 +159,13 @@ def build(
         decoder: a name in `pipelines.BACKENDS`.
         gpu: device on which DALI decodes; None is the CPU.
         workers: decoding threads; None is one a core.
-        cache_dir: where caches are kept; None is the user's cache folder.
+        cache_dir: folder of all caches; None is the user's cache folder.
         keep_pixels: False decodes for the verdicts alone.
         max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
-        strict: decoding in this process, where no worker process can be started, is an error.
-        ranks: who builds it; all of them see one folder.
-        progress: told photos decoded and photos to decode.
-        note: told, once, that another run is building this cache.
+        strict: raise where no worker process can be started, instead of decoding in this process.
+        ranks: the ranks that build it together; all of them must see the folder.
+        progress: called with the number of photos decoded and to decode.
+        note: called once with a line where another run is building this cache.
 
     Raises FastCNNError where the cache cannot be written, or the decoder fails on every photo.
     """
@@ -175,46 +175,19 @@ def build(
     try:
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
-        journal: dict[str, dict[str, Any]] = {}
-        with locked(folder, note) if ranks.first else contextlib.nullcontext(True) as writable:
-
-            def look() -> npt.NDArray[np.intp]:
-                ensure_header(folder, header, writable)
-                journal.update(read_journal(folder / "photos.jsonl"))
-                missing = find_missing(index, journal, folder, image_size, keep_pixels)
-                if len(missing) and not writable:
-                    raise PermissionError(errno.EROFS, "it is read-only, and photos are missing in it")
-                _check_space(folder, len(missing) * image_size**2 * 3 * keep_pixels)
-                return missing
-
-            missing = ranks.broadcast(look)
+        with _first_rank_holds(folder, ranks, note) as unwritable:
+            journal: cache_files.Journal = {}
+            missing = ranks.broadcast(lambda: _look(index, folder, header, journal, unwritable))
             if read_header(folder) != header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
-            size = max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
-            chunks = chunks_of(missing, size)
-            mine = range(ranks.rank, len(chunks), ranks.count)
-            # A chunk is written while the next is decoded.
-            with _workers(decoder, workers, gpu, max_pixels, strict) as decoding, ThreadPoolExecutor(1) as writer:
-                writing: Future[None] | None = None
-                buffers = [shared((size, image_size, image_size, 3)) for _ in range(2 if mine else 0)]
-                for number in mine:
-                    photos = chunks[number]
-                    buffers.reverse()
-                    pixels = buffers[0][: len(photos)]
-                    verdicts = decoding.decode(index.sources(photos), image_size, pixels)
-                    if writing:
-                        writing.result()
-                    append = functools.partial(append_chunk, folder, index, photos, pixels, verdicts, keep_pixels)
-                    writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
-                    progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
-                if writing:
-                    writing.result()
+            with _decoding_workers(decoder, workers, gpu, max_pixels, strict) as decoding:
+                _decode(index, missing, folder, header, decoding, ranks, progress)
             ranks.wait()  # the lock is the first rank's
             if len(missing) or not ranks.first:
-                journal = read_journal(folder / "photos.jsonl")
+                journal = read_journal(folder)
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     except OSError as error:
@@ -244,29 +217,27 @@ def fits_on_disk(
     cache_dir: str | Path | None = None,
     max_pixels: int | None = None,
 ) -> bool:
-    """Return whether the pixels of an index are in its cache, or have room there."""
+    """Return whether the pixels of an index are in its cache or have room there."""
     folder = _folder(_header(index, image_size, decoder, gpu, True, max_pixels), cache_dir)
     pixels = folder / "pixels.bin"
     there = pixels.stat().st_size if pixels.exists() else 0
-    while not folder.exists():
-        folder = folder.parent
-    return len(index) * image_size**2 * 3 - there <= shutil.disk_usage(folder).free
+    return len(index) * image_size**2 * 3 - there <= free_bytes(folder)
 
 
 def default_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return the folder that caches are kept in."""
+    """Return the folder of all caches."""
     return Path(cache_dir) if cache_dir else user_cache_folder()
 
 
 def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None) -> None:
-    """Begin to import what decodes on a CPU where a folder has no cache: in its own process, beside our own imports.
+    """Begin to import the CPU decoder in its own process where a folder has no cache; `end_early` ends it.
 
-    That takes a second, as does importing torch here; with two cores they take it together. `end_early` when done.
+    That takes a second, as does importing torch in this process: on two cores they take it together.
     """
     with contextlib.suppress(OSError):
         here = str(Path(root).resolve(strict=True))
         known = [read_header(folder).get("root") for folder in _cache_folders(cache_dir)]
-        gpu = Path("/proc/driver/nvidia").exists()  # then another decoder does it
+        gpu = Path("/proc/driver/nvidia").exists()  # there another decoder does it
         if pipelines.num_cores() > 1 and not gpu and here not in known:
             start_decoder({"auto": "turbo"}.get(decoder, decoder))
 
@@ -277,12 +248,11 @@ def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     for folder in sorted(_cache_folders(cache_dir)):
         header = read_header(folder)
         stats = [path.stat() for path in folder.iterdir()]
-        journal = read_journal(folder / "photos.jsonl")
         caches.append(
             {
                 "key": folder.name,
                 **{name: header.get(name, "?") for name in ("root", "image_size", "decoder")},
-                "photos": sum(not entry["reason"] for entry in journal.values()),
+                "photos": sum(not entry["reason"] for entry in read_journal(folder).values()),
                 "bytes": sum(stat.st_size for stat in stats),
                 "modified": max(stat.st_mtime for stat in stats),
             }
@@ -295,20 +265,20 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
 
     Raises FastCNNError where a run is building one of them, or it cannot be deleted.
     """
+
+    def refuse() -> None:
+        raise FastCNNError("another run is decoding photos into this cache: clear it when that is done")
+
     freed = 0
     for folder in _cache_folders(cache_dir):
         if key is None or folder.name == key:
             try:
-                with locked(folder, _refuse_to_wait):
+                with locked(folder / "lock", refuse):
                     freed += sum(path.stat().st_size for path in folder.iterdir())
                     shutil.rmtree(folder)
             except OSError as error:
                 raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
     return freed
-
-
-def _refuse_to_wait(text: str) -> None:
-    raise FastCNNError("another run is decoding photos into this cache: clear it when that is done")
 
 
 def _header(
@@ -335,27 +305,75 @@ def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
     return [path.parent for path in default_folder(cache_dir).glob("*/cache.json")]
 
 
+def _first_rank_holds(
+    folder: Path, ranks: Ranks, note: Callable[[str], None]
+) -> contextlib.AbstractContextManager[OSError | None]:
+    """Return the lock of a cache, which the first rank holds for all, as `locked` yields it."""
+    if not ranks.first:
+        return contextlib.nullcontext()
+    return locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
+
+
+def _look(
+    index: Index,
+    folder: Path,
+    header: dict[str, Any],
+    journal: cache_files.Journal,
+    unwritable: OSError | None,
+) -> npt.NDArray[np.intp]:
+    """Read the journal of a cache into `journal`; return the positions of the photos that have to be decoded.
+
+    Raises `unwritable` where there are some, FastCNNError where the disk has no room for them.
+    """
+    size, keep_pixels = header["image_size"], header.get("pixels", True)
+    ensure_header(folder, header, unwritable)
+    journal.update(read_journal(folder))
+    missing = find_missing(index, journal, folder, size, keep_pixels)
+    if len(missing) and unwritable:
+        raise unwritable
+    advice = "`fastcnn cache clear`, or choose another place with --cache-dir"
+    check_space(folder, len(missing) * size**2 * 3 * keep_pixels, "the cache", advice)
+    return missing
+
+
+def _decode(
+    index: Index,
+    missing: npt.NDArray[np.intp],
+    folder: Path,
+    header: dict[str, Any],
+    decoding: Workers,
+    ranks: Ranks,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Decode this rank's chunks of the missing photos and append each in its turn, while the next is decoded."""
+    side, keep_pixels = header["image_size"], header.get("pixels", True)
+    size = max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
+    chunks = chunks_of(missing, size)
+    mine = range(ranks.rank, len(chunks), ranks.count)
+    buffers = [shared((size, side, side, 3)) for _ in range(2 if mine else 0)]
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for number in mine:
+            photos = chunks[number]
+            buffers.reverse()
+            pixels = buffers[0][: len(photos)]
+            verdicts = decoding.decode(index.sources(photos), side, pixels)
+            if writing:
+                writing.result()
+            append = functools.partial(append_chunk, folder, index, photos, pixels, verdicts, keep_pixels)
+            writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
+            progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
+        if writing:
+            writing.result()
+
+
 @contextlib.contextmanager
-def _workers(
-    decoder: str,
-    threads: int | None,
-    gpu: int | None,
-    max_pixels: int | None,
-    strict: bool,
+def _decoding_workers(
+    decoder: str, threads: int | None, gpu: int | None, max_pixels: int | None, strict: bool
 ) -> Iterator[Workers]:
-    """Yield what decodes the missing photos, in processes of its own: where it dies of a photo, that photo is lost."""
-    max_pixels = max_pixels or pipelines.MAX_PIXELS
-    with Workers(decoder, threads=threads, gpu=gpu, max_pixels=max_pixels) as workers:
+    """Yield the decoder in worker processes: a photo that crashes it costs that photo alone."""
+    with Workers(decoder, threads=threads, gpu=gpu, max_pixels=max_pixels or pipelines.MAX_PIXELS) as workers:
         yield workers
     end_early()
     if workers.note:
         fall_back(f"photos were decoded in this process, which a damaged one may end: {workers.note}", strict=strict)
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise FastCNNError(
-            f"the cache needs {needed / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free: "
-            "free some space, `fastcnn cache clear`, or choose another place with --cache-dir"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -23,17 +22,19 @@ from fastcnn.storage import files
 
 FORMAT = 2
 
+CHUNK = 512  # photos between two writes: an interrupted build loses at most these
 
-CHUNK = 512  # photos between two writes: what a killed build loses at most
+_TRANSIENT = frozenset({"unreadable", "decoder killed"})  # verdicts on the moment, not the file: tried again
+_SUM = b', "sum": '
 
+Journal = dict[str, dict[str, Any]]
+"""Path -> its entry: path, size, mtime, row, crc, reason and perhaps damage."""
 
-_TRANSIENT = frozenset(
-    {"unreadable", "decoder killed"}
-)  # verdicts about the moment, not the file: asked again by the next run
+_Sequence = TypeVar("_Sequence", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Return what cache.json says, as far as it is the plain data that it should be."""
+    """Return the strings and whole numbers in cache.json; {} where it cannot be read."""
     try:
         header = json.loads((folder / "cache.json").read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -43,27 +44,30 @@ def read_header(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in header.items() if isinstance(value, str | int)}
 
 
-def ensure_header(folder: Path, header: dict[str, Any], writable: bool) -> None:
-    """Write the header of a new cache. What stands under another one is no cache of these photos, and is deleted."""
+def ensure_header(folder: Path, header: dict[str, Any], unwritable: OSError | None) -> None:
+    """Write the header of a new cache; where another one stands, delete the files under it, which hold other photos.
+
+    Raises `unwritable`, the reason why nothing can be written, where that would be necessary.
+    """
     found = read_header(folder)
     if found == header:
         return
-    if not writable:
-        raise PermissionError(errno.EROFS, "it is read-only, and no cache of these photos")
+    if unwritable:
+        raise unwritable
     old = [path for name in ("photos.jsonl", "pixels.bin") if (path := folder / name).exists()]
     if old or found:
         other = next((name for name in header if found.get(name) != header[name]), "format") if found else ""
         why = f"its {other} is another" if other else "its header is damaged"
         warn(f"the cache {folder} cannot be used ({why}): decoding every photo again")
-    for path in old:  # unlinked, not cut: whoever is reading them goes on reading
+    for path in old:  # unlinked, not truncated: a process that reads them can go on
         path.unlink()
     files.write(folder / "cache.json", json.dumps(header, indent=1))
 
 
-def read_journal(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the last whole line of each photo, by path."""
+def read_journal(folder: Path) -> Journal:
+    """Return the last whole entry of each photo."""
     journal = {}
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+    with contextlib.suppress(FileNotFoundError), (folder / "photos.jsonl").open("rb") as lines:
         for line in lines:
             body, _, checksum = line.rstrip(b"\n}").rpartition(_SUM)
             if checksum != str(zlib.crc32(body)).encode():
@@ -75,25 +79,17 @@ def read_journal(path: Path) -> dict[str, dict[str, Any]]:
     return journal
 
 
-_SUM = b', "sum": '
-
-
 def journal_line(entry: dict[str, Any]) -> bytes:
-    """Return an entry as a line that ends in the checksum of what stands before that."""
+    """Return an entry as a line that ends in its own checksum."""
     body = json.dumps(entry).encode()[:-1]
     return body + _SUM + str(zlib.crc32(body)).encode() + b"}\n"
 
 
-def _is_entry(entry: object) -> bool:
-    kinds = {"path": str, "size": int, "mtime": int, "row": int, "crc": int, "reason": str}
-    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
-
-
 def find_missing(
-    index: Index, journal: dict[str, dict[str, Any]], folder: Path, image_size: int, keep_pixels: bool
+    index: Index, journal: Journal, folder: Path, image_size: int, keep_pixels: bool
 ) -> npt.NDArray[np.intp]:
-    """Return the positions of the photos that have no entry, or one that does not hold any more."""
-    missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are to be compared
+    """Return the positions of the photos that have no entry, or one that is out of date or whose pixels are damaged."""
+    missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are verified
     for i, photo in enumerate(index.paths):
         entry = journal.get(photo)
         if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
@@ -110,7 +106,7 @@ def find_missing(
 
 
 def find_damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) -> list[int]:
-    """Return the positions of those (row, position, checksum) whose pixels are not what they were."""
+    """Return the positions, of `kept` (row, position, checksum), of rows that no longer have their checksum."""
 
     def check(part: Sequence[tuple[int, int, int]]) -> list[int]:
         pixels = np.empty((image_size, image_size, 3), np.uint8)
@@ -126,22 +122,19 @@ def find_damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: i
         return []
     if not path.exists():
         return [i for _, i, _ in kept]
-    with ThreadPoolExecutor() as threads:  # reading and summing let go of the interpreter
+    with ThreadPoolExecutor() as threads:  # reading and summing release the interpreter's lock
         return [i for part in threads.map(check, chunks_of(kept, CHUNK)) for i in part]
 
 
 def read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
-    """Write a row of pixels.bin into `out` (size, size, 3); return whether there was so much."""
+    """Write a row of pixels.bin into `out` (size, size, 3); return whether the file is long enough."""
     file.seek(int(row) * out.nbytes)
     return file.readinto(out.data) == out.nbytes
 
 
-_Some = TypeVar("_Some", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
-
-
-def chunks_of(some: _Some, size: int) -> list[_Some]:
+def chunks_of(sequence: _Sequence, size: int) -> list[_Sequence]:
     """Return consecutive parts of `size` elements; the last may be shorter."""
-    return [some[start : start + size] for start in range(0, len(some), size)]
+    return [sequence[start : start + size] for start in range(0, len(sequence), size)]
 
 
 def append_chunk(
@@ -152,7 +145,7 @@ def append_chunk(
     verdicts: Sequence[pipelines.Verdict],
     keep_pixels: bool,
 ) -> None:
-    """Append the usable photos' rows, then a line for every photo: a line never stands without its row."""
+    """Append the rows of usable photos, then a line for every photo: a line is never there without its row."""
     good = np.array([keep_pixels and verdict.ok for verdict in verdicts])
     row = _append_rows(folder / "pixels.bin", pixels[good]) if keep_pixels else 0
     lines = []
@@ -172,23 +165,13 @@ def append_chunk(
     with (folder / "photos.jsonl").open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a line that was cut must not swallow the first of these
+            if file.read() != b"\n":  # a line that was cut short must not swallow the first of these
                 file.write(b"\n")
         file.write(b"".join(lines))
 
 
-def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
-    """Append rows; return the number of the first."""
-    with path.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
-        row_bytes = int(np.prod(pixels.shape[1:]))
-        row = -(-file.tell() // row_bytes)
-        file.truncate(row * row_bytes)  # fills up the row that a killed build left cut short
-        file.write(pixels.data)
-    return row
-
-
 def map_rows(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
-    """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the file's inode."""
+    """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the inode of their file."""
     path = folder / "pixels.bin"
     rows = path.stat().st_size // (size * size * 3) if path.exists() else 0
     if rows == 0:
@@ -196,3 +179,18 @@ def map_rows(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None
     with path.open("rb") as file:
         images = np.memmap(file, np.uint8, "r", shape=(rows, size, size, 3))
         return images, os.fstat(file.fileno()).st_ino
+
+
+def _is_entry(entry: object) -> bool:
+    kinds = {"path": str, "size": int, "mtime": int, "row": int, "crc": int, "reason": str}
+    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+
+
+def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
+    """Append rows; return the number of the first."""
+    with path.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
+        row_bytes = int(np.prod(pixels.shape[1:]))
+        row = -(-file.tell() // row_bytes)
+        file.truncate(row * row_bytes)  # completes the row that an interrupted build left cut short
+        file.write(pixels.data)
+    return row

@@ -11,38 +11,19 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from fastcnn.data import tar
 from fastcnn.errors import DataError, warn
 from fastcnn.system.text import printable
+from pipelines.verdict import EXTENSIONS
 
 CLASSES = "classes.txt"
 ORIGINALS = "paths.csv"
 """Where `fastcnn data shard` leaves each photo's path in the folder that it comes from."""
-EXTENSIONS = frozenset(
-    {
-        "avif",
-        "bmp",
-        "gif",
-        "heic",
-        "heif",
-        "j2c",
-        "j2k",
-        "jfif",
-        "jp2",
-        "jpc",
-        "jpe",
-        "jpeg",
-        "jpf",
-        "jpg",
-        "jpx",
-        "mpo",
-    }
-    | {"pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"}
-)
-"""Extensions of photos, in small letters."""
+PHOTO_EXTENSIONS = frozenset(chain(*EXTENSIONS.values()))
 
 THREADS = 4  # archives read at once: half the time where the disk is waited for, and no loss where it is not
 
@@ -144,7 +125,7 @@ def _read(archive: Path, name: str) -> _Found:
                     continue
                 sample = _sample(entry.name)
                 extension = entry.name[len(sample) + 1 :].lower()
-                if extension in EXTENSIONS:
+                if extension in PHOTO_EXTENSIONS:
                     if sample in photos:
                         two = f"{printable(photos[sample].name)} and {printable(entry.name)}"
                         raise DataError(f"{shown} has two photos of one sample, {two}: keep one")

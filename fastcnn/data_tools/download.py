@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from fastcnn.data_tools import http_download, unzip
 from fastcnn.errors import DataError, FastCNNError, UsageError, nearest
+from fastcnn.storage.files import check_space
+from fastcnn.storage.locks import locked
 from fastcnn.system.console import Console
 
 
@@ -62,34 +64,35 @@ def download(
 
     Raises FastCNNError where the server or the disk fails, DataError for an archive that is damaged or unsafe.
     """
-    import filelock
-
     if name not in DOWNLOADS:
         raise UsageError(f"no data set '{name}'{nearest(name, DOWNLOADS)}; expected one of {', '.join(DOWNLOADS)}")
     source, folder, console = DOWNLOADS[name], Path(folder), console or Console()
     url = url or source.url
     http_download.check_url(url)
     photos, packed = folder / source.folder, folder / source.archive
+
+    def refuse() -> None:
+        raise FastCNNError(f"another command is loading into {folder}: wait for it to end")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _is_there(photos):
             console.line(f"{photos} is there already")
             return photos
-        with filelock.FileLock(folder / f".{source.archive}.lock", timeout=0):
+        with locked(folder / f".{source.archive}.lock", refuse):
             if packed.is_file():
                 console.line(f"{packed} is there already: unpacking it")
             else:
                 http_download.fetch(url, packed, console, timeout=timeout, pause=pause)
             _unpack(packed, photos, console)
-    except filelock.Timeout:
-        raise FastCNNError(f"another command is loading into {folder}: wait for it to end") from None
     except KeyboardInterrupt:
         raise DownloadInterrupted(
-            f"interrupted; what was loaded is kept in {folder}, the same command goes on"
+            f"interrupted; the part that was loaded is kept in {folder}: run the same command to go on"
         ) from None
     except OSError as error:
         raise FastCNNError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; mend that or choose another folder"
+            f"cannot write {error.filename or folder}: {error.strerror or error}; "
+            "free some space or choose another folder"
         ) from None
     console.line(f"{packed} is not needed any more: delete it to free {packed.stat().st_size / 2**20:,.0f} MiB")
     return photos
@@ -113,9 +116,7 @@ def _unpack(packed: Path, photos: Path, console: Console) -> None:
         members = unzip.files(opened)
         root = photo_root(members)
         members = {name: info for name, info in members.items() if PurePosixPath(name).is_relative_to(root)}
-        http_download.check_space(
-            photos.parent, sum(info.file_size for info in members.values()), "what is in the archive"
-        )
+        check_space(photos.parent, sum(info.file_size for info in members.values()), "what is in the archive")
         beside.mkdir()
         try:
             with console.progress("unpacking", "files") as progress:

@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import re
-import shutil
 import ssl
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastcnn.errors import FastCNNError, UsageError, first_line
+from fastcnn.storage.files import check_space
 from fastcnn.system.console import Console
 
 CHUNK = 2**20  # bytes
@@ -79,16 +79,6 @@ def check_url(url: str) -> str:
         if parts.scheme in ("http", "https") and parts.hostname:
             return parts.hostname
     raise UsageError(f"--url: expected an address as https://host/archive.zip, got '{url}'")
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise FastCNNError where the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise FastCNNError(
-            f"{what} needs {needed / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free: "
-            "free some space or choose another folder"
-        )
 
 
 def _load(url: str, partial: Path, console: Console, timeout: float) -> None:

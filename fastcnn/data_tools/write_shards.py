@@ -15,20 +15,18 @@ import numpy.typing as npt
 
 from fastcnn.data import index, shards
 from fastcnn.data.index import Index
-from fastcnn.data_tools.http_download import check_space
 from fastcnn.errors import DataError, FastCNNError, UsageError
 from fastcnn.storage import files
 from fastcnn.system import signals
 from fastcnn.system.console import Console
 from fastcnn.system.text import printable
-from pipelines.verdict import Unusable, image_format, read
+from pipelines.verdict import EXTENSIONS, Unusable, image_format, read
 
 SHARD_BYTES = 256_000_000
 KEY = "{:08}"
 SHARD = "{:06}.tar"
 
 _PARTIAL = ".partial"
-_EXTENSIONS = {"JPEG": "jpg", "JPEG2000": "jp2"}  # of formats that are not called so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +74,10 @@ def write(
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FastCNNError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: choose another folder")
-        above = next(path for path in (out, *out.absolute().parents) if path.exists())
         # A photo and its label have a header each, and are filled up to whole blocks.
-        check_space(above, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "what the shards will hold,")
+        files.check_space(
+            out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "what the shards will hold,"
+        )
         with signals.raising(), _beside(out) as partial:
             return _write(found, partial, out, photos_each or len(found), bytes_each, seed, console)
     except OSError as error:
@@ -170,11 +169,10 @@ def _content(found: Index, photo: int) -> bytes:
 def _extension(path: str, content: bytes) -> str:
     """Return the extension of a photo in a shard: its own, or by its content; "" where that shows no image."""
     own = PurePosixPath(path).suffix[1:].lower()
-    if own in shards.EXTENSIONS:
+    if own in shards.PHOTO_EXTENSIONS:
         return own
     with contextlib.suppress(Unusable):
-        name = image_format(content)
-        return _EXTENSIONS.get(name, name.lower())
+        return EXTENSIONS[image_format(content)][0]
     return ""
 
 

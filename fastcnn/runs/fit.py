@@ -22,7 +22,7 @@ from fastcnn.runs.loop import train
 from fastcnn.runs.results import finish
 from fastcnn.runs.state import RunContext
 from fastcnn.runs.trackers import Run, Tracker, opened
-from fastcnn.storage import files, locks, run_folder
+from fastcnn.storage import files, run_folder
 from fastcnn.system import launch, ranks, signals
 from fastcnn.system.console import Console
 from fastcnn.system.device import (
@@ -189,7 +189,7 @@ def _open_folder(
                 folder = run_folder.find(earlier)
             else:
                 folder = stack.enter_context(run_folder.folder(kept or run_dir, Path(config.data).name or "run"))
-            stack.enter_context(locks.held(folder))
+            stack.enter_context(run_folder.held(folder))
             group.keep("run folder", str(folder.resolve()))
             return folder, bool(earlier)
 

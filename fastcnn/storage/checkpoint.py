@@ -1,8 +1,8 @@
 """Checkpoints: plain tensors and plain data, written whole, and refused where a bit of them has changed.
 
-The file is what torch.save writes, a zip archive, with the SHA-256 of all before it as the archive's comment: torch's
-own reader checks no checksum. Nothing of the file is read before that is right, and nothing in it is ever executed
-(`weights_only=True`). Whoever makes a file can make its checksum too, so what is in it is checked against `FIELDS`.
+The file is the zip archive that torch.save writes, with the SHA-256 of everything before it as the archive's comment:
+torch's own reader verifies no checksum. Nothing is parsed before the checksum is right, and nothing in the file is ever
+executed (`weights_only=True`). An attacker can make the checksum too, so the content is checked against `FIELDS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _END_OF_ZIP, _END_BYTES = b"PK\x05\x06", 22  # the last record of a zip archive,
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that `path` always holds a whole one: the old until the new is on disk."""
+    """Write a checkpoint so that `path` always holds a whole one. Raises FastCNNError where it cannot be written."""
     buffer = io.BytesIO()
     torch.save({**state, "format": FORMAT}, buffer)
     try:
@@ -40,15 +40,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
     except OSError as error:
         kept = "; the one before it is kept" if path.is_file() else ""
         raise FastCNNError(
-            f"cannot write the checkpoint {path}: {error.strerror or error}{kept}; "
-            "mend that, and --resume goes on from there"
+            f"cannot write the checkpoint {path}: {error.strerror or error}{kept}; free some space or make the folder "
+            "writable, then continue with --resume"
         ) from None
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's content, with every tensor on the CPU.
+    """Return a checkpoint's fields (see `FIELDS`), with every tensor on the CPU.
 
-    Raises FastCNNError where there is none, where it is damaged, of another format, or holds what none of ours does.
+    Raises FastCNNError where the file is missing, damaged, of another format, or has unknown content.
     """
     try:
         data = path.read_bytes()
@@ -60,7 +60,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_archive(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text advises to run it
+    except pickle.UnpicklingError:  # its text advises to execute the file
         raise FastCNNError(f"{path} is not a checkpoint that can be read: it is not plain data; nothing ran") from None
     except Exception as error:
         raise FastCNNError(f"{path} is not a checkpoint that can be read: {first_line(error)}") from None
@@ -68,7 +68,7 @@ def load(path: Path) -> dict[str, Any]:
         raise FastCNNError(f"{path} is not a checkpoint of fastcnn")
     if state["format"] != FORMAT:
         newer = state["format"] > FORMAT
-        what = "upgrade fastcnn to read it" if newer else "read it with the fastcnn that wrote it, or begin a new run"
+        what = "upgrade fastcnn to read it" if newer else "read it with the fastcnn that wrote it, or start a new run"
         raise FastCNNError(f"{path} has format {state['format']}, this fastcnn reads {FORMAT}: {what}")
     _check_content(path, state, len(data))
     state["config"] = _config(path, state["config"])
@@ -76,9 +76,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _sealed(archive: io.BytesIO) -> io.BytesIO:
-    """Return a zip archive after giving it the checksum of all of it as its comment."""
+    """Return a zip archive after appending its checksum as its comment."""
     with archive.getbuffer() as body:  # in place: a copy would cost as much as the checksum
-        assert body[-_END_BYTES:].tobytes().startswith(_END_OF_ZIP), "without a comment it ends in its last record"
+        assert body[-_END_BYTES:].tobytes().startswith(_END_OF_ZIP), "an archive without a comment ends in this record"
         body[-2:] = struct.pack("<H", _COMMENT_BYTES)
         checksum = hashlib.sha256(body).hexdigest().encode()
     archive.seek(0, io.SEEK_END)
@@ -91,11 +91,11 @@ def _check_seal(path: Path, data: bytes) -> None:
     if not comment.startswith(_MARK):
         raise FastCNNError(f"{path} is cut short, or not a checkpoint of this fastcnn: it does not end in a checksum")
     if comment[len(_MARK) :] != hashlib.sha256(body).hexdigest().encode():
-        raise FastCNNError(f"{path} is damaged: its checksum is wrong; put a copy in its place, or begin a new run")
+        raise FastCNNError(f"{path} is damaged: its checksum is wrong; restore a copy, or start a new run")
 
 
 def _check_archive(data: bytes) -> None:
-    """Raise ValueError for an archive that unpacks to more than it is: torch.save compresses nothing."""
+    """Raise ValueError for an archive that unpacks to more than its own size: torch.save compresses nothing."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -161,7 +161,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "rng": _is_tensor,
     "device_rng": lambda value: value is None or _is_tensor(value),
 }
-"""What a checkpoint holds: `RunState.save` writes it."""
+"""Fields of a checkpoint, and the check of each."""
 
 
 def _check_content(path: Path, state: dict[str, Any], size: int) -> None:
@@ -170,15 +170,15 @@ def _check_content(path: Path, state: dict[str, Any], size: int) -> None:
             raise FastCNNError(f"{path} is not a checkpoint of fastcnn: its '{name}' is missing or of another kind")
     tensors = [state["average"], state["sums"], state["rng"], state["device_rng"]]
     tensors += [tensor for name in ("model", "optimizer", "loss_scale") for tensor in state[name].values()]
-    # A tensor of strides 0 claims any size over a few bytes of the file.
+    # A tensor with strides of 0 can claim any size over a few bytes of the file.
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None) > size:
         raise FastCNNError(f"{path} is not a checkpoint of fastcnn: its tensors are larger than the file")
 
 
 def _config(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's configuration, checked as one that a user gives.
+    """Return a run's configuration, checked like one that a user gives.
 
-    A cache folder counts only where there are caches: a file from elsewhere makes no folders here.
+    A cache folder without caches is dropped: a file from elsewhere must not make folders here.
     """
     known = {name: value for name, value in saved.items() if name in field_types()}
     try:

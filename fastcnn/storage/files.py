@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process or fills the disk meanwhile."""
+"""Files written whole or not at all, whatever ends the process or fills the disk meanwhile; and free disk space."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import contextlib
 import csv
 import io
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-PARTIAL = ".{}.partial"
+from fastcnn.errors import FastCNNError
 
 
 def write(path: Path, content: bytes | memoryview | str) -> None:
     """Write a file so that `path` always holds a whole one: the old until the new is on the disk.
 
-    Text is UTF-8; names that are none are written as the bytes that they are. Raises OSError.
+    Text is written as UTF-8; surrogate escapes become the bytes that they stand for. Raises OSError.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogateescape")
@@ -26,8 +27,8 @@ def write(path: Path, content: bytes | memoryview | str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that gets the name `path` when it is whole and on the disk, and is deleted where that fails."""
-    temporary = path.with_name(PARTIAL.format(path.name))
+    """Yield a file that is renamed to `path` once it is whole and on the disk, and deleted where that fails."""
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -42,19 +43,34 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows, the names of the columns first, as `write` does."""
+    """Write rows, the column names first, as `write` does."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write(path, text.getvalue())
 
 
 def is_partial(path: Path) -> bool:
-    """Return whether a file is what a killed `write` left."""
+    """Return whether a file was left by a `write` that was killed."""
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that holds `folder`, or will hold it once it is made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def check_space(folder: Path, needed: int, what: str, advice: str = "choose another folder") -> None:
+    """Raise FastCNNError where the disk of `folder` has less than `needed` bytes free for `what`."""
+    free = free_bytes(folder)
+    if needed > free:
+        raise FastCNNError(
+            f"{what} needs {needed / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free: "
+            f"free some space or {advice}"
+        )
+
+
 def _sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: without it a rename may be undone by a power failure."""
+    """Write a folder's names to the disk: without it a power failure may undo a rename."""
     with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems sync none
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Locks: one process at a time in a folder."""
+"""Lock files: one process at a time."""
 
 from __future__ import annotations
 
@@ -7,51 +7,35 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastcnn.errors import FastCNNError
-
-LOCK = ".lock"  # of a run folder
-
 
 @contextlib.contextmanager
-def locked(folder: Path, note: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the cache's lock. The system gives it up when its holder dies. Yield False where nothing can be written."""
+def locked(path: Path, busy: Callable[[], None], *, remove: bool = False) -> Iterator[OSError | None]:
+    """Hold the lock file `path`; yield None, or why there can be no lock: a read-only folder, a file system without.
+
+    The system releases the lock when its holder dies, however it dies.
+
+    Args:
+        path: the lock file, made where it is missing.
+        busy: called once when another process holds the lock; it may raise, otherwise the lock is waited for.
+        remove: delete the file afterwards.
+    """
     import filelock
 
-    lock = filelock.FileLock(folder / "lock")
+    lock, refusal = filelock.FileLock(path), None
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        note("another run is decoding these photos: waiting for it")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            busy()
+            lock.acquire()
     except NotImplementedError:
-        raise OSError(errno.ENOSYS, "its file system has no locks") from None
+        refusal = OSError(errno.ENOSYS, "its file system has no locks")
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        yield False
-        return
+        refusal = error
     try:
-        yield True
+        yield refusal
     finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other commands from training in a run's folder. The system gives it free when its holder dies."""
-    import filelock
-
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise FastCNNError(f"another command is training in {folder}: wait until it ends, or stop it") from None
-    except (OSError, NotImplementedError):  # whatever cannot be written is said by what is written next
-        yield
-        return
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows deletes nothing that is open
-            (folder / LOCK).unlink()
+        if refusal is None and remove:
+            with contextlib.suppress(OSError):  # Windows deletes no file that is open
+                path.unlink()
         lock.release()

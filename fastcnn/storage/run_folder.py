@@ -1,4 +1,4 @@
-"""Run folders: made, never overwritten, and found again."""
+"""Run folders: made, never overwritten, locked while a run trains in them, and found again."""
 
 from __future__ import annotations
 
@@ -9,30 +9,51 @@ from pathlib import Path
 
 from fastcnn.errors import FastCNNError, nearest
 from fastcnn.storage import files
-from fastcnn.storage.locks import LOCK
+from fastcnn.storage.locks import locked
 
 RUNS = Path("runs")
 CONFIG = "config.yaml"
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def folder(asked: str | Path | None, name: str) -> Iterator[Path]:
-    """Make a run's folder: the one asked for, which must be empty, or the next free `name` under `runs/`.
+    """Make a run's folder and yield it: the one asked for, which must be empty, or the next free `name` in `runs/`.
 
-    A run that fails before it has written more than its configuration leaves no folder.
+    A run that fails before it has written more than its configuration leaves no folder. Raises FastCNNError.
     """
     made = _make(asked, name)
     try:
         yield made
     except BaseException:
         with contextlib.suppress(OSError):  # not empty
-            rest = [path for path in made.iterdir() if path.name != CONFIG and not _is_rest(path)]
-            for path in [] if rest else list(made.iterdir()):
-                path.unlink()
+            if all(path.name == CONFIG or _is_leftover(path) for path in made.iterdir()):
+                for path in list(made.iterdir()):
+                    path.unlink()
             made.rmdir()
             if asked is None:
                 RUNS.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other commands from training in a run's folder; FastCNNError where one does already."""
+
+    def refuse() -> None:
+        raise FastCNNError(f"another command is training in {folder}: wait until it ends, or stop it")
+
+    with locked(folder / LOCK, refuse, remove=True):  # without a lock the run goes on: its first write says why
+        yield
+
+
+def find(name: str | Path) -> Path:
+    """Return the folder of a run: a path, or a name under `runs/`. Raises FastCNNError where there is none."""
+    for folder in (Path(name), RUNS / name):
+        if (folder / CONFIG).is_file():
+            return folder
+    names = [path.parent.name for path in RUNS.glob(f"*/{CONFIG}")]
+    raise FastCNNError(f"no run {name}: expected a run folder, or a name under {RUNS}/{nearest(str(name), names)}")
 
 
 def _make(folder: str | Path | None, name: str) -> Path:
@@ -40,9 +61,9 @@ def _make(folder: str | Path | None, name: str) -> Path:
         if folder is not None:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            if not all(map(_is_rest, folder.iterdir())):
-                going_on = f", or go on with --resume {folder}" if (folder / CONFIG).is_file() else ""
-                raise FastCNNError(f"the run folder {folder} is not empty: choose another with --run-dir{going_on}")
+            if not all(map(_is_leftover, folder.iterdir())):
+                resume = f", or continue its run with --resume {folder}" if (folder / CONFIG).is_file() else ""
+                raise FastCNNError(f"the run folder {folder} is not empty: choose another with --run-dir{resume}")
             return folder
         for number in itertools.count(1):
             free = RUNS / (name if number == 1 else f"{name}-{number}")
@@ -54,15 +75,6 @@ def _make(folder: str | Path | None, name: str) -> Path:
     raise AssertionError
 
 
-def _is_rest(path: Path) -> bool:
-    """Return whether a file is what a killed run left before it had written anything."""
+def _is_leftover(path: Path) -> bool:
+    """Return whether a file was left by a run that was killed before it had written anything."""
     return path.name == LOCK or files.is_partial(path)
-
-
-def find(name: str | Path) -> Path:
-    """Return the folder of a run: a path, or a name under `runs/`."""
-    for folder in (Path(name), RUNS / name):
-        if (folder / CONFIG).is_file():
-            return folder
-    names = [path.parent.name for path in RUNS.glob(f"*/{CONFIG}")]
-    raise FastCNNError(f"no run {name}: expected a run folder, or a name under {RUNS}/{nearest(str(name), names)}")

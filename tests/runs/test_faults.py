@@ -94,7 +94,7 @@ def go_on(run_dir: Path | str, **changes: Any) -> Path:
 def test_a_run_killed_before_its_first_step_was_saved_begins_again(config: Config, whole: Path) -> None:
     Path("cut").mkdir()
     write_config(Path("cut"), resolve_machine(config, ALONE))
-    with pytest.raises(FastCNNError, match="not empty: choose another with --run-dir, or go on with --resume cut"):
+    with pytest.raises(FastCNNError, match="choose another with --run-dir, or continue its run with --resume cut"):
         fit(config, run_dir="cut")
     assert_equal(go_on("cut"), whole)
 
@@ -533,7 +533,7 @@ def test_a_disk_that_fills_up_in_a_stage(
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)
         patch.setattr(stopwatch.Stopwatch, "stage", filling)
-        patch.setattr(cache, "_check_space", lambda folder, needed: None)  # it fills up after that
+        patch.setattr(cache, "check_space", lambda *arguments: None)  # it fills up after that
         patch.setattr(cache_files, "CHUNK", 20)
         said = ""
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.errors import FastCNNError
-from fastcnn.storage import checkpoint, files
+from fastcnn.storage import checkpoint
 
 State = dict[str, Any]
 
@@ -105,7 +105,7 @@ def test_what_is_none_is_one_line(tmp_path: Path, content: bytes) -> None:
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize(("format", "what"), [(checkpoint.FORMAT + 1, "upgrade fastcnn"), (1, "begin a new run")])
+@pytest.mark.parametrize(("format", "what"), [(checkpoint.FORMAT + 1, "upgrade fastcnn"), (1, "start a new run")])
 def test_another_version(tmp_path: Path, state: State, format: int, what: str) -> None:
     with pytest.raises(FastCNNError, match=rf"has format {format}, this fastcnn reads {checkpoint.FORMAT}: .*{what}"):
         checkpoint.load(sealed(tmp_path / "last.pt", {**state, "format": format}))
@@ -126,7 +126,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path, state: State, mo
 
 def test_a_kill_while_saving_keeps_the_old_checkpoint(tmp_path: Path, state: State) -> None:
     checkpoint.save(tmp_path / "last.pt", state)
-    half = tmp_path / files.PARTIAL.format("last.pt")
+    half = tmp_path / ".last.pt.partial"
     half.write_bytes(b"half of it")
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
     checkpoint.save(tmp_path / "last.pt", {**state, "epoch": 1, "step": 4})
