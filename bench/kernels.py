@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 
 from bench.harness.step_setup import make_step, random_feed
 from bench.report.tables import markdown
-from fastcnn.config.fields import STRENGTHS
+from fastcnn.config import STRENGTHS
 from fastcnn.network import fused_forward
 from fastcnn.network.kernels import autotune
 from fastcnn.network.small_cnn import ACTIVATIONS

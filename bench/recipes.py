@@ -22,8 +22,7 @@ import torch
 from bench.harness.machine import slug
 from bench.report import tables
 from bench.report.record import FORMAT, Record, Row
-from fastcnn.config.fields import Config
-from fastcnn.config.load import read_recipe, read_yaml, resolve
+from fastcnn.config import Config, read_recipe, read_yaml, resolve
 from fastcnn.data import dataset
 from fastcnn.data.loaders import Options, resident
 from fastcnn.network.pixels import Normalise

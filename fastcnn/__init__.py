@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastcnn.config.fields import Config
+    from fastcnn.config import Config
     from fastcnn.data.index import Index, scan
     from fastcnn.errors import FastCNNError
     from fastcnn.export.exporters import export_run
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Lazy (PEP 562), so that `fastcnn --help` does not wait for torch.
 _PUBLIC = {
-    "Config": "fastcnn.config.fields:Config",
+    "Config": "fastcnn.config:Config",
     "FastCNNError": "fastcnn.errors:FastCNNError",
     "Index": "fastcnn.data.index:Index",
     "Result": "fastcnn.runs.fit:Result",

@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pipelines
-from fastcnn.config.fields import STRENGTHS, Config
+from fastcnn.config import STRENGTHS, Config
 from fastcnn.training.augment import Augment
 from scripts.make_dataset import make
 

@@ -54,7 +54,7 @@ def serving(photos: Path, threads: int) -> Iterator[tuple[dict[str, Callable[[in
     import fastcnn
 
     runtime = imported("fastcnn.system.device", "fastcnn.runtime")
-    make_config = imported("fastcnn.config.fields", "fastcnn.config").Config
+    make_config = importlib.import_module("fastcnn.config").Config
 
     here = Path(str(fastcnn.__file__)).resolve().parents[1]
     assert here == Path.cwd().resolve(), f"fastcnn comes from {here}, not from the revision's folder"

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.baselines import seed as baseline
-from fastcnn.config.load import read_recipe, resolve
+from fastcnn.config import read_recipe, resolve
 from fastcnn.data import dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError

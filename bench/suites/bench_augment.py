@@ -9,8 +9,7 @@ import pytest
 from bench.harness.race import Race
 from bench.harness.step_setup import make_step, random_feed, run_steps
 from bench.harness.timing import Clocked, clocked
-from fastcnn.config.fields import PRESETS, STRENGTHS, Config
-from fastcnn.config.load import read_recipe, recipe_names, resolve
+from fastcnn.config import PRESETS, STRENGTHS, Config, read_recipe, recipe_names, resolve
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 

@@ -12,7 +12,7 @@ import torch
 
 from bench.harness.race import Race
 from bench.harness.timing import clocked
-from fastcnn.config.fields import Config
+from fastcnn.config import Config
 from fastcnn.export.exporters import EXPORTERS, export_run
 from fastcnn.inference import artefact
 from fastcnn.network.inference_network import Deployed

@@ -11,14 +11,13 @@ from typing import Any, NoReturn, TextIO, get_args
 import click
 
 from fastcnn.cli.options import ConfigCommand, ExportCommand, config_options
-from fastcnn.config import coerce, load
-from fastcnn.config import fields as config
+from fastcnn.config import OPTIONS, Export, load, parse_bytes
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 from fastcnn.system import launch
 
 TOKENS: dict[str, Any] = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --batch_size is --batch-size
 HELP: dict[str, Any] = {"context_settings": {**TOKENS, "help_option_names": ["-h", "--help"], "max_content_width": 110}}
-EXPORTS = ",".join(get_args(config.Export))
+EXPORTS = ",".join(get_args(Export))
 _MAX_RESTARTS = "With --devices: how often all start again, from the last checkpoint, after one has failed.  [0]"
 
 
@@ -216,7 +215,7 @@ def _command_options(command: Sequence[str]) -> dict[str, Any]:
         return {}
     words = [word for word in command[command.index("train") + 1 :] if not word.startswith("${")]
     found = train.make_context("train", list(words)).params
-    return {name: value for name, value in found.items() if name in config.field_types() and value is not None}
+    return {name: value for name, value in found.items() if name in OPTIONS and value is not None}
 
 
 @commands.command("eval", **HELP)
@@ -408,7 +407,7 @@ def serve(
     """Serve an exported MODEL over HTTP: a page for people, JSON for programs, metrics for Prometheus."""
     from fastcnn.inference import artefact
 
-    upload = coerce.parse_bytes(max_upload)
+    upload = parse_bytes(max_upload)
     if not upload:
         raise UsageError(f"--max-upload: expected bytes as 20MB or 1.5GiB, got '{max_upload}'")
     opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
@@ -608,7 +607,7 @@ def data_shard(folder: str, out: str, photos: int | None, shard_size: str, seed:
     from fastcnn.data_tools.write_shards import write
     from fastcnn.system.console import Console
 
-    size = coerce.parse_bytes(shard_size)
+    size = parse_bytes(shard_size)
     if not size:
         raise UsageError(f"--shard-size: expected bytes as 256MB or 1.5GiB, got '{shard_size}'")
     written = write(folder, out, photos_each=photos, bytes_each=size, seed=seed, console=Console())

@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from fastcnn.config import coerce
-from fastcnn.config import fields as config
+from fastcnn.config import OPTIONS, Bytes, Interval, base_type, option_name
 from fastcnn.errors import UsageError
 
 
@@ -24,47 +23,35 @@ class ConfigCommand(click.Command):
 def _plain_flag(arg: str) -> str:
     name, equals, value = arg.partition("=")
     field = name.removeprefix("--").replace("-", "_")
-    if not (equals and name.startswith("--") and config.field_types().get(field) is bool):
+    if not (equals and name.startswith("--") and field in OPTIONS and base_type(OPTIONS[field].annotation) is bool):
         return arg
     if value.lower() not in ("true", "false", "1", "0"):
         raise UsageError(f"{name}: expected true or false, got '{value}'")
-    return coerce.option_name(field if value.lower() in ("true", "1") else f"no_{field}")
+    return option_name(field if value.lower() in ("true", "1") else f"no_{field}")
 
 
 def config_options(command: Callable[..., Any], without: Sequence[str] = ("data",)) -> Callable[..., Any]:
     """Add an option for every field of Config but some."""
-    defaults = config.Config()
-    for field, kind in reversed(config.field_types().items()):
-        if field in without:
+    for name, field in reversed(OPTIONS.items()):
+        if name in without:
             continue
-        name, default = coerce.option_name(field), getattr(defaults, field)
+        option, kind, default = option_name(name), base_type(field.annotation), field.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = config.field_docs()[field] + ("" if shown is None or kind is bool else f"  [{shown}]")
+        text = str(field.description) + ("" if shown is None or kind is bool else f"  [{shown}]")
         if kind is bool:
-            flags = f"{name}/--no-{name[2:]}"
-            command = click.option(flags, field, default=None, help=f"{text}  [{'on' if default else 'off'}]")(command)
+            flags = f"{option}/--no-{option[2:]}"
+            command = click.option(flags, name, default=None, help=f"{text}  [{'on' if default else 'off'}]")(command)
         else:
-            command = click.option(name, field, default=None, metavar=_metavar(kind), help=text)(command)
+            command = click.option(option, name, default=None, metavar=_metavar(kind), help=text)(command)
     return command
 
 
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    text = str(kind)
-    return (
-        "SIZE"
-        if "Bytes" in text
-        else "STEPS|TIME"
-        if "Interval" in text
-        else "LIST"
-        if "tuple" in text
-        else "N"
-        if "int" in text
-        else "X"
-        if "float" in text
-        else "TEXT"
-    )
+    if get_origin(kind) is tuple:
+        return "LIST"
+    return {Bytes: "SIZE", Interval: "STEPS|TIME", int: "N", float: "X"}.get(kind, "TEXT")
 
 
 class ExportCommand(click.Command):

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config.fields import Config, field_types
+from fastcnn.config.config import OPTIONS, Config
 from fastcnn.errors import UsageError, nearest
 
 MAX_YAML_DEPTH = 3  # a list in the mapping, and one more for the message to name the option
@@ -22,8 +22,8 @@ def resolve(*sources: Mapping[str, Any]) -> Config:
     for source in sources:
         for name, value in source.items():
             field = str(name).replace("-", "_")
-            if field not in field_types():
-                raise UsageError(f"no option '{name}'{nearest(field, field_types())}")
+            if field not in OPTIONS:
+                raise UsageError(f"no option '{name}'{nearest(field, OPTIONS)}")
             merged[field] = value
     return Config(**merged)
 

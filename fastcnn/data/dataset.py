@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 import pipelines
-from fastcnn.config.fields import Decoder, Loader
+from fastcnn.config import Decoder, Loader
 from fastcnn.data import loaders
 from fastcnn.data.cache import Cache, build, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 import pipelines
-from fastcnn.config.fields import Loader
+from fastcnn.config import Loader
 from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.cache import Cache
 from fastcnn.data.crops import crop_boxes

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pipelines
-from fastcnn.config.fields import Decoder
+from fastcnn.config import Decoder
 from fastcnn.data.index import Index, outside, scan_loosely
 from fastcnn.data_tools import duplicates
 from fastcnn.errors import FastCNNError

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from fastcnn.config.fields import MIN_IMAGE_SIZE, NUM_BLOCKS
+from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
 from fastcnn.errors import FastCNNError, UsageError, first_line, nearest
 from fastcnn.network.kernels import cpu_max_pool as pool
 

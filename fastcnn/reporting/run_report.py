@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.config import coerce
-from fastcnn.config import fields as configs
+from fastcnn.config import Config, option_name
 from fastcnn.reporting import html as pages
 from fastcnn.reporting import plots as pictures
 from fastcnn.reporting.class_scores import Scorecard, number
@@ -107,14 +106,14 @@ def page(
 
 def command(config: Mapping[str, Any]) -> str:
     """Return the command that trains with a configuration: the data folder and an option for all that is no default."""
-    defaults = configs.Config().to_dict()
+    defaults = Config().to_dict()
     words = ["fastcnn", "train", shlex.quote(str(config["data"]))]
     for field, value in config.items():
         if field == "data" or value == defaults.get(field) or value is None:
             continue
-        option = coerce.option_name(field)
+        option = option_name(field)
         if isinstance(value, bool):
-            words.append(option if value else coerce.option_name(f"no_{field}"))
+            words.append(option if value else option_name(f"no_{field}"))
         elif isinstance(value, list):
             words.append(f"{option} {','.join(map(str, value)) or 'none'}")
         else:
@@ -182,7 +181,7 @@ def _stages(seconds: Mapping[str, float]) -> str:
 
 
 def _config_table(config: Mapping[str, Any]) -> str:
-    defaults = configs.Config().to_dict()
+    defaults = Config().to_dict()
     rows = []
     for field, value in config.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else value

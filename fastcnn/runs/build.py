@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastcnn.config.fields import Config
-from fastcnn.config.fields import Engine as EngineName
+from fastcnn.config import Config
+from fastcnn.config import Engine as EngineName
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed, SamplingWeights
 from fastcnn.data.loaders import LOADERS, Options

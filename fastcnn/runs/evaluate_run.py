@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.config.fields import Decoder, Precision
+from fastcnn.config import Decoder, Precision
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options

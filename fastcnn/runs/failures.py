@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastcnn.config.fields import Config
+from fastcnn.config import Config
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.errors import FastCNNError, warn

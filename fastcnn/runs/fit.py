@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fastcnn.config.fields import Config
+from fastcnn.config import Config
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.split import write_split

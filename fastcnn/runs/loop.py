@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-from fastcnn.config.coerce import parse_interval
+from fastcnn.config import parse_interval
 from fastcnn.runs.build import Training
 from fastcnn.runs.failures import RunInterrupted, raise_if_loss_not_finite
 from fastcnn.runs.state import RunContext, RunState

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config.coerce import option_name
-from fastcnn.config.fields import Config
-from fastcnn.config.load import read_yaml, resolve
+from fastcnn.config import Config, option_name, read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.runs.state import RunState
 from fastcnn.storage import checkpoint, run_folder

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.config.fields import Config
+from fastcnn.config import Config
 from fastcnn.data.feeds import SamplingWeights
 from fastcnn.errors import FastCNNError, first_line
 from fastcnn.network.small_cnn import SmallCNN

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.config.fields import field_types
-from fastcnn.config.load import resolve
+from fastcnn.config import OPTIONS, resolve
 from fastcnn.errors import FastCNNError, UsageError, first_line
 from fastcnn.storage import files
 
@@ -180,7 +179,7 @@ def _config(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
     A cache folder without caches is dropped: a file from elsewhere must not make folders here.
     """
-    known = {name: value for name, value in saved.items() if name in field_types()}
+    known = {name: value for name, value in saved.items() if name in OPTIONS}
     try:
         config = resolve(known).to_dict()
     except UsageError as error:

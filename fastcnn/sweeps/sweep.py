@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import coerce, load
+from fastcnn.config import load, option_name
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.storage import files
 from fastcnn.storage import run_folder as runs
@@ -194,7 +194,7 @@ def run(
         "metric": [sweep.metric, sweep.goal],
         "early_terminate": sweep.text.get("early_terminate"),
         "parameters": {name: sweep.text["parameters"][_key(sweep, name)] for name in sweep.parameters},
-        **{coerce.option_name(name): value for name, value in options.items() if name not in LOCAL},
+        **{option_name(name): value for name, value in options.items() if name not in LOCAL},
     }
     study = Study(folder, sweep, storage=storage, seed=base.seed, definition=definition)
     sweeping = Sweeping(study, folder, options, min(limits), pack, console)

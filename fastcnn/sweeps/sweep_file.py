@@ -12,8 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from fastcnn.config import fields as config
-from fastcnn.config import load
+from fastcnn.config import OPTIONS, load
 from fastcnn.errors import UsageError, nearest
 from fastcnn.sweeps.search_space import Bell, Choice, Goal, Hyperband, Parameter, Range, Sweep, _to_multiple
 
@@ -54,8 +53,8 @@ def parse(text: Mapping[str, Any], file: str, default_name: str = "sweep") -> Sw
     found: dict[str, Parameter] = {}
     for key, value in given.items():
         name = key.replace("-", "_")
-        if name not in config.field_types() or name == "data":
-            raise UsageError(f"{file}: no option '{key}' to vary{nearest(name, config.field_types())}")
+        if name not in OPTIONS or name == "data":
+            raise UsageError(f"{file}: no option '{key}' to vary{nearest(name, OPTIONS)}")
         if name in found:
             raise UsageError(f"{file}: parameters: {key} is given twice")
         parameter = _parameter(file, f"parameters.{key}", _mapping(file, f"parameters.{key}", value))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.config.fields import Precision
+from fastcnn.config import Precision
 from fastcnn.errors import FastCNNError, fall_back
 from pipelines import num_cores as num_cores  # for the rooms that decode nothing
 

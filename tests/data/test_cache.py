@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pipelines
-from fastcnn.config.fields import Config
+from fastcnn.config import Config
 from fastcnn.data import cache, cache_files, dataset
 from fastcnn.data.index import Index, scan
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning

@@ -19,8 +19,7 @@ from torch import Tensor
 
 import pipelines
 from fastcnn import Config, fit
-from fastcnn.config.fields import Loader
-from fastcnn.config.load import resolve
+from fastcnn.config import Loader, resolve
 from fastcnn.data import buffered_feed, cache
 from fastcnn.data.buffered_feed import BatchBuffer, BufferedFeed, PinnedBatchBuffer
 from fastcnn.data.crops import RATIO, SCALE, crop_boxes

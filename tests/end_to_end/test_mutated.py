@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastcnn import Config
-from fastcnn.config.load import read_yaml, resolve
+from fastcnn.config import read_yaml, resolve
 from fastcnn.data import cache, index, split
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.small_cnn import SmallCNN, restore

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastcnn import Config, fit
-from fastcnn.config.load import read_yaml, resolve
+from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.network.small_cnn import restore
 from fastcnn.runs.results import STAGES

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fastcnn.config.load import resolve
+from fastcnn.config import resolve
 from fastcnn.errors import UsageError
 from fastcnn.runs.trackers import COLUMNS
 from fastcnn.sweeps import search_space
@@ -123,7 +123,7 @@ def test_an_option_that_is_given_is_not_varied() -> None:
         (file(parameters={}), "expected at least one"),
         (file(parameters={"learning_rat": LR}), "s.yaml: no option 'learning_rat' to vary"),
         (file(parameters={"dropot": {"value": 0.1}}), "no option 'dropot' to vary; did you mean 'dropout'"),
-        (file(parameters={"dropout": {"value": 3}}), "s.yaml: --dropout: expected 0 to below 1, got 3"),
+        (file(parameters={"dropout": {"value": 3}}), "s.yaml: --dropout: expected a number below 1, got 3"),
         (file(parameters={"activation": {"values": ["relu", "gellu"]}}), "got 'gellu'; did you mean 'gelu'"),
         (file(parameters={"lr": {"min": 0.1}}), "parameters.lr: uniform needs max"),
         (file(parameters={"lr": {"min": 0.2, "max": 0.1}}), "expected min up to max"),

@@ -171,8 +171,8 @@ def test_a_device_that_is_not_there_is_told_once(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 33}, "--batch-size 33 cannot be shared by 2 devices: give 32"),
-        ({"batch_size": 34, "augment": "mixup"}, "--augment mixup takes photos in pairs: .* a multiple of 4"),
+        ({"batch_size": 33}, "--batch-size 33 cannot be divided among 2 devices: use 32"),
+        ({"batch_size": 34, "augment": "mixup"}, "--augment mixup takes images in pairs: .* a multiple of 4"),
     ],
 )
 def test_batches_that_cannot_be_shared(options: dict[str, Any], message: str) -> None:

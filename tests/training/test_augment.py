@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.config.fields import STRENGTHS
+from fastcnn.config import STRENGTHS
 from fastcnn.network.pixels import resized
 from fastcnn.training.augment import AUGMENTATIONS, Augment, Batch
 

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn import Config, fit
-from fastcnn.config.fields import STRENGTHS
+from fastcnn.config import STRENGTHS
 from fastcnn.data.feeds import Feed
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.pixels import Normalise

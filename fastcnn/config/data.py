@@ -1,0 +1,110 @@
+"""Data options: which images are used, how they are decoded, split, augmented and loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from fastcnn.config.model import MIN_IMAGE_SIZE
+from fastcnn.config.section import Section
+from fastcnn.config.units import Bytes
+from fastcnn.errors import UsageError, nearest
+
+Augmentation = Literal["flip", "shift", "crop", "rotate", "colour", "cutout", "mixup", "cutmix"]
+Loader = Literal["auto", "resident", "shared", "sharded", "mapped", "stream"]
+Decoder = Literal["auto", "dali", "turbo", "pillow"]
+
+STRENGTHS: dict[Augmentation, tuple[float, float]] = {
+    "flip": (0.5, 1),  # probability
+    "shift": (0.0625, 0.5),  # largest offset, as a fraction of the side: 8 pixels of 128
+    "crop": (0.35, 1),  # smallest fraction of the area
+    "rotate": (15, 180),  # largest angle in degrees
+    "colour": (0.3, 1),  # largest change of brightness, contrast and saturation
+    "cutout": (0.25, 1),  # fraction of the side
+    "mixup": (0.2, 100),  # both parameters of the Beta distribution of the mixing weights
+    "cutmix": (1, 100),  # the same
+}
+"""Default and largest strength of each augmentation."""
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "light": ("flip", "shift"),
+    "strong": ("flip", "crop", "colour"),
+}
+"""Named lists of augmentations."""
+
+
+def _with_strengths(items: tuple[str, ...]) -> tuple[str, ...]:
+    """Return augmentations as name=strength, with presets written out."""
+    found = {}
+    for item in PRESETS[items[0]] if len(items) == 1 and items[0] in PRESETS else items:
+        name, equals, text = item.partition("=")
+        if name not in STRENGTHS:
+            raise UsageError(
+                f"--augment: expected {', '.join(PRESETS)} or a list of {', '.join(STRENGTHS)}, "
+                f"got '{name}'{nearest(name, [*STRENGTHS, *PRESETS])}"
+            )
+        default, largest = STRENGTHS[name]
+        try:
+            strength = float(text) if equals else default
+        except ValueError:
+            raise UsageError(f"--augment: expected a number as the strength of {name}, got '{text}'") from None
+        if not 0 < strength <= largest:
+            raise UsageError(f"--augment: expected a strength of {name} above 0, up to {largest:g}, got {item}")
+        found[name] = f"{name}={strength:g}"
+    return tuple(found.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Images: where they are, and how they are decoded, split, augmented and loaded."""
+
+    data: str = ""
+    """Folder of images: DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of the training images held out for validation."""
+    split: str | None = None
+    """Use the split in this split.csv of an earlier run."""
+    image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE, le=4096)] = 128
+    """Height and width, in pixels, that images are resized to; 32 or more."""
+    cache_size: Annotated[int, Field(le=4096)] | None = None
+    """Height and width of the decoded images in the cache. A size above the image size loses less detail when
+    images are cropped or rotated. Default: the image size."""
+    augment: Annotated[tuple[str, ...], AfterValidator(_with_strengths)] = ()
+    """Augmentation of the training images: none, light, strong, or a list such as flip,rotate=20 (name=strength)."""
+    loader: Loader = "auto"
+    """Where images are read from while training. resident: device memory. sharded: device memory, each device
+    holding its part of an epoch. shared: memory that all runs on a CPU share. mapped: the cache on disk. stream: the
+    files, decoded in every epoch. auto: resident, sharded, mapped or stream, the first that has room."""
+    memory_limit: Bytes | None = None
+    """Memory for the images, such as 2GB or 500MB. Default: 60% of the free memory of a GPU, 50% on a CPU."""
+    decoder: Decoder = "auto"
+    """Image decoder. auto: dali on a GPU, else turbo, else pillow."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Number of decoding threads. Default: one per core."""
+    cache_dir: str | None = None
+    """Folder for decoded images. Default: the user's cache folder."""
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Stop when more than this fraction of the images cannot be decoded."""
+    max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    """Leave out images with more pixels than this; the size is read from the header, nothing is decoded."""
+
+    @model_validator(mode="after")
+    def _check_cache_size(self) -> Self:
+        if self.cache_size is not None and self.cache_size < self.image_size:
+            raise UsageError(
+                f"--cache-size: expected the image size ({self.image_size}) to 4096, got {self.cache_size}"
+            )
+        return self
+
+    @property
+    def decoded_size(self) -> int:
+        """Height and width, in pixels, of decoded images."""
+        return self.cache_size or self.image_size
+
+    @property
+    def augmentations(self) -> list[tuple[str, float]]:
+        """Name and strength of each augmentation."""
+        return [(name, float(strength)) for name, _, strength in (item.partition("=") for item in self.augment)]

@@ -1,0 +1,128 @@
+"""The base class of the sections: reads values from options, YAML and W&B, and words pydantic's errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+
+from pydantic import ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+
+from fastcnn.config.units import Bytes, Interval, parse_bytes, parse_interval
+from fastcnn.errors import UsageError, nearest
+
+_EXPECTED = {
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "finite_number": "a finite number",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "value_error": "{error}",  # a ValueError in a validator says what is expected
+}
+"""What was expected, by the type of a pydantic error or the first word of that type."""
+
+
+def option_name(field: str) -> str:
+    """Return the option of a field: --batch-size for batch_size."""
+    return "--" + field.replace("_", "-")
+
+
+def base_type(kind: Any) -> Any:
+    """Return the type of a field without its limits and without None: int for Annotated[int, Field(ge=1)] | None."""
+    while get_origin(kind) in (Annotated, Union, types.UnionType):
+        kind = get_args(kind)[0]
+    return kind
+
+
+@dataclass(
+    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+)
+class Section:
+    """Some of the options of a run. A wrong name or value raises UsageError, in one line."""
+
+    __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        kind = cls.__pydantic_fields__[info.field_name].annotation
+        if type(None) in get_args(kind) and (value is None or value in ("", "none", "None")):
+            return None
+        kind = base_type(kind)
+        if get_origin(kind) is not tuple:
+            return _read_scalar(kind, value)
+        items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        if items in (["none"], [""], None):
+            return ()
+        items = items if isinstance(items, list | tuple) else [items]
+        return [_read_scalar(get_args(kind)[0], item) for item in items]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _translate_errors(cls, values: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(values)
+        except ValidationError as error:
+            raise UsageError(_message(error, cls.__pydantic_fields__)) from None
+
+
+def _read_scalar(kind: Any, value: Any) -> Any:
+    """Return a value that is no list in a form that pydantic reads as `kind`."""
+    kind = base_type(kind)
+    if not isinstance(value, bool | int | float | str | Path):
+        raise ValueError("one value")
+    if isinstance(value, int) and abs(value) >= 2**64:  # perhaps with more digits than Python prints
+        raise ValueError("a smaller number")
+    if isinstance(value, bool) and kind in (int, float):
+        raise ValueError("a number")
+    if kind is Bytes:
+        count = parse_bytes(str(value))
+        if count is None:
+            raise ValueError("bytes as 2GB, 500MB or 1.5GiB")
+        return count
+    if kind is Interval:
+        if parse_interval(str(value)) == (None, None):
+            raise ValueError("steps as 200, or a time as 30s or 5m")
+        return str(value).strip()
+    if kind is int and isinstance(value, str) and not value.isdecimal():
+        with contextlib.suppress(ValueError):  # 1e3 is a whole number, too
+            return float(value)
+    return str(value).strip() if isinstance(value, str | Path) else value
+
+
+def _message(error: ValidationError, fields: dict[str, FieldInfo]) -> str:
+    """Return the first of pydantic's errors in one line: the option, what it takes and what it got."""
+    first = error.errors(include_url=False)[0]
+    name, kind, value, context = str(first["loc"][0]), first["type"], first["input"], first.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        return f"no option '{name}'{nearest(name, fields)}"
+    close = ""
+    if kind == "literal_error":
+        choices = base_type(fields[name].annotation)
+        choices = get_args(get_args(choices)[0] if get_origin(choices) is tuple else choices)
+        expected, close = f"one of {', '.join(choices)}", nearest(str(value), choices)
+    else:
+        template = _EXPECTED.get(kind) or _EXPECTED.get(kind.partition("_")[0])
+        expected = template.format(**context) if template else first["msg"].removeprefix("Input should be ")
+    shown = str(value) if kind.startswith(("greater", "less")) else _shown(value)
+    return f"{option_name(name)}: expected {expected}, got {shown}{close}"
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message; what may print longer than memory is (a nested list, a huge number) by its type."""
+    if isinstance(value, str | Path):
+        return f"'{value}'"
+    if isinstance(value, list | tuple) and len(value) <= 10:
+        return ",".join(str(item) if isinstance(item, str | float) else _shown(item) for item in value)
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64):
+        return str(value)
+    return f"a value of type {type(value).__name__}"
