@@ -136,6 +136,21 @@ def _batch_axis(axes: Axes, batches: list[int]) -> None:
     axes.grid(alpha=0.3)
 
 
+def training_rate(plt: Any, record: Record) -> Figure:
+    """Draw images/s from the second epoch on: fastcnn and the scripts that it was raced against."""
+    rows = [row for row in record.of("train") if "steady_images_per_second" in row["extra_info"]]
+    if not rows:
+        raise NothingToDraw("train was not run")
+    info = rows[0]["extra_info"]
+    steady = info["steady_images_per_second"]
+    figure, axes = plt.subplots(figsize=(8, 2.2))
+    ours = (f"fastcnn\n{info['engine']} {info['precision']}", steady["fastcnn"], OURS)
+    theirs = [(_wrapped(name), steady[name.partition(".py")[0]], THEIRS) for name in info["steady_over"]]
+    _draw_bars(axes, [ours, *theirs])
+    axes.set_title(f"Training, images/s from the second epoch on: {machine(record)}", fontsize=10)
+    return figure
+
+
 def stages(plt: Any, record: Record) -> Figure:
     """Draw the seconds of a cold and a warm run by stage, and the baselines' in all."""
     rows = [row for row in record.of("train") if "stages" in row["extra_info"]]
@@ -284,6 +299,7 @@ def growth(plt: Any, record: Record) -> Figure:
 
 
 PICTURES: dict[str, Callable[[Any, Record], Figure]] = {
+    "training_rate.png": training_rate,
     "throughput.png": throughput,
     "stages.png": stages,
     "roofline.png": roofline,

@@ -398,11 +398,11 @@ def test_parity_is_a_command_of_a_checkout(tmp_path: Path) -> None:
     assert "--margin POINTS" in helped.stdout
 
 
-def test_the_readme_has_the_published_parity() -> None:
+def test_the_benchmarks_page_has_the_published_parity() -> None:
     """That the tables are those of the results files, tests/test_bench.py sees."""
     from bench.report.record import read
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     published = sorted((ROOT / "bench" / "results" / "published").glob("parity-*.json"))
     assert published
     for path in published:
