@@ -1,4 +1,4 @@
-"""A folder of photos, or of shards, as an Index: which photo, which class, which split. Reads names, never pixels."""
+"""Index of a folder of photos, or of shards: path, class and split of each photo. Reads names, never pixels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,29 +20,29 @@ from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import printable
 from pipelines.verdict import Member
 
-Split = Literal["train", "val", "test"]
-HELD_OUT: dict[str, Split] = {"val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Name of a folder -> the split whose photos it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Every candidate photo below `root`: files sorted by path, then those in shards, as they stand there."""
+    """Every candidate photo below `root`: files sorted by path, then photos in shards, in the order of the archives."""
 
     root: Path
     classes: tuple[str, ...]
-    """Class names, sorted; of shards by their numbers. A label is a position in it."""
+    """Class names, sorted; those of shards by their numbers. A label is a position in it."""
     paths: tuple[str, ...]
-    """Paths relative to `root`, with forward slashes; of a photo in a shard <archive>/<name in it>."""
+    """(N,) paths relative to `root`, with forward slashes; <archive>/<name in it> for a photo in a shard."""
     labels: npt.NDArray[np.int64]
     """(N,) class of each photo."""
     sizes: npt.NDArray[np.int64]
     """(N,) bytes."""
     mtimes: npt.NDArray[np.int64]
-    """(N,) modification time, nanoseconds; of a photo in a shard another number that changes with the archive."""
+    """(N,) modification time in nanoseconds; for a photo in a shard another number that changes with the archive."""
     offsets: npt.NDArray[np.int64]
-    """(N,) where the bytes of a photo begin in its shard, -1 for a file of its own."""
+    """(N,) position of a photo's first byte in its shard, -1 for a file of its own."""
     folders: npt.NDArray[np.str_]
-    """(N,) the split folder that each photo stands in: train, val or test; train in a flat layout."""
+    """(N,) split of the folder that each photo is in: train, val or test; train in a flat layout."""
     num_hidden: int
     """Hidden files that were skipped."""
 
@@ -50,44 +51,35 @@ class Index:
         return len(self.paths)
 
     def source(self, photo: int | np.integer[Any]) -> Path | Member:
-        """Return where a photo's bytes are, for any decoder."""
+        """Return where a photo's bytes are, as decoders take it."""
         path, offset = self.paths[photo], int(self.offsets[photo])
         if offset < 0:
             return self.root / path
         return Member(str(self.root / shards.archive_of(path)), offset, int(self.sizes[photo]))
 
     def sources(self, photos: Iterable[int | np.integer[Any]] | None = None) -> list[Path | Member]:
-        """Return where the bytes of photos are; None is all of them."""
+        """Return where the bytes of photos are; None stands for all photos."""
         return [self.source(photo) for photo in (range(len(self)) if photos is None else photos)]
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Index:
-        """Return the Index of the photos where `keep` (N,) is true."""
-        return Index(
-            root=self.root,
-            classes=self.classes,
-            paths=tuple(path for path, kept in zip(self.paths, keep, strict=True) if kept),
-            labels=self.labels[keep],
-            sizes=self.sizes[keep],
-            mtimes=self.mtimes[keep],
-            offsets=self.offsets[keep],
-            folders=self.folders[keep],
-            num_hidden=self.num_hidden,
-        )
+        """Return the index of the photos where `keep` (N,) is true."""
+        columns = {name: getattr(self, name)[keep] for name in ("labels", "sizes", "mtimes", "offsets", "folders")}
+        return Index(**{**vars(self), "paths": tuple(compress(self.paths, keep)), **columns})
 
 
 def scan(root: str | Path) -> Index:
-    """Return the Index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
+    """Return the index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
-    In the place of class folders there may be shards, see `shards`: root/000000.tar, or root/train/000000.tar.
+    Shards, see `shards`, may stand in the place of class folders: root/000000.tar, or root/train/000000.tar.
     Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
-    hold a class that the training folder lacks.
+    have a class that the training folder lacks.
     """
     root = Path(root)
     _check_folder(root)
     split_folders = _split_folders(root) or {"train": root}
-    train_folder = split_folders.get("train", root)
-    found = _shards(root, split_folders)
-    classes = _classes(found["train"]) if "train" in found else tuple(_class_names(train_folder))
+    train_folder = split_folders["train"]
+    found = _read_shards(root, split_folders)
+    classes = found["train"].classes() if "train" in found else tuple(_class_names(train_folder))
     if not classes:
         raise DataError(
             f"no class folders in {train_folder}: expected {train_folder.name}/<class>/<photos>, "
@@ -101,7 +93,7 @@ def scan(root: str | Path) -> Index:
 
 
 def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
-    """Return the Index of the photos that a folder has for scoring a model of these classes.
+    """Return the index of the photos in a folder on which a model of these classes is scored.
 
     They are the photos of its val and test folders; without those, of its train folder; without that, of root/<class>.
     `folders` says which: val, test, train or all. Labels are positions in `classes`.
@@ -111,13 +103,7 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
     """
     root = Path(root)
     _check_folder(root)
-    parts = {"train": "train", **HELD_OUT}
-    found: dict[str, Path] = {}
-    for folder in (p for p in _folders(root) if p.name in parts and p.name not in classes):
-        part = parts[folder.name]
-        if part in found:
-            raise DataError(f"{root} has two validation folders, {found[part].name} and {folder.name}: keep one")
-        found[part] = folder
+    found = _by_split(root, (folder for folder in _folders(root) if folder.name not in classes))
     if len(found) > 1:
         found.pop("train", None)
     known = tuple(classes)
@@ -129,7 +115,7 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
                     f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
                 )
     places = found or {"all": root}
-    index = _read(root, places, known, _shards(root, places))
+    index = _read(root, places, known, _read_shards(root, places))
     if not len(index):
         raise DataError(
             f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
@@ -138,10 +124,10 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
 
 
 def scan_loosely(root: str | Path) -> tuple[Index, str]:
-    """Return the Index of whatever photos a folder has, and why `scan` refuses it, "" where it does not.
+    """Return the index of all photos in a folder of any layout, and why `scan` refuses it ("" where it does not).
 
-    Without class folders all files below it are of one class without a name. Raises DataError for no folder, and for
-    shards that `scan` refuses: there is no looking into them.
+    Without class folders all files below it are of one class without a name. Raises DataError for a folder that is
+    missing, and for shards that `scan` refuses: their photos cannot be listed.
     """
     try:
         return scan(root), ""
@@ -149,18 +135,18 @@ def scan_loosely(root: str | Path) -> tuple[Index, str]:
         problem = str(error)
     root = Path(root)
     _check_folder(root)
-    if any(map(_holds_shards, [root, *(p for p in _folders(root) if p.name in {"train", *HELD_OUT})])):
-        raise DataError(problem)
     named = {p.name: p for p in _folders(root) if not p.name.startswith(".")}
-    parts = {HELD_OUT.get(name, name): folder for name, folder in named.items() if name in {"train", *HELD_OUT}}
-    split_folders = parts if parts and len(parts) == len(named) else {"train": root}
+    parts = {SPLIT_FOLDERS[name]: folder for name, folder in named.items() if name in SPLIT_FOLDERS}
+    if any(map(_holds_shards, [root, *(named[name] for name in named if name in SPLIT_FOLDERS)])):
+        raise DataError(problem)
+    split_folders = parts if parts and named.keys() <= SPLIT_FOLDERS.keys() else {"train": root}
     classes = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
     return _read(root, split_folders, tuple(classes or [""]), {}), problem
 
 
 def outside(root: Path) -> list[str]:
-    """Return the visible files of a folder that are in no class folder, and so in no Index; paths below it, sorted."""
-    parts = [p for p in _folders(root) if p.name in {"train", *HELD_OUT}]
+    """Return the visible files that are in no class folder, and so in no index: sorted paths relative to `root`."""
+    parts = [p for p in _folders(root) if p.name in SPLIT_FOLDERS]
     places = [root, *(p for p in parts if _class_names(p) or _holds_shards(p))]
     sharded = any(map(_holds_shards, places))
     names = [
@@ -203,7 +189,7 @@ def _check_folder(root: Path) -> None:
 def _read(
     root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...], found: Mapping[str, Shards]
 ) -> Index:
-    """Return the Index of the class folders in each split folder, or of the shards `found` in their place."""
+    """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
     counts: Counter[str] = Counter()
     photos = []  # (path, label, bytes, mtime, split, offset)
     for split, split_folder in split_folders.items():
@@ -215,14 +201,15 @@ def _read(
             ]
     photos.sort()
     for split, part in found.items():
-        labels = _labels(root, part, classes)
+        labels = part.labels(root, classes)
         photos += [
             (photo.path, labels[photo.label], photo.size, photo.mtime, split, photo.offset) for photo in part.photos
         ]
         counts["hidden"] += part.num_hidden
-    columns = zip(*photos, strict=True) if photos else [()] * 6
-    paths, numbers, sizes, mtimes, splits, offsets = columns
-    index = Index(
+    paths, numbers, sizes, mtimes, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
+    if num := counts["unreadable"]:
+        warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
+    return Index(
         root=root,
         classes=classes,
         paths=paths,
@@ -233,60 +220,15 @@ def _read(
         folders=np.array(splits, np.str_),
         num_hidden=counts["hidden"],
     )
-    if counts["unreadable"]:
-        num = counts["unreadable"]
-        warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: what is inside is left out")
-    return index
 
 
 def _holds_shards(folder: Path) -> bool:
     return not _class_names(folder) and bool(shards.archives(folder))
 
 
-def _shards(root: Path, split_folders: Mapping[str, Path]) -> dict[str, Shards]:
-    """Return what is in the split folders that hold archives and no folders."""
+def _read_shards(root: Path, split_folders: Mapping[str, Path]) -> dict[str, Shards]:
+    """Return the content of the split folders that hold archives and no folders."""
     return {split: shards.read(root, folder) for split, folder in split_folders.items() if _holds_shards(folder)}
-
-
-def _classes(train: Shards) -> tuple[str, ...]:
-    """Return the classes of the photos in shards, by number: their names, or the numbers where those have none.
-
-    One without photos is a warning: some of a set's shards are a set, too, and no line of classes.txt can go.
-    """
-    numbers = sorted({photo.label for photo in train.photos})
-    if train.names is None:
-        return tuple(map(str, numbers))
-    present = set(numbers)
-    missing = [printable(name) for number, name in train.names.items() if number not in present]
-    if missing:
-        some = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
-        warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {some}")
-    return tuple(train.names[number] for number in numbers if number in train.names)
-
-
-def _labels(root: Path, part: Shards, classes: Sequence[str]) -> dict[int, int]:
-    """Return number -> label, for the numbers that there are.
-
-    A number is the class of that line in classes.txt. Without that it is the class of that name, and where classes have
-    other names, the one in that place.
-    """
-    names = part.names
-    if names is None:
-        numbered = all(name.isascii() and name.isdecimal() for name in classes)
-        names = {int(name): name for name in classes} if numbered else dict(enumerate(classes))
-    labels = {}
-    for photo in part.photos:
-        if photo.label in labels:
-            continue
-        name = names.get(photo.label)
-        if name not in classes:
-            what = f"label {photo.label}{'' if name is None else f', {printable(name)},'}"
-            raise DataError(
-                f"{printable(str(root / photo.path))} has the {what} which is none of the {len(classes)} classes: "
-                f"{', '.join(map(printable, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
-            )
-        labels[photo.label] = classes.index(name)
-    return labels
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -295,23 +237,29 @@ def _split_folders(root: Path) -> dict[str, Path]:
     A class may be called 'train': then its folder holds photos and no folders.
     """
     folders = {p.name: p for p in _folders(root)}
+    visible = {name for name in folders if not name.startswith(".")}
     if "train" not in folders:
-        held_out = sorted(set(folders) & set(HELD_OUT))
-        if folders and len(held_out) == len([name for name in folders if not name.startswith(".")]):
+        if visible and visible <= SPLIT_FOLDERS.keys():
             raise DataError(
-                f"{root} has {', '.join(held_out)} but no train folder: expected {root.name}/train/<class>/<photos>"
+                f"{root} has {', '.join(sorted(visible))} but no train folder: "
+                f"expected {root.name}/train/<class>/<photos>"
             )
         return {}
-    others = {name for name in folders if not name.startswith(".") and name not in HELD_OUT and name != "train"}
-    if others and not _class_names(folders["train"]) and not _holds_shards(folders["train"]):
+    train = folders["train"]
+    if visible - SPLIT_FOLDERS.keys() and not _class_names(train) and not _holds_shards(train):
         return {}
-    found: dict[str, Path] = {"train": folders["train"]}
-    for name, part in HELD_OUT.items():
-        if name not in folders:
-            continue
-        if part in found:
-            raise DataError(f"{root} has two validation folders, {found[part].name} and {name}: keep one")
-        found[part] = folders[name]
+    return _by_split(root, (folders[name] for name in SPLIT_FOLDERS if name in folders))
+
+
+def _by_split(root: Path, folders: Iterable[Path]) -> dict[str, Path]:
+    """Return split -> folder, for those that are named for a split. Raises DataError for two of one split."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        split = SPLIT_FOLDERS.get(folder.name)
+        if split in found:
+            raise DataError(f"{root} has two validation folders, {found[split].name} and {folder.name}: keep one")
+        if split is not None:
+            found[split] = folder
     return found
 
 
@@ -320,7 +268,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without links to itself or above it: they would be a class of all photos.
+    """Return the folders in a folder, sorted, without links to itself or above: those would be a class of all photos.
 
     Raises DataError where it cannot be read.
     """
@@ -335,12 +283,12 @@ def _folders(folder: Path) -> list[Path]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle, or to where we may not look
+    except OSError:  # a circular link, or one to a place without permission
         return False
 
 
 def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Yield label and folder name of each class folder; a held-out folder may not bring a class of its own."""
+    """Yield label and folder name of each class folder. Raises DataError for a class that is not among `classes`."""
     for name in _class_names(folder):
         if name not in classes:
             raise DataError(
@@ -351,10 +299,10 @@ def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tu
 
 
 def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield path below root, bytes and mtime of each file below a folder, following links but never in a circle.
+    """Yield path below root, bytes and mtime of each file below a folder; links are followed, but never in a circle.
 
-    Plain strings and DirEntry, not pathlib: 100,000 files index three times as fast. A link to nothing is yielded,
-    so that it is reported with the photos that cannot be read.
+    Plain strings and DirEntry instead of pathlib: 100,000 files are indexed three times as fast. A broken link is
+    yielded, so that it is reported with the photos that cannot be read.
     """
     start = len(os.path.join(root, ""))  # noqa: PTH118
     stack = [(str(folder), frozenset[tuple[int, int]]())]

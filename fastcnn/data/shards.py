@@ -1,8 +1,8 @@
 """Shards: a folder of tar archives in WebDataset's layout, whose photos are read where they stand.
 
-The files of an archive that share folder and name up to the first dot are one sample: 000012.jpg is its photo,
-000012.cls its label, a whole number in ASCII. What other extensions hold is passed over. `classes.txt` beside the
-archives names the classes, a line each, from number 0 on.
+Files of an archive that share folder and name up to the first dot are one sample: 000012.jpg is its photo, 000012.cls
+its label, a whole number in ASCII. Files with other extensions are ignored. `classes.txt` beside the archives names the
+classes, one a line, from number 0 on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipelines.verdict import EXTENSIONS
 
 CLASSES = "classes.txt"
 ORIGINALS = "paths.csv"
-"""Where `fastcnn data shard` leaves each photo's path in the folder that it comes from."""
+"""File in which `fastcnn data shard` lists each photo's path in the original folder."""
 PHOTO_EXTENSIONS = frozenset(chain(*EXTENSIONS.values()))
 
-THREADS = 4  # archives read at once: half the time where the disk is waited for, and no loss where it is not
+THREADS = 4  # archives read at once: half the time on a slow disk, none lost on a fast one
 
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|lzma|Z))$", re.IGNORECASE)
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -38,26 +38,65 @@ class Photo(NamedTuple):
     path: str
     """<archive>/<name in it>."""
     offset: int
-    """Where its bytes begin in the archive."""
+    """Position of its first byte in the archive."""
     size: int
     mtime: int
-    """Changes with the archive: its modification time in nanoseconds, and the place of the photo in it."""
+    """Modification time of the archive in nanoseconds plus `offset`: it changes with the archive."""
     label: int
-    """The number in its .cls."""
+    """The number in its .cls file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The photos of a folder's archives, by the archive's name and the place in it."""
+    """The photos of a folder's archives, in the order of the archives."""
 
     photos: list[Photo]
     names: dict[int, str] | None
-    """Number -> class, of classes.txt; None without one."""
+    """Number -> class, from classes.txt; None without one."""
     num_hidden: int
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the classes of the photos, by number: their names, or the numbers where those have none.
+
+        Names without photos are a warning, as some of a set's shards are a set, too, and classes.txt must keep its
+        lines.
+        """
+        numbers = sorted({photo.label for photo in self.photos})
+        if self.names is None:
+            return tuple(map(str, numbers))
+        missing = [printable(name) for number, name in self.names.items() if number not in set(numbers)]
+        if missing:
+            warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {_some(missing)}")
+        return tuple(self.names[number] for number in numbers if number in self.names)
+
+    def labels(self, root: Path, classes: Sequence[str]) -> dict[int, int]:
+        """Return number -> position in `classes`, for the numbers that photos have.
+
+        A number stands for the name on that line of classes.txt. Without that file it stands for the class called by
+        that number, or where classes have other names, for the one at that position. Raises DataError for a number
+        that stands for none of them.
+        """
+        names = self.names
+        if names is None:
+            numbered = all(name.isascii() and name.isdecimal() for name in classes)
+            names = {int(name): name for name in classes} if numbered else dict(enumerate(classes))
+        labels = {}
+        for photo in self.photos:
+            if photo.label in labels:
+                continue
+            name = names.get(photo.label)
+            if name not in classes:
+                label = f"label {photo.label}{'' if name is None else f', {printable(name)},'}"
+                raise DataError(
+                    f"{printable(str(root / photo.path))} has the {label} which is none of the {len(classes)} classes: "
+                    f"{_some(list(map(printable, classes)))}"
+                )
+            labels[photo.label] = classes.index(name)
+        return labels
 
 
 def archives(folder: Path) -> list[Path]:
-    """Return the archives in a folder, sorted. Raises DataError for compressed ones: no photo in them has a place."""
+    """Return the archives in a folder, sorted. Raises DataError for compressed ones, whose photos have no position."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     packed = [name for name in names if _COMPRESSED.search(name)]
     if packed:
@@ -69,14 +108,14 @@ def archives(folder: Path) -> list[Path]:
 
 
 def archive_of(path: str) -> str:
-    """Return the archive in a photo's path, which no folder above it resembles."""
+    """Return the archive in a photo's path; no folder above it is named like one."""
     return path[: path.index(".tar/") + len(".tar")]
 
 
 def read(root: Path, folder: Path) -> Shards:
     """Return the photos of the archives in `folder`, which is `root` or in it; paths are below `root`.
 
-    Raises DataError where an archive is none, or damaged, or a photo has no label or not one.
+    Raises DataError where an archive is damaged or no archive, or a photo has no label or several.
     """
     photos: list[Photo] = []
     unlabelled: list[str] = []
@@ -138,8 +177,8 @@ def _read(archive: Path, name: str) -> _Found:
     except tar.Damaged as error:
         with archive.open("rb") as file:
             packed = file.read(8).startswith(_PACKED)
-        what = "it is compressed" if packed else str(error)
-        raise DataError(f"{shown} cannot be used as a shard: {what}; make it or load it again") from None
+        why = "it is compressed" if packed else str(error)
+        raise DataError(f"{shown} cannot be used as a shard: {why}; make or download it again") from None
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from None
     return _Found(
@@ -159,7 +198,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _sample(name: str) -> str:
-    """Return the folder and the name up to its first dot."""
+    """Return the sample that a file belongs to: its folder and its name up to the first dot."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
@@ -172,7 +211,7 @@ def _label(content: bytes, entry: tar.Entry, archive: str) -> int:
 
 
 def _names(root: Path, folder: Path) -> dict[int, str] | None:
-    """Return the names in the folder's classes.txt, in the one of the root or of the training shards."""
+    """Return number -> class from classes.txt in the folder, the root or beside the training shards; None without."""
     path = next((path for place in (folder, root, root / "train") if (path := place / CLASSES).is_file()), None)
     if path is None:
         return None
@@ -188,6 +227,10 @@ def _names(root: Path, folder: Path) -> dict[int, str] | None:
             what = f"'{printable(line)}' is there twice" if line.strip() else "the line is empty"
             raise DataError(f"{shown}, line {number + 1}: expected the name of class {number}, but {what}")
     return dict(enumerate(lines))
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
 
 
 def _many(names: Sequence[str], one: str, more: str) -> str:
