@@ -2,10 +2,12 @@
 
     scripts/bench_compare.sh BASE [HEAD] [--json FILE]     # HEAD left out: the working tree as it is
 
-Each revision's code runs in processes of its own, from a temporary git worktree, with the packages installed here. They
-work in short slices that alternate, A B and then B A, so that the drift of a shared machine falls on both; every pair
-gives a ratio. What is shown is the pairs' typical ratio (Hodges-Lehmann) with the 95% interval of Wilcoxon's test.
-A revision is slower where that whole interval lies below a margin.
+Three rows: images/s of the training step, images/s of decoding, and start-up: seconds from starting `fastcnn train` to
+the end of its first training step, caches warm. Each revision's code runs in processes of its own, from a temporary
+git worktree, with the packages installed here. They work in short slices that alternate, A B and then B A, so that the
+drift of a shared machine falls on both; every pair gives a ratio. Shown is the pairs' typical ratio of speeds
+(Hodges-Lehmann) with the 95% interval of Wilcoxon's test. A revision is slower where that whole interval lies below a
+margin.
 
 Exit codes: 0 no slowdown, 4 a slowdown beyond the noise, 2 a revision or an option is wrong, 1 a revision that the
 measurement cannot drive.
@@ -24,27 +26,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastcnn.system import text
+
 ROOT = Path(__file__).resolve().parents[2]
 
-MEASURED = {"step": ("training step, batch 32", 32), "decode": ("decoding, turbo", 1)}
-"""What is measured -> its name in the table and the images in a unit of it, as bench/compare/worker.py has them."""
+MEASURED = {"step": ("training step, batch 32", 32), "decode": ("decoding, turbo", 1), "start": ("start-up", 0)}
+"""What is measured -> its name in the table and the images in a unit of it (0: seconds are shown, no rate), as
+bench/compare/worker.py has them."""
 
 SLICE_SECONDS = 0.1  # short: the machine's load changes from second to second, and more pairs say more than longer ones
 ROUND_SECONDS = 10.0
-MIN_ROUNDS, MIN_PAIRS = 3, 8
+MIN_ROUNDS, MIN_PAIRS, START_PAIRS = 3, 8, 4
 NARROW = 0.8  # an interval of this part of the margin, on either side, is narrow enough
-WORKING_TREE = "the working tree"
 
 
 class CannotCompare(Exception):
-    """The comparison cannot be made; the message says why in one line."""
+    """Comparison that cannot be made; the message says why in one line."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -53,7 +57,7 @@ class CannotCompare(Exception):
 
 @dataclass(frozen=True)
 class Ratio:
-    """How fast the second is over the first."""
+    """Speed of the second over the first, with its interval and the number of pairs."""
 
     ratio: float
     low: float
@@ -92,14 +96,14 @@ def speed_ratio(base: Sequence[float], head: Sequence[float], confidence: float 
 
 
 class Probe:
-    """A process that works with a revision's code when it is told to."""
+    """Process that works with a revision's code when it is told to."""
 
-    def __init__(self, tree: Path, photos: Path, cache: Path, name: str, threads: int) -> None:
+    def __init__(self, tree: Path, photos: Path, cache: Path, name: str, threads: int, how: str = "serve") -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         # -P and PYTHONPATH: modules come from the revision's folder, and none from bench/ beside the script.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(photos), str(threads)],
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), how, str(photos), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -108,16 +112,12 @@ class Probe:
             env={**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"},
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Wait until it is ready and return what it says of itself."""
-        return self._answer()
-
     def __call__(self, what: str, count: int) -> float:
         """Do so many units of work and return the seconds."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # the answer, or that there is none, says why
             print(what, count, file=self._process.stdin, flush=True)
-        seconds: float = self._answer()["seconds"]
+        seconds: float = self.answer()["seconds"]
         return seconds
 
     def close(self) -> None:
@@ -134,7 +134,8 @@ class Probe:
         self._process.stdout.close()
         self._errors.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """Wait for a line and return it; the first one of a serving process tells the facts about its revision."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
@@ -148,6 +149,22 @@ class Probe:
         return lines[-1] if lines else f"it ended with code {self._process.wait()}"
 
 
+Work = Callable[[str, int], float]
+"""(kind of work, units of it) -> seconds."""
+
+
+def starting(side: tuple[Path, Path, Path, str, int]) -> Work:
+    """Return a function that starts a revision's run and returns the seconds to the end of its first step."""
+
+    def start(what: str, count: int) -> float:
+        began = time.perf_counter()
+        with contextlib.closing(Probe(*side, what)) as process:
+            process.answer()
+            return time.perf_counter() - began
+
+    return start
+
+
 def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of every slice, by kind of work: all of the base's, and all of the head's in the same order.
 
@@ -155,18 +172,26 @@ def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: arg
     started anew every round: how memory happens to lie makes one a little faster than its twin.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in args.only or MEASURED}
-    units: dict[str, int] = {}
+    units: dict[str, int] = {"start": 1}
     end, turn, wide = time.monotonic() + 60 * args.minutes, 0, list(seconds)
+    sides = [
+        (tree, args.photos, folder / f"cache-{number}", name, args.threads)
+        for number, (tree, name) in enumerate(zip(trees, names, strict=True))
+    ]
+    starts = [starting(side) for side in sides]
     while wide and (turn < MIN_ROUNDS or time.monotonic() < end):
+        wanted = list(seconds) if turn < MIN_ROUNDS else wide
+        if "start" in wanted:
+            if turn == 0:
+                for start in starts:
+                    start("start", 1)  # decodes the photos, builds the kernels
+            alternate(starts, "start", 1, seconds["start"], turn, least=START_PAIRS, lasting=0)
         with contextlib.ExitStack() as stack:
-            probes = [
-                stack.enter_context(
-                    contextlib.closing(Probe(tree, args.photos, folder / f"cache-{number}", name, args.threads))
-                )
-                for number, (tree, name) in enumerate(zip(trees, names, strict=True))
-            ]
-            facts = [probe.facts() for probe in probes]
-            for what in seconds if turn < MIN_ROUNDS else wide:
+            probes = [stack.enter_context(contextlib.closing(Probe(*side))) for side in sides]
+            facts = [probe.answer() for probe in probes]
+            for what in wanted:
+                if what == "start":
+                    continue
                 if what not in units:
                     units[what] = units_a_slice(probes[0], what)
                 for probe in probes:
@@ -181,13 +206,20 @@ def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: arg
 
 
 def alternate(
-    probes: Sequence[Probe], what: str, units: int, seconds: tuple[list[float], list[float]], first: int
+    sides: Sequence[Work],
+    what: str,
+    units: int,
+    seconds: tuple[list[float], list[float]],
+    first: int,
+    *,
+    least: int = MIN_PAIRS,
+    lasting: float | None = None,
 ) -> None:
-    """Add a round's pairs of slices to `seconds`: A B, B A, A B ..."""
-    end, pair = time.monotonic() + ROUND_SECONDS, first
-    while pair < first + MIN_PAIRS or time.monotonic() < end:
+    """Add a round's pairs of slices to `seconds`, A B, B A, A B ...: `least` of them, and as many as time allows."""
+    end, pair = time.monotonic() + (ROUND_SECONDS if lasting is None else lasting), first
+    while pair < first + least or time.monotonic() < end:
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[which].append(probes[which](what, units))
+            seconds[which].append(sides[which](what, units))
         pair += 1
 
 
@@ -210,28 +242,15 @@ def summary(found: dict[str, Any], names: Sequence[str], args: argparse.Namespac
     rows = []
     for what, (base, head) in found["seconds"].items():
         title, images = MEASURED[what]
-        ratio = speed_ratio(base, head)
-        per_slice = images * found["units"][what]
-        rates = {side: per_slice / statistics.median(taken) for side, taken in (("base", base), ("head", head))}
-        rows.append(
-            {
-                "what": what,
-                "title": title,
-                "images_per_second": rates,
-                **asdict(ratio),
-                "verdict": ratio.verdict(args.margin),
-                "seconds": {"base": base, "head": head},
-            }
-        )
-    sides = [{"name": name, **facts} for name, facts in zip(names, found["facts"], strict=True)]
-    return {
-        "base": sides[0],
-        "head": sides[1],
-        "margin": args.margin,
-        "threads": args.threads,
-        "rounds": found["rounds"],
-        "rows": rows,
-    }
+        units, ratio = found["units"][what], speed_ratio(base, head)
+        typical = {"base": statistics.median(base) / units, "head": statistics.median(head) / units}
+        row = {"what": what, "title": title, "seconds_a_unit": typical, **asdict(ratio)}
+        if images:
+            row["images_per_second"] = {side: images / seconds for side, seconds in typical.items()}
+        rows.append({**row, "verdict": ratio.verdict(args.margin), "seconds": {"base": base, "head": head}})
+    base, head = ({"name": name, **facts} for name, facts in zip(names, found["facts"], strict=True))
+    settings = {"margin": args.margin, "threads": args.threads, "rounds": found["rounds"]}
+    return {"base": base, "head": head, **settings, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -242,16 +261,15 @@ def table(result: dict[str, Any]) -> list[str]:
         f"{result[side]['device']}, {threads}, torch {result[side]['torch']}"
         for side in ("base", "head")
     ]
-    lines.append(
-        f"{'images/s':24} {'base':>8} {'head':>8} {'head / base':>12} {'95% interval':>16} {'pairs':>6}  verdict"
-    )
+    cells, columns = [], ["", "base", "head", "speed, head / base", "95% interval", "pairs", "verdict"]
     for row in result["rows"]:
-        rates = row["images_per_second"]
+        shown = [
+            f"{row['images_per_second'][side]:,.0f} images/s" if "images_per_second" in row else f"{seconds:.2f} s"
+            for side, seconds in row["seconds_a_unit"].items()
+        ]
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        lines.append(
-            f"{row['title']:24} {rates['base']:>8,.0f} {rates['head']:>8,.0f} {row['ratio']:>12.3f} {interval:>16} "
-            f"{row['n']:>6}  {row['verdict']}"
-        )
+        cells.append([row["title"], *shown, f"{row['ratio']:.3f}", interval, str(row["n"]), row["verdict"]])
+    lines += text.table(columns, cells, right=columns[1:6]).splitlines()
     lines += [
         f"{row['title']}: the machine was too busy to tell less than {row['high'] / row['low'] - 1:.0%} apart"
         for row in result["rows"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,16 +88,22 @@ def test_the_table_names_what_is_slower_and_what_the_machine_hid() -> None:
     facts = {"engine": "eager", "precision": "bf16", "device": "cpu", "torch": "2"}
     found = {
         "facts": [facts, facts],
-        "units": {"step": 2, "decode": 50},
+        "units": {"step": 2, "decode": 50, "start": 1},
         "rounds": 3,
-        "seconds": {"step": ([0.1] * 20, [0.125] * 20), "decode": ([0.1, 0.2] * 8, [0.2, 0.1] * 8)},
+        "seconds": {
+            "step": ([0.1] * 20, [0.125] * 20),
+            "decode": ([0.1, 0.2] * 8, [0.2, 0.1] * 8),
+            "start": ([3.0] * 12, [2.0] * 12),
+        },
     }
     result = json.loads(json.dumps(summary(found, ("old", "new"), args)))
-    assert [row["verdict"] for row in result["rows"]] == ["slower", "no clear difference"]
+    assert [row["verdict"] for row in result["rows"]] == ["slower", "no clear difference", "faster"]
     assert result["rows"][0]["images_per_second"] == pytest.approx({"base": 640, "head": 512})
+    assert result["rows"][2]["ratio"] == pytest.approx(1.5)
     shown = "\n".join(table(result))
     assert "slower by more than 5%: training step" in shown
     assert "decoding, turbo: the machine was too busy to tell" in shown
+    assert re.search(r"start-up +3\.00 s +2\.00 s +1\.500", shown)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -158,14 +165,17 @@ def test_a_real_planted_slowdown_of_the_step_is_caught(tmp_path: Path) -> None:
             "        import time\n        began = time.perf_counter()\n        feed = self.feed\n",
             1,
         )
-        text = text.replace(
-            "self.number.add_(1)\n", "self.number.add_(1)\n        time.sleep(0.2 * (time.perf_counter() - began))\n", 1
+        text, planted = re.subn(
+            r"(self\.(?:number|step_count)\.add_\(1\)\n)",
+            r"\1        time.sleep(0.2 * (time.perf_counter() - began))\n",
+            text,
         )
+        assert planted == 1
         step.write_text(text, encoding="utf-8")
         git("commit", "--no-verify", "-qam", "slower")
-        planted = git("rev-parse", "HEAD")
+        commit = git("rev-parse", "HEAD")
     finally:
         git("worktree", "remove", "--force", str(tree), at=ROOT)
-    done = run("HEAD", planted, "--only", "step", "--json", str(out))
+    done = run("HEAD", commit, "--only", "step", "--json", str(out))
     assert done.returncode == 4, done.stdout + done.stderr
     assert json.loads(out.read_text())["rows"][0]["ratio"] == pytest.approx(1 / 1.2, rel=0.1)
