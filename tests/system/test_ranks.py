@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,21 +20,39 @@ import yaml
 from fastcnn import Config, fit
 from fastcnn.cli import main
 from fastcnn.data_tools import write_shards
-from fastcnn.errors import UsageError
+from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 from fastcnn.network.sync_layers import SharedDropout, convert
 from fastcnn.storage import checkpoint
 from fastcnn.system import launch
 from fastcnn.system.ranks import ALONE, Ranks
 from tests.system import two_ranks
-from tests.system.two_ranks import CASES, PLANTED, SMALL
+from tests.system.two_ranks import CASES, EACH, PLANTED, SMALL
 
+ROOT = str(Path(two_ranks.__file__).parents[2])
 EXACT = 1e-9  # in float64: that the ranks compute the same, and only add in another order
 
 
-def torchrun(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, **more)
+def run_two_ranks(photos: Path, out: Path, *cases: str) -> list[str]:
+    """Run cases in two ranks of a group, started as a launcher does; return what their stderr says of exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, two_ranks.__file__, str(photos), str(out), *cases]
+    ranks = [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": ROOT, **group, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    stderr = [rank.communicate(timeout=500)[1] for rank in ranks]
+    ended = [line for text in stderr for line in text.splitlines() if line.startswith("exit ")]
+    assert all(rank.returncode == 0 for rank in ranks) or len(ended) == 2, stderr
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +67,12 @@ def uneven(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of the cases as one process runs them, and as two ranks do."""
+def both(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """The folders of the cases as one process runs them and as two ranks do, and how a planted failure ends them."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     for case in CASES:
         two_ranks.train(str(uneven), one, case, 1)
-    done = torchrun(two_ranks.__file__, str(uneven), str(two), *CASES)
-    assert done.returncode == 0, done.stderr
-    return one, two
+    return one, two, run_two_ranks(uneven, two, *CASES, PLANTED)
 
 
 def figures(run: Path) -> list[dict[str, float]]:
@@ -64,34 +81,48 @@ def figures(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in rows]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "norm of each"])
-def test_two_ranks_train_what_one_process_does(both: tuple[Path, Path], case: str) -> None:
-    one, two = (checkpoint.load(folder / case / "last.pt") for folder in both)
-    assert one["step"] == two["step"] == 20
+def assert_equal(one: Path, two: Path, steps: int = 10) -> None:
+    """One process and two ranks: the same weights, optimizer and figures."""
+    first, second = (checkpoint.load(folder / "last.pt") for folder in (one, two))
+    assert first["step"] == second["step"] == steps
     for what in ("model", "optimizer"):
-        for name, tensor in one[what].items():
-            assert (tensor - two[what][name]).abs().max() <= EXACT, name
-    if case == "everything":
-        assert (one["average"] - two["average"]).abs().max() <= EXACT
-    # Across four epochs' ends, with photos left over in training and an odd one in validation.
-    for ours, theirs in zip(figures(both[0] / case), figures(both[1] / case), strict=True):
+        for name, tensor in first[what].items():
+            assert (tensor - second[what][name]).abs().max() <= EXACT, name
+    if first["average"] is not None:
+        assert (first["average"] - second["average"]).abs().max() <= EXACT
+    # Across the epochs' ends, with photos left over in training and an odd one in validation.
+    for ours, theirs in zip(figures(one), figures(two), strict=True):
         assert theirs == pytest.approx(ours, abs=EXACT)
         assert theirs["val/accuracy"] * 31 == pytest.approx(round(theirs["val/accuracy"] * 31), abs=EXACT)
-    assert one["sums"][2] == two["sums"][2] == 80
-    results = [json.loads((folder / case / "result.json").read_text()) for folder in both]
+    assert first["sums"][2] == second["sums"][2] == 80
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, two)]
     for name in ("num_train", "num_val", "best_epoch", "val_accuracy"):
         assert results[0][name] == results[1][name]
     assert results[1]["devices"] == 2
-    assert yaml.safe_load((both[1] / case / "config.yaml").read_text())["devices"] == 2
+    assert yaml.safe_load((two / "config.yaml").read_text())["devices"] == 2
 
 
-def test_norms_of_each_rank_are_other_norms_and_agree_in_the_checkpoint(both: tuple[Path, Path]) -> None:
-    one, two = (checkpoint.load(folder / "norm of each" / "last.pt") for folder in both)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "norm of each"])
+def test_two_ranks_train_what_one_process_does(both: tuple[Path, Path, list[str]], case: str) -> None:
+    assert_equal(both[0] / case, both[1] / case)
+
+
+@pytest.mark.long
+def test_each_option_and_loader_by_itself(uneven: Path, tmp_path: Path) -> None:
+    for case in EACH:
+        two_ranks.train(str(uneven), tmp_path / "one", case, 1)
+    assert run_two_ranks(uneven, tmp_path / "two", *EACH) == []
+    for case, settings in EACH.items():
+        assert_equal(tmp_path / "one" / case, tmp_path / "two" / case, 5 * settings.get("epochs", SMALL["epochs"]))
+
+
+def test_norms_of_each_rank_are_other_norms_and_agree_in_the_checkpoint(both: tuple[Path, Path, list[str]]) -> None:
+    one, two = (checkpoint.load(folder / "norm of each" / "last.pt") for folder in both[:2])
     assert all(tensor.isfinite().all() for tensor in two["model"].values())
     assert any((tensor - two["model"][name]).abs().max() > 1e-4 for name, tensor in one["model"].items())
 
 
-def test_a_cold_cache_built_by_two_ranks_is_that_of_one_process(both: tuple[Path, Path]) -> None:
+def test_a_cold_cache_built_by_two_ranks_is_that_of_one_process(both: tuple[Path, Path, list[str]]) -> None:
     for header in (both[0] / "cache").glob("*/cache.json"):
         assert len(list((both[1] / "cache").glob("*/cache.json"))) == len(
             list((both[0] / "cache").glob("*/cache.json"))
@@ -105,11 +136,8 @@ def test_a_cold_cache_built_by_two_ranks_is_that_of_one_process(both: tuple[Path
     assert json.loads((both[1] / "norm" / "result.json").read_text())["num_decoded"] == 119
 
 
-def test_a_rank_that_fails_stops_the_others_and_only_its_error_is_told(uneven: Path, tmp_path: Path) -> None:
-    done = torchrun(two_ranks.__file__, str(uneven), str(tmp_path), PLANTED)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("said: ") and line != "said: "]
-    assert said == ["said: planted in rank 1"]
+def test_a_rank_that_fails_stops_the_others_and_only_its_error_is_told(both: tuple[Path, Path, list[str]]) -> None:
+    assert sorted(both[2]) == ["exit 3: ", "exit 3: planted in rank 1"]
 
 
 def children(process: int) -> list[int]:
@@ -124,7 +152,7 @@ def children(process: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
 def test_a_rank_killed_in_mid_run_starts_again_from_the_checkpoint(uneven: Path, tmp_path: Path) -> None:
-    settings = {**SMALL, "epochs": 12, "augment": "flip,mixup", "dropout": 0.2, "cache_dir": str(tmp_path / "cache")}
+    settings = {**SMALL, "epochs": 6, "augment": "flip,mixup", "dropout": 0.2, "cache_dir": str(tmp_path / "cache")}
     config = Config(**settings, data=str(uneven))
     whole = fit(config, run_dir="whole")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
@@ -134,23 +162,24 @@ def test_a_rank_killed_in_mid_run_starts_again_from_the_checkpoint(uneven: Path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(two_ranks.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": ROOT},
     ) as run:
         assert run.stdout
         seen = []
         for line in run.stdout:
             seen.append(line)
-            if line.startswith("epoch  2/12"):
+            if line.startswith("epoch 2/6"):
                 os.kill(children(run.pid)[-1], signal.SIGKILL)
                 break
         seen += list(run.stdout)
     assert run.returncode == 0, "".join(seen)
     assert sum(line.startswith("restart 1: going on in ") for line in seen) == 1
     assert figures(Path("run")) == [pytest.approx(row, abs=EXACT) for row in figures(whole.run_dir)]
-    assert len(figures(Path("run"))) == 12
+    assert len(figures(Path("run"))) == 6
     assert json.loads(Path("run/result.json").read_text())["finished"] is True
 
 
+@pytest.mark.long
 def test_what_cannot_be_used_is_told_once_and_the_exit_code_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "data" / "only").mkdir(parents=True)
     command = [sys.executable, "-m", "fastcnn.cli", "train", "data", "--devices", "2"]
@@ -160,12 +189,26 @@ def test_what_cannot_be_used_is_told_once_and_the_exit_code_is_its_own(tmp_path:
     assert line.startswith("fastcnn: error: only one class, 'only', in ")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_told_once(photos: Path) -> None:
-    command = [sys.executable, "-m", "fastcnn.cli", "train", str(photos), "--device", "cuda", "--devices", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    assert done.stderr.count("torch sees no NVIDIA GPU here") == 1
+@pytest.mark.parametrize(("exit_code", "ended"), [(3, 3), (-signal.SIGKILL, "rank 1 was ended by SIGKILL")])
+def test_the_exit_code_is_that_of_the_rank_that_failed(
+    monkeypatch: pytest.MonkeyPatch, exit_code: int, ended: int | str
+) -> None:
+    import torch.distributed.run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def failing(arguments: Any) -> None:
+        assert arguments.nproc_per_node == "2"
+        failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="")
+        raise ChildFailedError("fastcnn.cli", {1: failure})
+
+    monkeypatch.setattr(torchrun, "run", failing)
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # put back afterwards
+    if isinstance(ended, int):
+        assert launch.train(2, ["data"]) == ended
+    else:
+        with pytest.raises(FastCNNError, match=ended):
+            launch.train(2, ["data"])
 
 
 @pytest.mark.parametrize(
@@ -185,18 +228,32 @@ def test_fit_needs_a_launcher_for_several_devices(photos: Path) -> None:
         fit(Config(data=str(photos), devices=2))
 
 
-def test_under_torchrun_devices_are_the_ranks(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "exit_code", "message"),
+    [
+        (["--devices", "4", "--device", "cuda"], 1, "torch sees no NVIDIA GPU here"),
+        (["--devices", "2"], 2, "torchrun has started 4; leave it out"),
+    ],
+)
+def test_what_is_wrong_on_all_ranks_is_told_by_the_first(
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    exit_code: int,
+    message: str,
 ) -> None:
+    if exit_code == 1 and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert launch.num_ranks() == 4
-    for rank, lines in (("1", 0), ("0", 1)):  # what is wrong on all of them is told by the first
+    for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as stopped:
-            main(["train", str(photos), "--devices", "2"])
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err.count("torchrun has started 4; leave it out") == lines
+            main(["train", str(photos), *options])
+        assert stopped.value.code == exit_code
+        assert capsys.readouterr().err.count(message) == (rank == "0")
 
 
 @pytest.mark.cuda

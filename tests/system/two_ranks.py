@@ -1,4 +1,4 @@
-"""What tests/test_ranks.py runs under torchrun: python two_ranks.py PHOTOS OUT CASE..."""
+"""What each rank of tests/system/test_ranks.py runs: python two_ranks.py PHOTOS OUT CASE..."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {
     "precision": "fp64",
     "val_fraction": 0.25,
     "threads": 1,
-    "epochs": 4,  # of 5 steps, with photos left over
+    "epochs": 2,  # of 5 steps, with photos left over
     "report": False,
 }
 EVERYTHING: dict[str, Any] = {
@@ -34,15 +34,23 @@ EVERYTHING: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "norm": {},
+    "no norm, mapped": {"batch_norm": False, "loader": "mapped"},
+    "everything, sharded": {**EVERYTHING, "loader": "sharded"},
+    "weights, stream of shards": {
+        "balance": "weights", "lr_scaling": "linear", "optimizer": "sgd", "lr": 0.01, "loader": "stream",
+    },
+    "norm of each": {"sync_batch_norm": False},
+}  # fmt: skip
+EACH: dict[str, dict[str, Any]] = {
     "no norm": {"batch_norm": False},
-    "everything": EVERYTHING,
+    "everything": {**EVERYTHING, "epochs": 4},
     "weights": {"balance": "weights", "lr_scaling": "linear", "optimizer": "sgd", "lr": 0.01},
     "sharded": {"loader": "sharded"},
     "mapped": {"loader": "mapped"},
     "stream": {"loader": "stream"},
-    "norm of each": {"sync_batch_norm": False},
     "shards": {},
 }
+"""Each by itself, in the long form."""
 PLANTED = "planted"
 """A case in which the second rank fails."""
 
@@ -51,8 +59,10 @@ def train(photos: str, out: Path, case: str, devices: int) -> None:
     """Train one case in a folder of its own; the cache is shared by all of them."""
     from fastcnn import Config, fit
 
-    data = f"{photos}-shards" if case == "shards" else photos
-    config = Config(**{**SMALL, **CASES.get(case, {}), "data": data, "cache_dir": str(out / "cache")}, devices=devices)
+    data = f"{photos}-shards" if "shards" in case.split() else photos
+    config = Config(
+        **{**SMALL, **(CASES | EACH).get(case, {}), "data": data, "cache_dir": str(out / "cache")}, devices=devices
+    )
     fit(config, run_dir=out / case)
 
 
@@ -82,5 +92,5 @@ if __name__ == "__main__":
                 plant()
             train(photos, Path(out), case, int(os.environ["WORLD_SIZE"]))
     except FastCNNError as error:
-        print(f"said: {error}", file=sys.stderr)
+        print(f"exit {error.exit_code}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux counts")
 def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
     one = "import torch; from fastcnn.system import device; print(device.peak_memory_bytes(torch.device('cpu')))"
