@@ -22,7 +22,7 @@ from fastcnn.runs.failures import RunInterrupted
 from fastcnn.runs.resume import resumed_config
 from fastcnn.storage import checkpoint
 
-SMALL: dict[str, Any] = {"image_size": 32, "filters": (8,), "batch_size": 16, "deterministic": True}
+SMALL: dict[str, Any] = {"image_size": 32, "filters": (8,), "batch_size": 16, "deterministic": True, "report": False}
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -33,15 +33,21 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         ]
 
 
-# An epoch has 6 steps, as a rule in portions of 1, 2 and 3: within it, at its end, in the second, at the very end.
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 9])
-def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
-    photos: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """An uninterrupted run, and its configuration."""
     config = Config(
         data=str(photos), epochs=3, schedule="onecycle", augment=("flip", "mixup"), ema=0.9, dropout=0.2, **SMALL
     )  # fmt: skip
-    whole = fit(config, run_dir="whole")
+    return config, fit(config, run_dir=tmp_path_factory.mktemp("whole") / "run").run_dir
+
+
+# An epoch has 6 steps, as a rule in portions of 1, 2 and 3: within it, at its end, in the second, at the very end.
+@pytest.mark.parametrize("stop_at", [1, 3, 5, 9])
+def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
+    whole: tuple[Config, Path], stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, uninterrupted = whole
     plain, calls = loop.run_steps, 0
 
     def stopping(*args: Any) -> Any:
@@ -59,11 +65,11 @@ def test_a_run_that_was_stopped_and_resumed_is_the_uninterrupted_one(
     resumed = fit(resumed_config("cut", {}), resume="cut")
     assert resumed.run_dir == Path("cut")
     for name in ("last.pt", "best.pt"):
-        one, other = (checkpoint.load(folder / name) for folder in (whole.run_dir, resumed.run_dir))
+        one, other = (checkpoint.load(folder / name) for folder in (uninterrupted, resumed.run_dir))
         assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
         assert torch.equal(one["average"], other["average"])
         assert one["best"]["epoch"] == other["best"]["epoch"]
-    assert rows(whole.run_dir) == rows(resumed.run_dir)
+    assert rows(uninterrupted) == rows(resumed.run_dir)
     assert json.loads((resumed.run_dir / "result.json").read_text())["epochs"] == 3
 
 
@@ -84,7 +90,7 @@ def test_a_resumed_run_changes_nothing_else(run_dir: Path) -> None:
 
 
 def test_patience_ends_a_run_early(photos: Path) -> None:
-    run = fit(Config(data=str(photos), epochs=50, patience=1, lr=0.3, optimizer="sgd", **SMALL))
+    run = fit(Config(data=str(photos), epochs=50, patience=1, lr=0.3, optimizer="sgd", limit_train_batches=1, **SMALL))
     best = run.summary["best_epoch"]
     assert run.summary["epochs"] == best + 1 < 50
     assert len(run.metrics) == best + 1
