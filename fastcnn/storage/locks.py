@@ -39,3 +39,14 @@ def locked(path: Path, busy: Callable[[], None], *, remove: bool = False) -> Ite
             with contextlib.suppress(OSError):  # Windows deletes no file that is open
                 path.unlink()
         lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process holds the lock of a file."""
+    import filelock
+
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -15,105 +16,99 @@ Goal = Literal["minimize", "maximize"]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One of some values."""
+    """One of several values."""
 
     values: tuple[Any, ...]
-    chances: tuple[float, ...] | None = None
-    """Of each value; None where they are alike."""
+    probabilities: tuple[float, ...] | None = None
+    """Weight of each value; None: all alike."""
 
     def at(self, quantile: float) -> Any:
         """Return the value at a quantile (0 to 1) of the distribution."""
-        assert self.chances
-        bounds = itertools.accumulate(self.chances)
-        total = sum(self.chances)
-        return next((v for v, bound in zip(self.values, bounds, strict=True) if quantile * total < bound), self.last)
-
-    @property
-    def last(self) -> Any:
-        """The last value that has a chance."""
-        assert self.chances
-        return [value for value, chance in zip(self.values, self.chances, strict=True) if chance][-1]
+        assert self.probabilities
+        bounds = list(itertools.accumulate(self.probabilities))
+        last = bounds.index(bounds[-1])  # any after it have probability 0
+        return self.values[min(bisect.bisect_right(bounds, quantile * bounds[-1]), last)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
-    """A number between two, uniformly, or so that its logarithm is uniform."""
+class Uniform:
+    """A number between two bounds, uniform in itself or in its logarithm."""
 
     low: float
     high: float
     log: bool = False
-    whole: bool = False
+    integer: bool = False
     quantum: float | None = None
-    """What the number is rounded to multiples of."""
+    """The number is rounded to a multiple of this."""
 
     def rounded(self, number: float) -> float:
-        """Return the value that a number drawn from the range stands for."""
-        return _to_multiple(number, self.quantum)
+        """Return a drawn number as a multiple of the quantum."""
+        return round_to_multiple(number, self.quantum)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bell:
-    """A number, or its logarithm, of a normal distribution."""
+class Normal:
+    """A normally distributed number, or one whose logarithm is."""
 
     mean: float
-    deviation: float
+    std: float
     log: bool = False
     quantum: float | None = None
 
     def at(self, quantile: float) -> float:
         """Return the value at a quantile (0 to 1) of the distribution."""
-        if not self.deviation:
+        if not self.std:
             number = self.mean
         else:  # the very ends are infinite
-            number = NormalDist(self.mean, self.deviation).inv_cdf(min(max(quantile, 1e-9), 1 - 1e-9))
-        return _to_multiple(math.exp(number) if self.log else number, self.quantum)
+            number = NormalDist(self.mean, self.std).inv_cdf(min(max(quantile, 1e-9), 1 - 1e-9))
+        return round_to_multiple(math.exp(number) if self.log else number, self.quantum)
 
 
-Parameter = Choice | Range | Bell
+Parameter = Choice | Uniform | Normal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperband:
-    """Which runs are given up: at each rung those that are not among the best 1 / eta of all that came so far."""
+    """Early termination: at each rung a trial is pruned unless it is among the best 1 / eta that came so far."""
 
-    first: int
-    """Epochs of the first rung; the next have eta times as many."""
+    first_rung: int
+    """Epochs at the first rung; each next rung has eta times as many."""
     eta: float = 3.0
     strict: bool = True
-    """Judge by the epoch's own figure, not by the best so far."""
+    """Judge by the metric of the rung's epoch, not by the best so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a sweep file says."""
+    """A parsed sweep file."""
 
     name: str
     method: str
     metric: str
     goal: Goal
     target: float | None
-    """The figure at which the search has what it wants."""
+    """Value of the metric at which the search ends."""
     parameters: Mapping[str, Parameter]
-    """What is varied, by the field of Config."""
+    """Parameters that vary, by field of Config."""
     fixed: Mapping[str, Any]
-    """Parameters of one value."""
+    """Parameters with a single value."""
     early: Hyperband | None
     run_cap: int | None
-    """Runs at most."""
+    """Largest number of trials."""
     command: tuple[str, ...]
-    """What W&B's agent would run."""
+    """Command that W&B's agent would run."""
     text: Mapping[str, Any]
-    """The file itself, as plain data."""
+    """Contents of the file, as plain data."""
 
     @property
     def grid_size(self) -> int | None:
-        """Points of the grid; None for another method."""
+        """Number of grid points; None for another method."""
         if self.method != "grid":
             return None
         return math.prod(len(p.values) for p in self.parameters.values() if isinstance(p, Choice))
 
     def grid_point(self, number: int) -> dict[str, int]:
-        """Return, by name, which value of each parameter the grid's point has; the last parameter changes fastest."""
+        """Return the index of each parameter's value at a point of the grid; the last parameter changes fastest."""
         point = {}
         for name, parameter in reversed(list(self.parameters.items())):
             assert isinstance(parameter, Choice)
@@ -130,7 +125,8 @@ class Sweep:
         return dataclasses.replace(self, parameters=rest(self.parameters), fixed=rest(self.fixed), text=text)
 
 
-def _to_multiple(number: float, quantum: float | None) -> float:
+def round_to_multiple(number: float, quantum: float | None) -> float:
+    """Return the multiple of `quantum` nearest to a number; the number itself where it is None."""
     if quantum is None:
         return number
     digits = max(0, 12 - math.floor(math.log10(quantum)))  # 0.1 * 3 is 0.30000000000000004

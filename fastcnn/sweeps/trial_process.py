@@ -1,7 +1,7 @@
-"""A place where one trial runs at a time: a process of its own, which outlives its trials and may die of one.
+"""`TrialProcess`: a process that trains a sweep's trials, one at a time.
 
-The process imports torch once, trains trial after trial with `fit`, and tells each epoch's figures through a pipe. What
-a trial leaves is an ordinary run folder. A trial that takes its process with it has failed; the next gets a new one.
+The process imports torch once, trains trial after trial with `fit`, and sends the metrics of each epoch through a pipe.
+Each trial leaves an ordinary run folder. If the process dies, its trial has failed and the next one gets a new process.
 """
 
 from __future__ import annotations
@@ -20,62 +20,56 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastcnn.errors import FastCNNError, first_line
-
-if TYPE_CHECKING:
-    from fastcnn.runs.trackers import Run
-
-State = Literal["done", "pruned", "failed", "stopped"]
-
-Row = dict[str, float]
+from fastcnn.runs.trackers import Run, Tracker
+from fastcnn.storage.locks import locked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A trial to run."""
+    """A trial to train."""
 
     options: Mapping[str, Any]
-    """Of Config: what the run folder's config.yaml will say, as far as it is given."""
+    """Fields of Config that are given; the run folder's config.yaml completes them."""
     run_dir: str
-    """The run folder; where it holds a run that was stopped or killed, that one goes on."""
+    """The run folder; an unfinished run in it is resumed."""
     lock: str
-    """A file that is locked while the trial runs, so that no other process goes on with it meanwhile."""
+    """File that is locked while the trial runs, so that no other process resumes it meanwhile."""
     num_parallel: int = 1
     """Trials at once, which share the cores."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables to set for the trial."""
+    """Environment variables of the trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
     """How a trial ended."""
 
-    state: State
+    state: Literal["done", "pruned", "failed", "stopped"]
     reason: str = ""
     """Why it failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """The figures of an epoch, as in metrics.csv."""
+    """Metrics of an epoch, as in metrics.csv."""
 
-    row: Row
+    row: dict[str, float]
     is_last: bool
-    """Whether the run is over now anyhow."""
 
 
 class Pruned(FastCNNError):
-    """The trial was given up, as it does worse than others."""
+    """The trial was stopped early, as others did better."""
 
 
 class TrialProcess:
     """A process, and the job that it has.
 
     Args:
-        on_epoch: is told each epoch's figures; returns whether to give the trial up.
-        on_warning: is told what the trial warns of.
+        on_epoch: receives each epoch's metrics; returns whether to prune the trial.
+        on_warning: receives each warning of the trial.
     """
 
     def __init__(self, on_epoch: Callable[[Epoch], bool], on_warning: Callable[[str], None]) -> None:
@@ -86,24 +80,24 @@ class TrialProcess:
         self._connection: Connection | None = None
 
     def start(self, job: Job) -> None:
-        """Begin with a trial; `poll` until it returns an ending."""
+        """Start a trial; then call `poll` until it returns an ending."""
         assert not self.busy
         if self._process is None or not self._process.is_alive():
             self._start_process()
         assert self._connection
         self.busy, self._told_to_stop = True, False
-        with contextlib.suppress(OSError):  # died just now; `poll` finds out
+        with contextlib.suppress(OSError):  # the process died just now; `poll` finds out
             self._connection.send(job)
 
     @property
     def handles(self) -> list[Any]:
-        """What `multiprocessing.connection.wait` is to wait for while the slot is busy."""
+        """Handles for `multiprocessing.connection.wait` while the process is busy."""
         assert self._connection
         assert self._process
         return [self._connection, self._process.sentinel]
 
     def poll(self) -> Ending | None:
-        """Handle what the process has sent; return the trial's ending once it has ended."""
+        """Handle the messages of the process; return the trial's ending once it has ended."""
         assert self._connection
         assert self._process
         try:
@@ -129,7 +123,7 @@ class TrialProcess:
         return Ending(state="failed", reason=f"its process was ended {ended}")
 
     def run(self, job: Job) -> Ending:
-        """Run a trial to its end. What is raised meanwhile, by a signal or another thread, stops it."""
+        """Run a trial to its end. An exception raised meanwhile, by a signal or another thread, stops it."""
         self.start(job)
         try:
             while True:
@@ -142,13 +136,13 @@ class TrialProcess:
             raise
 
     def stop(self) -> None:
-        """Tell the trial to stop, after saving where it is."""
+        """Tell the trial to save its state and stop."""
         if self.busy and self._process and self._process.is_alive():
             self._told_to_stop = True
             self._process.terminate()
 
     def close(self) -> None:
-        """End the process, and first its trial."""
+        """Stop the trial, then end the process."""
         if self._process is None:
             return
         self.stop()
@@ -178,19 +172,19 @@ class TrialProcess:
 
 
 def work(connection: Connection) -> None:
-    """Be the process: run the jobs that come through the pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between trials; a trial has its own answer to it
+    """Run, in the trial process, the jobs that come through the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between trials; `fit` handles both signals during one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    said: set[str] = set()
+    sent: set[str] = set()
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    def send_once(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         text = str(message)
-        if text not in said:  # of every trial once more
-            said.add(text)
+        if text not in sent:  # every trial warns again
+            sent.add(text)
             connection.send(text)
 
-    warnings.showwarning = show
+    warnings.showwarning = send_once
     while True:
         try:
             job = connection.recv()
@@ -208,18 +202,16 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
-    os._exit(1)  # whoever goes on with the sweep goes on with this trial
+    os._exit(1)  # whoever resumes the sweep resumes this trial
 
 
 def _run(job: Job, connection: Connection) -> Ending:
-    import filelock
-
     from fastcnn.runs.failures import RunInterrupted
 
     before = dict(os.environ)
     os.environ.update(job.environment)
     try:
-        with filelock.FileLock(job.lock):  # its last process may have a moment to live
+        with locked(Path(job.lock), lambda: None):  # waits, as the trial's previous process may not be gone yet
             _train(job, connection)
         return Ending(state="done")
     except Pruned:
@@ -240,54 +232,48 @@ def _train(job: Job, connection: Connection) -> None:
     from fastcnn.config import load
     from fastcnn.runs.fit import fit
     from fastcnn.runs.resume import is_finished, resumed_config
-    from fastcnn.storage import checkpoint
-    from fastcnn.storage import run_folder as runs
+    from fastcnn.storage import checkpoint, run_folder
 
     folder = Path(job.run_dir)
 
-    def reporter(run: Run) -> Reporter:
-        return Reporter(connection, run)
+    def tracker(run: Run) -> PipeTracker:
+        return PipeTracker(connection, run)
 
-    if is_finished(folder):  # and killed before it could say so
-        rows = checkpoint.load(folder / "last.pt")["rows"]
-        for row in rows:
-            _ask(connection, row, is_last=True)
-    elif (folder / runs.CONFIG).is_file():
-        fit(resumed_config(folder, {}), resume=folder, trackers=[reporter])
+    if is_finished(folder):  # and its process was killed before it could say so
+        for row in checkpoint.load(folder / "last.pt")["rows"]:
+            _should_prune(connection, row, is_last=True)
+    elif (folder / run_folder.CONFIG).is_file():
+        fit(resumed_config(folder, {}), resume=folder, trackers=[tracker])
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fit(load.resolve(split_cores(job.options, job.num_parallel)), run_dir=folder, trackers=[reporter])
+        fit(load.resolve(split_cores(job.options, job.num_parallel)), run_dir=folder, trackers=[tracker])
 
 
-class Reporter:
-    """A tracker that tells the figures through the pipe, and ends the run when the answer is to give it up."""
+class PipeTracker(Tracker):
+    """A tracker that sends the metrics through the pipe, and ends the run when the answer is to prune it."""
 
     def __init__(self, connection: Connection, run: Run) -> None:
         self.connection, self.num_epochs = connection, run.num_epochs
-        for row in run.rows:  # what a killed process may not have told
-            _ask(connection, row, is_last=True)
+        for row in run.rows:  # a killed process may not have sent them
+            _should_prune(connection, row, is_last=True)
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Tell the figures of an epoch."""
+        """Send the metrics of an epoch. Raises Pruned where the trial is to end."""
         is_last = row["epoch"] >= self.num_epochs
-        if _ask(self.connection, row, is_last=is_last) and not is_last:
-            raise Pruned(f"given up after epoch {row['epoch']:g}")
+        if _should_prune(self.connection, row, is_last=is_last) and not is_last:
+            raise Pruned(f"pruned after epoch {row['epoch']:g}")
 
     def finish(self, outcome: object) -> None:
-        """Take what the run leaves."""
-
-    def close(self, exit_code: int) -> dict[str, Any]:
-        """Say nothing more."""
-        return {}
+        """Do nothing more with a finished run."""
 
 
-def _ask(connection: Connection, row: Mapping[str, float], *, is_last: bool) -> bool:
+def _should_prune(connection: Connection, row: Mapping[str, float], *, is_last: bool) -> bool:
     connection.send(Epoch(row=dict(row), is_last=is_last))
     return bool(connection.recv())
 
 
 def split_cores(options: Mapping[str, Any], num_parallel: int) -> dict[str, Any]:
-    """Return a trial's options with its share of a CPU: threads where several run at once, photos in memory once."""
+    """Return a trial's options for a CPU: its part of the threads where several run at once, photos in memory once."""
     from fastcnn.system.device import num_cores, pick_device
 
     shared = dict(options)

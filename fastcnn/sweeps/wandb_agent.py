@@ -1,4 +1,4 @@
-"""A sweep that W&B directs: this process is its agent, and runs what the server asks for in a slot of its own."""
+"""W&B agent: trains the trials that W&B's server asks for, each in a trial process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.runs.wandb_tracker import logged_in
 from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.sweep import SWEEPS
-from fastcnn.sweeps.trial_process import Epoch, Job, TrialProcess
+from fastcnn.sweeps.trial_process import Job, TrialProcess
 from fastcnn.system.console import Console
 
 
@@ -28,11 +28,11 @@ def run(
     """Run trials as an agent of a W&B sweep until the server has no more, or `trials` of them; return the sweep's id.
 
     Args:
-        sweep: what is varied; begun on the server as the file says, where there is no `sweep_id`.
-        options: of every trial, as `config.resolve` takes them.
-        sweep_id: of a sweep that was begun: ID, PROJECT/ID or ENTITY/PROJECT/ID.
-        trials: how many this agent runs; None is as many as the server asks for.
-        folder: where the run folders go, each under its W&B id; None is `sweeps/` with the sweep's name.
+        sweep: the sweep file; begun on the server where there is no `sweep_id`.
+        options: options of every trial, as `config.load.resolve` takes them.
+        sweep_id: a sweep that was begun: ID, PROJECT/ID or ENTITY/PROJECT/ID.
+        trials: number of trials that this agent runs; None is as many as the server asks for.
+        folder: folder of the run folders, each named by its W&B id; None is `sweeps/` with the sweep's name.
         console: where progress is shown; None shows nothing.
 
     Raises FastCNNError where nobody is logged in or the server refuses.
@@ -43,22 +43,22 @@ def run(
     folder = folder or SWEEPS / sweep.name
     base = load.resolve(options)
     if not logged_in(wandb.setup().settings):
-        raise FastCNNError("--wandb: not logged in: wandb login, or leave out --wandb to search with Optuna, here")
+        raise FastCNNError("--wandb: not logged in: run wandb login, or leave out --wandb to search with Optuna here")
     project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
     (folder / "locks").mkdir(parents=True, exist_ok=True)
-    slot = TrialProcess(_go_on, warn)
+    process = TrialProcess(lambda epoch: False, warn)  # the server prunes, not we
 
     def trial() -> None:
-        """Run what the agent was given: it says so by variables and a file."""
+        """Train the trial that W&B's agent describes by environment variables and a file."""
         run_id = os.environ["WANDB_RUN_ID"]
         values = read_parameters(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
         console.line(f"{run_id}  " + " ".join(f"{name}={value}" for name, value in values.items()))
-        ending = slot.run(
+        ending = process.run(
             Job(
                 options={**options, **values},
                 run_dir=str((folder / run_id).resolve()),
                 lock=str((folder / "locks" / run_id).resolve()),
-                # Not the agent's own service: the trial has one of its own.
+                # The trial starts a wandb service of its own.
                 environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
             )
         )
@@ -71,10 +71,10 @@ def run(
         wandb.agent(sweep_id, function=trial, project=project, count=trials)
     except FastCNNError:
         raise
-    except Exception as error:  # whatever the server says
+    except Exception as error:  # whatever the server answers
         raise FastCNNError(f"W&B: {first_line(error)}") from None
     finally:
-        slot.close()
+        process.close()
     return sweep_id
 
 
@@ -86,7 +86,3 @@ def read_parameters(path: Path) -> dict[str, Any]:
         for name, entry in given.items()
         if isinstance(entry, dict) and "value" in entry and name != "wandb_version"
     }
-
-
-def _go_on(epoch: Epoch) -> bool:
-    return False  # it is the server that gives runs up

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastcnn.errors import FastCNNError, UsageError
-from fastcnn.sweeps.study import Claimed, Study
+from fastcnn.sweeps.study import ClaimedTrial, Study
 from fastcnn.sweeps.sweep_file import parse
 
 pytest.importorskip("optuna")
@@ -55,7 +55,7 @@ def row(epoch: int, accuracy: float) -> dict[str, float]:
     return {"epoch": epoch, "val/accuracy": accuracy, "val/loss": 1 - accuracy}
 
 
-def finish(study: Study, trial: Claimed | None, accuracy: float = 0.5) -> None:
+def finish(study: Study, trial: ClaimedTrial | None, accuracy: float = 0.5) -> None:
     assert trial is not None
     study.report(trial, row(1, accuracy), may_prune=False)
     study.tell(trial, "finished")
@@ -119,13 +119,17 @@ def test_what_a_process_left_behind_is_taken_over(book: Open) -> None:
     first.close()  # as the system does for a process that is killed
     found = second.claim(3)
     assert found
-    assert (found.number, found.taken_over, found.values) == (lost.number, True, lost.values)
+    assert (found.number, found.resumed, found.values) == (lost.number, True, lost.values)
     second.report(found, row(1, 0.3), may_prune=False)
     second.report(found, row(2, 0.7), may_prune=False)
     assert second.tell(found, "finished").value == 0.7
     assert second.claim(3) is None
     finish(second, other)
-    assert [(line.number, line.state) for line in second.lines()] == [(0, "finished"), (1, "finished"), (2, "finished")]
+    assert [(record.number, record.state) for record in second.records()] == [
+        (0, "finished"),
+        (1, "finished"),
+        (2, "finished"),
+    ]
 
 
 def test_of_another_folder_nobody_can_tell(book: Open, tmp_path: Path) -> None:
@@ -136,7 +140,7 @@ def test_of_another_folder_nobody_can_tell(book: Open, tmp_path: Path) -> None:
     second = book(folder="there", storage=storage)
     trial = second.claim(2)
     assert trial
-    assert (trial.number, trial.taken_over) == (1, False)
+    assert (trial.number, trial.resumed) == (1, False)
     assert second.claim(2) is None
 
 
@@ -169,8 +173,8 @@ def test_who_is_behind_is_given_up(book: Open) -> None:
     third = study.claim(9)
     assert third
     assert study.report(third, row(2, 0.2), may_prune=True)
-    line = study.tell(third, "pruned")
-    assert (line.state, line.value, line.epochs) == ("pruned", 0.2, 2)
+    record = study.tell(third, "pruned")
+    assert (record.state, record.value, record.epochs) == ("pruned", 0.2, 2)
 
 
 def test_a_trial_without_a_figure_has_failed(book: Open) -> None:
@@ -178,10 +182,9 @@ def test_a_trial_without_a_figure_has_failed(book: Open) -> None:
     trial = study.claim(1)
     assert trial
     study.report(trial, row(1, float("nan")), may_prune=True)
-    line = study.tell(trial, "finished")
-    assert (line.state, line.value) == ("failed", None)
-    assert "val/accuracy" in line.reason
-    assert study.importance() == {}
+    record = study.tell(trial, "finished")
+    assert (record.state, record.value) == ("failed", None)
+    assert "val/accuracy" in record.reason
 
 
 def test_a_journal_that_was_cut_short_goes_on(book: Open) -> None:
@@ -191,12 +194,12 @@ def test_a_journal_that_was_cut_short_goes_on(book: Open) -> None:
         file.write(b'{"op_code": 4, "wor')
     finish(study, study.claim(3))
     study.close()
-    assert [line.state for line in book().lines()] == ["finished", "finished"]
+    assert [record.state for record in book().records()] == ["finished", "finished"]
 
 
 def test_another_sweep_is_refused(book: Open, tmp_path: Path) -> None:
     book().close()
-    with pytest.raises(UsageError, match=r"begun with another method; .*--dir"):
+    with pytest.raises(UsageError, match=r"begun with another method: .*--dir"):
         book("bayes")
     with pytest.raises(UsageError, match="begun with another --storage"):
         book(storage=f"sqlite:///{tmp_path / 'sweep.db'}")

@@ -338,7 +338,7 @@ def test_as_an_agent(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_agent_needs_a_login(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_agent, "logged_in", lambda settings: False)
-    with pytest.raises(FastCNNError, match="not logged in: wandb login"):
+    with pytest.raises(FastCNNError, match="not logged in: run wandb login"):
         sweep_agent.run(plan(), {"data": str(photos)})
 
 

@@ -16,7 +16,7 @@ from fastcnn.errors import UsageError
 from fastcnn.runs.trackers import COLUMNS
 from fastcnn.sweeps import search_space
 from fastcnn.sweeps import sweep_file as sweepfile
-from fastcnn.sweeps.search_space import Bell, Choice, Hyperband, Range
+from fastcnn.sweeps.search_space import Choice, Hyperband, Normal, Uniform
 from fastcnn.sweeps.sweep_file import parse
 
 LR: dict[str, Any] = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
@@ -47,9 +47,9 @@ def test_what_a_file_says() -> None:
     assert (sweep.name, sweep.method, sweep.metric, sweep.goal, sweep.target) == (
         "filters---more", "bayes", "val/loss", "minimize", 0.5
     )  # fmt: skip
-    assert sweep.parameters == {"batch_size": Choice(values=(32, 64)), "lr": Range(low=1e-4, high=1e-2, log=True)}
+    assert sweep.parameters == {"batch_size": Choice(values=(32, 64)), "lr": Uniform(low=1e-4, high=1e-2, log=True)}
     assert sweep.fixed == {"epochs": 3}
-    assert sweep.early == Hyperband(first=2, eta=2.0)
+    assert sweep.early == Hyperband(first_rung=2, eta=2.0)
     assert sweep.run_cap == 30
 
 
@@ -65,16 +65,16 @@ def test_metrics_are_those_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"min": 0.0, "max": 0.5}, Range(low=0, high=0.5)),
-        ({"min": 0.0, "max": 0.5, "distribution": "uniform"}, Range(low=0, high=0.5)),
-        ({"min": 0, "max": 2}, Range(low=0, high=2, whole=True)),
-        ({"min": "1e-4", "max": "1e-2", "distribution": "log_uniform_values"}, Range(low=1e-4, high=1e-2, log=True)),
-        ({"min": 0, "max": 1, "q": 0.1, "distribution": "q_uniform"}, Range(low=0, high=1, quantum=0.1)),
-        ({"min": 0.0, "max": 1.0, "distribution": "log_uniform"}, Range(low=1, high=math.e, log=True)),
-        ({"min": 0.0, "max": 1.0, "distribution": "inv_log_uniform"}, Range(low=1 / math.e, high=1, log=True)),
-        ({"mu": 1, "sigma": 0.1, "distribution": "normal"}, Bell(mean=1, deviation=0.1)),
-        ({"distribution": "q_log_normal"}, Bell(mean=0, deviation=1, log=True, quantum=1)),
-        ({"values": [0, 0.1], "probabilities": [1, 3]}, Choice(values=(0, 0.1), chances=(1, 3))),
+        ({"min": 0.0, "max": 0.5}, Uniform(low=0, high=0.5)),
+        ({"min": 0.0, "max": 0.5, "distribution": "uniform"}, Uniform(low=0, high=0.5)),
+        ({"min": 0, "max": 2}, Uniform(low=0, high=2, integer=True)),
+        ({"min": "1e-4", "max": "1e-2", "distribution": "log_uniform_values"}, Uniform(low=1e-4, high=1e-2, log=True)),
+        ({"min": 0, "max": 1, "q": 0.1, "distribution": "q_uniform"}, Uniform(low=0, high=1, quantum=0.1)),
+        ({"min": 0.0, "max": 1.0, "distribution": "log_uniform"}, Uniform(low=1, high=math.e, log=True)),
+        ({"min": 0.0, "max": 1.0, "distribution": "inv_log_uniform"}, Uniform(low=1 / math.e, high=1, log=True)),
+        ({"mu": 1, "sigma": 0.1, "distribution": "normal"}, Normal(mean=1, std=0.1)),
+        ({"distribution": "q_log_normal"}, Normal(mean=0, std=1, log=True, quantum=1)),
+        ({"values": [0, 0.1], "probabilities": [1, 3]}, Choice(values=(0, 0.1), probabilities=(1, 3))),
     ],
 )
 def test_distributions(given: dict[str, Any], expected: search_space.Parameter) -> None:
@@ -82,13 +82,13 @@ def test_distributions(given: dict[str, Any], expected: search_space.Parameter) 
 
 
 def test_quantiles() -> None:
-    choice = Choice(values=("a", "b", "c"), chances=(1, 3, 0))
+    choice = Choice(values=("a", "b", "c"), probabilities=(1, 3, 0))
     assert [choice.at(q) for q in (0.0, 0.24, 0.26, 1.0)] == ["a", "a", "b", "b"]
-    assert Bell(mean=5, deviation=2).at(0.5) == pytest.approx(5)
-    assert Bell(mean=5, deviation=2).at(0.8413447) == pytest.approx(7, abs=1e-4)
-    assert Bell(mean=1, deviation=0, log=True).at(0.3) == pytest.approx(math.e)
-    assert math.isfinite(Bell(mean=0, deviation=1).at(0.0))
-    assert Range(low=0, high=1, quantum=0.1).rounded(0.31) == 0.3
+    assert Normal(mean=5, std=2).at(0.5) == pytest.approx(5)
+    assert Normal(mean=5, std=2).at(0.8413447) == pytest.approx(7, abs=1e-4)
+    assert Normal(mean=1, std=0, log=True).at(0.3) == pytest.approx(math.e)
+    assert math.isfinite(Normal(mean=0, std=1).at(0.0))
+    assert Uniform(low=0, high=1, quantum=0.1).rounded(0.31) == 0.3
 
 
 def test_the_grid_has_every_point_once() -> None:
@@ -131,11 +131,11 @@ def test_an_option_that_is_given_is_not_varied() -> None:
         (file(parameters={"lr": {"distribution": "log_unifrm", "min": 1, "max": 2}}), "did you mean 'log_uniform'"),
         (file(parameters={"lr": {"distribution": "beta"}}), "a beta distribution is W&B's alone"),
         (file(parameters={"lr": {"min": "low", "max": 1}}), "parameters.lr.min: expected a number, got 'low'"),
-        (file(parameters={"lr": {"parameters": {"a": {"value": 1}}}}), "nested parameters are not understood"),
+        (file(parameters={"lr": {"parameters": {"a": {"value": 1}}}}), "nested parameters are not supported"),
         (file(parameters={"lr": {"values": []}}), "expected a list of values"),
         (file(parameters={"lr": {"values": [0.1, 0.2], "probabilities": [1]}}), "expected 2 numbers"),
         (file(parameters={"lr": 0.1}), "parameters.lr: expected a mapping, got 0.1"),
-        (file(method="grid"), "a grid has no end of such numbers"),
+        (file(method="grid"), "a grid needs a finite list"),
         (file(metric={"name": "val_accuracy"}), "did you mean 'val/accuracy'"),
         (file(metric={"name": "val/loss", "goal": "min"}), "did you mean 'minimize'"),
         (file(early_terminate={"type": "median"}), "expected one of hyperband"),
@@ -153,7 +153,7 @@ def test_what_is_wrong_is_said_in_one_line(given: dict[str, Any], message: str) 
 
 def test_rungs_counted_from_the_last_epoch() -> None:
     early = {"type": "hyperband", "max_iter": 27, "s": 2}
-    assert parse(file(early_terminate=early), "s.yaml").early == Hyperband(first=3)
+    assert parse(file(early_terminate=early), "s.yaml").early == Hyperband(first_rung=3)
 
 
 def test_read_from_a_file(tmp_path: Path) -> None:
