@@ -17,7 +17,6 @@ from fastcnn.sweeps.study import ClaimedTrial, Study, TrialRecord
 from fastcnn.sweeps.trial_process import Ending, Epoch, Job, TrialProcess
 from fastcnn.system import signals
 from fastcnn.system.console import Console
-from fastcnn.system.device import pick_device
 
 SWEEPS = Path("sweeps")
 SAME_FAILURES = 3  # a sweep ends when its first trials fail this often in a row for the same reason
@@ -70,8 +69,8 @@ def run(
     limit = min((n for n in (trials, sweep.run_cap, sweep.grid_size) if n is not None), default=None)
     if limit is None:
         raise UsageError("how many trials? give --trials N, or run_cap in the file")
-    if pack > 1 and (kind := pick_device(base.device).type) != "cpu":
-        raise UsageError(f"--pack is for CPUs: leave it out on {kind}, where trials run one after another")
+    if pack > 1:
+        _check_pack(base.device)
     options = {"wandb": "disabled", **options, "data": str(Path(base.data).resolve())}
     folder = folder or SWEEPS / sweep.name
     study = Study(folder, sweep, storage=storage, seed=base.seed, definition=_definition(sweep, options))
@@ -103,6 +102,14 @@ def _check_data(data: str) -> None:
         raise UsageError("which photos? fastcnn sweep DATA, where DATA is a folder of photos")
     if not Path(data).is_dir():
         raise DataError(f"no folder {data}: expected a folder of photos")
+
+
+def _check_pack(device: str) -> None:
+    from fastcnn.system.device import pick_device  # imports torch, which this process needs for nothing else
+
+    kind = pick_device(device).type
+    if kind != "cpu":
+        raise UsageError(f"--pack is for CPUs: leave it out on {kind}, where trials run one after another")
 
 
 def _definition(sweep: Sweep, options: Mapping[str, Any]) -> dict[str, Any]:

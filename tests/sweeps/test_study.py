@@ -1,4 +1,4 @@
-"""The book of a sweep's trials: none is lost, none is run twice, and the same are drawn whoever draws them."""
+"""The study of a sweep: no trial is lost or run twice, and every process draws the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastcnn.errors import FastCNNError, UsageError
+from fastcnn.sweeps import plots
 from fastcnn.sweeps.study import ClaimedTrial, Study
 from fastcnn.sweeps.sweep_file import parse
 
@@ -27,7 +28,7 @@ GRID = {name: PARAMETERS[name] for name in ("filters", "batch_norm")}
 
 
 class Open:
-    """Opens books, and closes them after the test."""
+    """Opens studies, and closes them after the test."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.opened = folder, []
@@ -44,7 +45,7 @@ class Open:
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> Iterator[Open]:
+def open_study(tmp_path: Path) -> Iterator[Open]:
     opening = Open(tmp_path / "sweep")
     yield opening
     for study in opening.opened:
@@ -62,13 +63,13 @@ def finish(study: Study, trial: ClaimedTrial | None, accuracy: float = 0.5) -> N
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
-def test_a_trial_is_the_same_whoever_draws_it(method: str, book: Open, tmp_path: Path) -> None:
+def test_a_trial_is_the_same_whoever_draws_it(method: str, open_study: Open, tmp_path: Path) -> None:
     def values(**options: Any) -> list[dict[str, Any]]:
-        drawn, study = [], book(method, **options)
+        drawn, study = [], open_study(method, **options)
         for i in range(4):
-            if i == 2:  # begun again in between
+            if i == 2:  # opened again in between
                 study.close()
-                study = book(method, **options)
+                study = open_study(method, **options)
             trial = study.claim(4)
             assert trial
             finish(study, trial, i / 10)
@@ -78,12 +79,13 @@ def test_a_trial_is_the_same_whoever_draws_it(method: str, book: Open, tmp_path:
     first = values(folder="a")
     assert values(folder="b") == first
     assert values(folder="c", seed=1) != first
-    assert values(folder="d", storage=f"sqlite:///{tmp_path / 'sweep.db'}") == first
+    if method == "bayes":  # which looks into the storage
+        assert values(folder="d", storage=f"sqlite:///{tmp_path / 'sweep.db'}") == first
     assert len({str(drawn) for drawn in first}) == 4
 
 
-def test_values_are_what_the_options_take(book: Open) -> None:
-    study = book()
+def test_values_are_what_the_options_take(open_study: Open) -> None:
+    study = open_study()
     for _ in range(6):
         trial = study.claim(6)
         assert trial
@@ -97,21 +99,21 @@ def test_values_are_what_the_options_take(book: Open) -> None:
     assert study.claim(6) is None
 
 
-def test_a_grid_ends_with_its_last_point(book: Open) -> None:
-    study, seen = book("grid"), set()
+def test_a_grid_ends_with_its_last_point(open_study: Open) -> None:
+    study, seen = open_study("grid"), set()
     while trial := study.claim(100):
         seen.add(str(trial.values))
         finish(study, trial)
     assert len(seen) == 4
 
 
-def test_what_a_process_left_behind_is_taken_over(book: Open) -> None:
-    first = book()
+def test_a_trial_whose_process_is_gone_is_resumed(open_study: Open) -> None:
+    first = open_study()
     finish(first, first.claim(3))
     lost = first.claim(3)
     assert lost
     first.report(lost, row(1, 0.3), may_prune=False)
-    second = book()
+    second = open_study()
     other = second.claim(3)
     assert other
     assert other.number == 2, "while the first lives, its trial is its own"
@@ -132,20 +134,20 @@ def test_what_a_process_left_behind_is_taken_over(book: Open) -> None:
     ]
 
 
-def test_of_another_folder_nobody_can_tell(book: Open, tmp_path: Path) -> None:
+def test_a_trial_of_another_folder_is_left_alone(open_study: Open, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'sweep.db'}"
-    first = book(folder="here", storage=storage)
+    first = open_study(folder="here", storage=storage)
     assert first.claim(2)
     first.close()
-    second = book(folder="there", storage=storage)
+    second = open_study(folder="there", storage=storage)
     trial = second.claim(2)
     assert trial
     assert (trial.number, trial.resumed) == (1, False)
     assert second.claim(2) is None
 
 
-def test_the_best_is_that_of_the_goal(book: Open) -> None:
-    study = book(metric={"name": "val/loss", "goal": "minimize"})
+def test_the_best_trial_follows_the_goal(open_study: Open) -> None:
+    study = open_study(metric={"name": "val/loss", "goal": "minimize"})
     for accuracy in (0.2, 0.6, 0.4):
         finish(study, study.claim(3), accuracy)
     best = study.best()
@@ -153,15 +155,15 @@ def test_the_best_is_that_of_the_goal(book: Open) -> None:
     assert (best.number, best.value) == (1, pytest.approx(0.4))
 
 
-def test_nothing_is_begun_beyond_the_target(book: Open) -> None:
-    study = book(metric={"name": "val/accuracy", "goal": "maximize", "target": 0.8})
+def test_nothing_is_begun_beyond_the_target(open_study: Open) -> None:
+    study = open_study(metric={"name": "val/accuracy", "goal": "maximize", "target": 0.8})
     finish(study, study.claim(9), 0.7)
     finish(study, study.claim(9), 0.9)
     assert study.claim(9) is None
 
 
-def test_who_is_behind_is_given_up(book: Open) -> None:
-    study = book(early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
+def test_a_trial_that_is_behind_is_pruned(open_study: Open) -> None:
+    study = open_study(early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
     for accuracy in (0.5, 0.6, 0.7):
         finish(study, study.claim(9), accuracy)
     good, bad = study.claim(9), study.claim(9)
@@ -177,8 +179,8 @@ def test_who_is_behind_is_given_up(book: Open) -> None:
     assert (record.state, record.value, record.epochs) == ("pruned", 0.2, 2)
 
 
-def test_a_trial_without_a_figure_has_failed(book: Open) -> None:
-    study = book()
+def test_a_trial_without_a_metric_has_failed(open_study: Open) -> None:
+    study = open_study()
     trial = study.claim(1)
     assert trial
     study.report(trial, row(1, float("nan")), may_prune=True)
@@ -187,24 +189,35 @@ def test_a_trial_without_a_figure_has_failed(book: Open) -> None:
     assert "val/accuracy" in record.reason
 
 
-def test_a_journal_that_was_cut_short_goes_on(book: Open) -> None:
-    study = book()
+def test_a_journal_that_was_cut_short_is_read(open_study: Open) -> None:
+    study = open_study()
     finish(study, study.claim(3))
-    with (book.folder / "journal.log").open("ab") as file:
+    with (open_study.folder / "journal.log").open("ab") as file:
         file.write(b'{"op_code": 4, "wor')
     finish(study, study.claim(3))
     study.close()
-    assert [record.state for record in book().records()] == ["finished", "finished"]
+    assert [record.state for record in open_study().records()] == ["finished", "finished"]
 
 
-def test_another_sweep_is_refused(book: Open, tmp_path: Path) -> None:
-    book().close()
+def test_another_sweep_is_refused(open_study: Open, tmp_path: Path) -> None:
+    open_study().close()
     with pytest.raises(UsageError, match=r"begun with another method: .*--dir"):
-        book("bayes")
+        open_study("bayes")
     with pytest.raises(UsageError, match="begun with another --storage"):
-        book(storage=f"sqlite:///{tmp_path / 'sweep.db'}")
+        open_study(storage=f"sqlite:///{tmp_path / 'sweep.db'}")
 
 
-def test_a_storage_that_cannot_be_used_is_one_line(book: Open) -> None:
+def test_a_storage_that_cannot_be_used_is_one_line(open_study: Open) -> None:
     with pytest.raises(FastCNNError, match=r"cannot use the storage nothing://here.*see --storage"):
-        book(storage="nothing://here")
+        open_study(storage="nothing://here")
+
+
+def test_importance_leaves_pyplot_as_it_was(open_study: Open) -> None:
+    import matplotlib.pyplot as plt
+
+    study, before = open_study(), dict(plt.rcParams)
+    for i in range(4):
+        finish(study, study.claim(4), i / 10)
+    assert plots.importance(study.optuna, "val/accuracy").startswith(b"\x89PNG")
+    assert dict(plt.rcParams) == before
+    assert plt.get_fignums() == []

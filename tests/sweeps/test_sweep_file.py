@@ -1,4 +1,4 @@
-"""W&B's sweep files: what is understood, what is refused and in which words, and what the shipped one holds."""
+"""W&B's sweep files: what is read, what is refused and in which words, and the shipped one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import yaml
 from fastcnn.config import resolve
 from fastcnn.errors import UsageError
 from fastcnn.runs.trackers import COLUMNS
-from fastcnn.sweeps import search_space
-from fastcnn.sweeps import sweep_file as sweepfile
+from fastcnn.sweeps import search_space, sweep_file
 from fastcnn.sweeps.search_space import Choice, Hyperband, Normal, Uniform
 from fastcnn.sweeps.sweep_file import parse
 
@@ -59,7 +58,7 @@ def test_the_metric_left_out_is_the_validation_accuracy() -> None:
 
 
 def test_metrics_are_those_of_a_run() -> None:
-    assert set(sweepfile.METRICS) == set(COLUMNS) - {"epoch", "lr"}
+    assert set(sweep_file.METRICS) == set(COLUMNS) - {"epoch", "lr"}
 
 
 @pytest.mark.parametrize(
@@ -159,14 +158,14 @@ def test_rungs_counted_from_the_last_epoch() -> None:
 def test_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(file()), encoding="utf-8")
-    assert sweepfile.read(path).name == "mine"
+    assert sweep_file.read(path).name == "mine"
 
 
 # the shipped file
 
 
 def test_the_shipped_file_asks_what_the_assignment_asks() -> None:
-    sweep = sweepfile.read(None)
+    sweep = sweep_file.read(None)
     asked = "filters activation augment batch_norm dense_neurons dropout lr batch_size"
     assert set(sweep.parameters) == set(asked.split())
     filters = sweep.parameters["filters"]
@@ -183,4 +182,4 @@ def test_the_shipped_file_obeys_the_published_schema() -> None:
     if package is None or package.origin is None:
         pytest.skip("needs W&B's package sweeps")
     schema = Path(package.origin).parent / "config" / "schema.json"
-    jsonschema.validate(yaml.safe_load(sweepfile.shipped()), json.loads(schema.read_text(encoding="utf-8")))
+    jsonschema.validate(yaml.safe_load(sweep_file.shipped()), json.loads(schema.read_text(encoding="utf-8")))
