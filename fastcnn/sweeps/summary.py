@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fastcnn.config import load
+from fastcnn.config import resolve
 from fastcnn.storage import files
 from fastcnn.storage.run_folder import CONFIG
 from fastcnn.sweeps import plots
@@ -61,7 +61,7 @@ def write(study: Study, folder: Path, options: Mapping[str, Any]) -> None:
         if config.is_file():
             files.write(folder / CONFIG, config.read_bytes())
         else:  # the trial ran on another machine
-            fields = load.resolve(options, best.values).to_dict()
+            fields = resolve(options, best.values).to_dict()
             files.write(folder / CONFIG, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 

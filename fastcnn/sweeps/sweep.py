@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import load, option_name
+from fastcnn.config import option_name, resolve
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.sweeps import summary
 from fastcnn.sweeps.search_space import Sweep
@@ -52,7 +52,7 @@ def run(
 
     Args:
         sweep: parameters, method and metric; see `sweep_file.read`.
-        options: options of every trial, as `config.load.resolve` takes them; `data` is needed.
+        options: options of every trial, as `fastcnn.config.resolve` takes them; `data` is needed.
         folder: the sweep's folder; None is `sweeps/` with its name.
         trials: number of trials in all; None is the file's run_cap, or the whole grid.
         storage: SQLAlchemy address for Optuna, as sqlite:///sweep.db; None is a journal in the folder.
@@ -64,7 +64,7 @@ def run(
     """
     console = console or Console(quiet=True)
     options = {**options, **sweep.fixed}
-    base = load.resolve(options)
+    base = resolve(options)
     _check_data(base.data)
     limit = min((n for n in (trials, sweep.run_cap, sweep.grid_size) if n is not None), default=None)
     if limit is None:

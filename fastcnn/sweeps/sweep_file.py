@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from fastcnn.config import OPTIONS, load
+from fastcnn.config import OPTIONS, parse_yaml, read_yaml, resolve
 from fastcnn.errors import UsageError, nearest
 from fastcnn.sweeps.search_space import Choice, Goal, Hyperband, Normal, Parameter, Sweep, Uniform, round_to_multiple
 
@@ -33,8 +33,8 @@ def shipped() -> str:
 def read(path: Path | None) -> Sweep:
     """Return the sweep of a file; None reads the shipped one. Raises UsageError for whatever is wrong with it."""
     if path is None:
-        return parse(load.parse_yaml(shipped(), "sweep.yaml", MAX_DEPTH), "sweep.yaml")
-    return parse(load.read_yaml(path, MAX_DEPTH), str(path), default_name=path.stem)
+        return parse(parse_yaml(shipped(), "sweep.yaml", MAX_DEPTH), "sweep.yaml")
+    return parse(read_yaml(path, MAX_DEPTH), str(path), default_name=path.stem)
 
 
 def parse(text: Mapping[str, Any], file: str, default_name: str = "sweep") -> Sweep:
@@ -196,7 +196,7 @@ def _check_values(file: str, name: str, parameter: Parameter) -> None:
     values = parameter.values if isinstance(parameter, Choice) else (parameter.low, parameter.high)
     for value in values:
         try:
-            load.resolve({name: parameter.rounded(value) if isinstance(parameter, Uniform) else value})
+            resolve({name: parameter.rounded(value) if isinstance(parameter, Uniform) else value})
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
 

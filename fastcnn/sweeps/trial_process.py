@@ -229,7 +229,7 @@ def _run(job: Job, connection: Connection) -> Ending:
 
 
 def _train(job: Job, connection: Connection) -> None:
-    from fastcnn.config import load
+    from fastcnn.config import resolve
     from fastcnn.runs.fit import fit
     from fastcnn.runs.resume import is_finished, resumed_config
     from fastcnn.storage import checkpoint, run_folder
@@ -246,7 +246,7 @@ def _train(job: Job, connection: Connection) -> None:
         fit(resumed_config(folder, {}), resume=folder, trackers=[tracker])
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fit(load.resolve(split_cores(job.options, job.num_parallel)), run_dir=folder, trackers=[tracker])
+        fit(resolve(split_cores(job.options, job.num_parallel)), run_dir=folder, trackers=[tracker])
 
 
 class PipeTracker(Tracker):

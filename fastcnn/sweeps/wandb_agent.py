@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import load
+from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.runs.wandb_tracker import logged_in
 from fastcnn.sweeps.search_space import Sweep
@@ -29,7 +29,7 @@ def run(
 
     Args:
         sweep: the sweep file; begun on the server where there is no `sweep_id`.
-        options: options of every trial, as `config.load.resolve` takes them.
+        options: options of every trial, as `fastcnn.config.resolve` takes them.
         sweep_id: a sweep that was begun: ID, PROJECT/ID or ENTITY/PROJECT/ID.
         trials: number of trials that this agent runs; None is as many as the server asks for.
         folder: folder of the run folders, each named by its W&B id; None is `sweeps/` with the sweep's name.
@@ -41,7 +41,7 @@ def run(
 
     console = console or Console(quiet=True)
     folder = folder or SWEEPS / sweep.name
-    base = load.resolve(options)
+    base = resolve(options)
     if not logged_in(wandb.setup().settings):
         raise FastCNNError("--wandb: not logged in: run wandb login, or leave out --wandb to search with Optuna here")
     project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
@@ -80,7 +80,7 @@ def run(
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """Return the options in the file that W&B's agent writes for a run: a mapping of names to {value: ...}."""
-    given = load.read_yaml(path, 4)
+    given = read_yaml(path, 4)
     return {
         name: entry["value"]
         for name, entry in given.items()

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from fastcnn.cli import app as cli
-from fastcnn.config import load
+from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import DataError, FastCNNError, UsageError
 from fastcnn.runs.fit import fit
 from fastcnn.storage import checkpoint
@@ -107,7 +107,7 @@ def test_a_packed_trial_is_what_it_is_alone(
     packed: tuple[Path, list[TrialRecord]], number: int, tmp_path: Path
 ) -> None:
     run = packed[0] / packed[1][number].folder
-    alone = fit(load.resolve(load.read_yaml(run / "config.yaml")), run_dir=tmp_path / "alone").run_dir
+    alone = fit(resolve(read_yaml(run / "config.yaml")), run_dir=tmp_path / "alone").run_dir
     for name in ("last.pt", "best.pt"):
         here, there = (checkpoint.load(folder / name)["model"] for folder in (run, alone))
         assert all(torch.equal(here[key], there[key]) for key in here)
@@ -123,7 +123,7 @@ def test_what_a_sweep_leaves(packed: tuple[Path, list[TrialRecord]]) -> None:
     best = max((record for record in records if record.value is not None), key=lambda record: record.value or 0)
     assert (folder / "config.yaml").read_bytes() == (folder / best.folder / "config.yaml").read_bytes()
     assert (folder / "parallel_coordinates.png").read_bytes().startswith(b"\x89PNG")
-    values = load.read_yaml(folder / "config.yaml")
+    values = read_yaml(folder / "config.yaml")
     assert (values["threads"], values["loader"], values["wandb"]) == (1, "shared", "disabled")
 
 
@@ -297,7 +297,7 @@ def test_options_are_the_files_commands_then_the_given_ones(photos: Path, monkey
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(photos), "--trials=2", "--lr=0.01", "--image-size", "64", "--recipe", "strong"])
     assert taken["options"]["data"] == str(photos)
-    assert load.resolve(taken["options"]).epochs == 10, "the file's command says so, after the recipe"
+    assert resolve(taken["options"]).epochs == 10, "the file's command says so, after the recipe"
     assert (taken["options"]["lr"], taken["options"]["image_size"]) == ("0.01", "64")
     assert "lr" not in taken["plan"].parameters
     assert "dropout" in taken["plan"].parameters
@@ -332,7 +332,7 @@ def test_the_agents_command_lines_are_understood(capsys: pytest.CaptureFixture[s
         given = dict(word.removeprefix("--").split("=", 1) for word in line if word.startswith("--"))
         assert len(given) == 9
         assert {name: printed[name] for name in given} == {
-            name: value for name, value in load.resolve(given).to_dict().items() if name in given
+            name: value for name, value in resolve(given).to_dict().items() if name in given
         }
 
 
@@ -372,7 +372,7 @@ def test_as_an_agent(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert begun == [plan(project="mine").text, ("abc", "mine")]
     assert len(failed) == 1
     assert "loss" in failed[0]
-    values = load.read_yaml(Path("sweeps/small/run0/config.yaml"))
+    values = read_yaml(Path("sweeps/small/run0/config.yaml"))
     assert (values["lr"], values["filters"]) == (0.001, [4, 4, 4, 8, 8])
     assert Path("sweeps/small/run0/result.json").exists()
 
