@@ -23,7 +23,8 @@ for package in pytest pytest_benchmark triton nvidia.dali simplejpeg yaml click 
 done
 if "$python" -c 'import pytest' 2>/dev/null; then
   # The project's own settings make every warning an error; another torch than the pinned one may have its own.
-  "$python" -m pytest -q -m cuda -W default -p no:cacheprovider tests/test_{engines,train,loader,fused,ranks}.py \
+  "$python" -m pytest -q -m cuda -W default -p no:cacheprovider \
+    tests/{training/test_engines,runs/test_train,data/test_loader,network/test_fused,system/test_ranks}.py \
     | tee "$out/cuda_tests.txt" || { [ "${PIPESTATUS[0]}" -eq 5 ] || exit 1; }
 fi
 if "$python" -c 'import triton' 2>/dev/null; then
