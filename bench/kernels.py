@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -39,12 +40,12 @@ from torch.utils._pytree import tree_map_only
 from bench.harness.step_setup import make_step, random_feed
 from bench.report.tables import markdown
 from fastcnn.config import STRENGTHS
-from fastcnn.network import fused_forward
+from fastcnn.network.fused_forward import FusedForward
 from fastcnn.network.kernels import autotune
 from fastcnn.network.small_cnn import ACTIVATIONS
 from fastcnn.system.device import DTYPES
 from fastcnn.training import engines
-from fastcnn.training.step import TrainingStep
+from fastcnn.training.step import forward
 
 PRECISIONS = ["bf16", "fp16", "fp32"]
 FILTERS = [(32,) * 5, (64,) * 5, (32, 64, 128, 256, 512)]
@@ -88,7 +89,7 @@ def print_code(options: argparse.Namespace) -> int:
 
 def print_launches(precisions: Sequence[str], augment: Sequence[str]) -> int:
     """Print the launches of a step by engine and part; return 0."""
-    columns = [BLOCKS, *TrainingStep.PARTS]
+    columns = [BLOCKS, *engines.FUNCTIONS]
     print(markdown(["engine", "precision", *columns, "all"], []), end="")
     for precision, engine in itertools.product(precisions, ("fused", "fused+compiled")):
         found = count_launches(engine, precision, augment)
@@ -240,18 +241,18 @@ def count_launches(
     """Return the launches of a step of the reference network: the blocks', and those of each part beside them."""
     strengths = [(name, STRENGTHS[name][0]) for name in augment]  # type: ignore[index]
     step = make_step(random_feed(torch.device("cpu"), 2 * batch, size), (32,) * 5, batch, precision, strengths)
-    step.forward = fused_forward.FusedForward(step.forward)
     counting = Counting()
+    functions = dataclasses.replace(step.functions, forward=FusedForward(forward), reads_unread_batches=True)
     if engine == "fused+compiled":
-        engines.compile_parts(step, step.PARTS, counting.backend)
-    for name in step.PARTS:
-        setattr(step, name, counting.under(name, getattr(step, name)))
+        functions = engines.with_compiled(functions, backend=counting.backend)
+    counted: dict[str, Any] = {name: counting.under(name, getattr(functions, name)) for name in engines.FUNCTIONS}
+    functions = dataclasses.replace(functions, **counted)
     with pretended_gpu(), autotune.recording() as blocks:
-        step()  # compiles
+        step(functions)  # compiles
         counting.found.clear()
         blocks.clear()
         with counting:
-            step()
+            step(functions)
     torch._dynamo.reset()
     counting.found[BLOCKS] = len(blocks)
     return counting.found
@@ -284,7 +285,6 @@ class Counting(TorchDispatchMode):
                 self.part = "forward"
 
         compiled = hasattr(part, "_torchdynamo_orig_callable")
-        counted.takes_places = getattr(part, "takes_places", False)  # type: ignore[attr-defined]
         return counted
 
     def backend(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:

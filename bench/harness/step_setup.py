@@ -48,7 +48,7 @@ def make_step(
     model = SmallCNN(NUM_CLASSES, filters=filters, image_size=feed.images.shape[1]).to(device)
     parameters = FlatParameters(model, dtype)
     parameters.compute.train()
-    rates = torch.full((1_000_000,), 1e-4)
+    lr_schedule = torch.full((1_000_000,), 1e-4)
     size = feed.images.shape[1]
     step = TrainingStep(
         parameters,
@@ -56,7 +56,7 @@ def make_step(
         feed,
         Normalise(MEAN, STD, size, dtype, device),
         batch_size=batch,
-        rates=rates,
+        lr_schedule=lr_schedule,
         augment=Augment(augmentations, size),
         ranks=ranks,
     )

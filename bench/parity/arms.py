@@ -166,12 +166,12 @@ def fast(experiment: Experiment, seed: int, **options: Any) -> Found:
     with tempfile.TemporaryDirectory(prefix="fastcnn-parity-") as folder:
         run = fit(config, run_dir=Path(folder) / "run")
         state = checkpoint.load(run.run_dir / "last.pt")
-    labels, guesses, wrong = judged(state, dict((*experiment.train, *experiment.held_out)))
+    labels, predictions, wrong = judged(state, dict((*experiment.train, *experiment.held_out)))
     losses = [row["val/loss"] for row in run.metrics[:-1]]
     return {
-        "accuracy": float((guesses.argmax(1) == labels).float().mean()),
+        "accuracy": float((predictions.argmax(1) == labels).float().mean()),
         "train_losses": [row["train/loss"] for row in run.metrics],
-        "held_out_losses": [*losses, float(F.nll_loss(guesses.clamp(min=1e-12).log(), labels))],
+        "held_out_losses": [*losses, float(F.nll_loss(predictions.clamp(min=1e-12).log(), labels))],
         "wrong_labels": wrong,
         "seconds": time.perf_counter() - start,
         "settings": {name: run.summary[name] for name in ("engine", "precision", "decoder", "loader")},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.network.pixels import Normalise, Places
+from fastcnn.network.pixels import Normalise, UnreadBatch
 from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
 from fastcnn.network.sync_layers import SyncBatchNorm
 
@@ -64,14 +64,11 @@ def _refusal(block: Block, side: int) -> str:
 class FusedForward:
     """A forward of `training.step`'s kind with the network's blocks fused; it takes photos where they lie, too."""
 
-    takes_places = True
-    """Whether photos may come as `Places`, unread."""
-
     def __init__(self, plain: Forward) -> None:
         self.plain = plain
 
     def __call__(
-        self, model: SmallCNN, normalise: Normalise, images: Tensor | Places, *rest: Any
+        self, model: SmallCNN, normalise: Normalise, images: Tensor | UnreadBatch, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         """Return what the plain forward does."""
         return self.plain(functools.partial(logits, model, normalise), _as_it_is, images, *rest)
@@ -81,7 +78,7 @@ def _as_it_is(images: Any) -> Any:
     return images
 
 
-def logits(model: SmallCNN, normalise: Normalise, images: Tensor | Places) -> Tensor:
+def logits(model: SmallCNN, normalise: Normalise, images: Tensor | UnreadBatch) -> Tensor:
     """Return (N, num_classes) of uint8 photos (N, H, W, 3), or of where they lie.
 
     A block's batch norm is applied by the block after it while it loads. `x` is therefore what was pooled, not yet
@@ -117,7 +114,7 @@ def _fused(
     moments: Tensor | None,
     due: BatchNorm | None,
     normalise: Normalise,
-    images: Tensor | Places,
+    images: Tensor | UnreadBatch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what a block has pooled, its moments and unbiased variances."""
     from fastcnn.network.kernels import block_operators as fused
@@ -126,7 +123,7 @@ def _fused(
     own = block.name, isinstance(norm, BatchNorm) and block.training, norm.eps if isinstance(norm, BatchNorm) else 0.0
     weights = block.conv.weight, block.conv.bias
     if x is None:
-        places = images if isinstance(images, Places) else Places(images, None, None)
+        places = images if isinstance(images, UnreadBatch) else UnreadBatch(images, None, None)
         made = fused.first_block(*places, normalise.colours, *weights, *own)
     else:
         scale = (None, None) if due is None else (due.weight, due.bias)
@@ -164,5 +161,5 @@ def _(running: list[Tensor], batch: list[Tensor], share: float) -> None:
     pass
 
 
-def _read(images: Tensor | Places) -> Tensor:
-    return images.read() if isinstance(images, Places) else images
+def _read(images: Tensor | UnreadBatch) -> Tensor:
+    return images.read() if isinstance(images, UnreadBatch) else images

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Places(NamedTuple):
+class UnreadBatch(NamedTuple):
     """A batch that was not read yet: where its photos lie."""
 
     images: Tensor

@@ -179,7 +179,7 @@ def _make_step(
         feed,
         Normalise(config.mean, config.std, config.image_size, dtype, feed.images.device),
         batch_size=config.batch_size,
-        rates=schedule(
+        lr_schedule=schedule(
             config.schedule,
             lr,
             num_steps,

@@ -78,7 +78,7 @@ def raise_if_loss_not_finite(
                 raise FastCNNError(f"no step of epoch {epoch} had a finite loss: {_REMEDY}{_last_good(run_dir)}")
             warn(f"skipped {skipped:,} of {steps_done:,} steps of epoch {epoch}: their loss is not a finite number")
         return
-    failed = int(step.number) - skipped  # the first: every step from it on counts as skipped
+    failed = int(step.step_count) - skipped  # the first: every step from it on counts as skipped
     batch = slice((failed % step.num_steps) * step.batch_size, (failed % step.num_steps + 1) * step.batch_size)
     order = shuffled(len(step.feed), (state.config.seed, epoch), state.sampling_weights)
     names = [data.index.paths[photo] for photo in data.photos("train")[order[batch]]]
@@ -87,7 +87,7 @@ def raise_if_loss_not_finite(
     more = f" and {len(names) - 3} more ({run_dir / 'not_finite.csv'})" if len(names) > 3 else ""
     raise FastCNNError(
         f"the loss of step {failed + 1} (epoch {epoch}) is not a finite number, at learning rate "
-        f"{float(step.rates[failed]):g} and with {', '.join(map(printable, names[:3]))}{more}; "
+        f"{float(step.lr_schedule[failed]):g} and with {', '.join(map(printable, names[:3]))}{more}; "
         f"no later step changed the weights; {_REMEDY}, or --on-nan skip{_last_good(run_dir)}"
     )
 

@@ -84,7 +84,7 @@ def _evaluate_best(state: RunState, feed: Feed) -> Evaluation:
 def _summarize(training: Training, watch: Stopwatch, test: Evaluation | None) -> dict[str, Any]:
     """Return the content of result.json but for exports and trackers."""
     state, data, config = training.state, training.data, training.state.config
-    device, steady = state.step.number.device, state.rows[1:] or state.rows
+    device, steady = state.step.step_count.device, state.rows[1:] or state.rows
     return {
         "finished": False,  # until everything is written
         "engine": config.engine,

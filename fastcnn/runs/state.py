@@ -99,13 +99,13 @@ class RunState:
             "loss_scale": step.loss_scale.state_dict() if step.loss_scale else {},
             "epoch": self.epoch,
             "cursor": int(step.feed.cursor),
-            "step": int(step.number),
+            "step": int(step.step_count),
             "skipped": int(step.skipped),
             "sums": sums,
             "best": self.best,
             "rows": self.rows,
             "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state() if step.number.is_cuda else None,
+            "device_rng": torch.cuda.get_rng_state() if step.step_count.is_cuda else None,
         }
         checkpoint.save(self.run_dir / name, fields)
 
@@ -129,8 +129,8 @@ class RunState:
         position = saved["cursor"] % (step.num_steps * step.batch_size)
         if not epoch == saved["epoch"] == len(rows) or position != steps_done * step.batch_size:
             raise ValueError(f"{saved['step']} steps, {saved['epoch']} epochs and {len(rows)} rows of figures")
-        if saved["step"] > len(step.rates):
-            raise ValueError(f"{saved['step']} steps of {len(step.rates)}")
+        if saved["step"] > len(step.lr_schedule):
+            raise ValueError(f"{saved['step']} steps of {len(step.lr_schedule)}")
         self.model.load_state_dict(saved["model"])
         step.parameters.refresh()
         values = {**saved["optimizer"], **saved["loss_scale"], "average": saved["average"]}
@@ -141,12 +141,12 @@ class RunState:
                 if tensor is not None and values.get(key) is not None:
                     _copy(key, tensor, values[key])
             _copy("sums", step.sums.values, saved["sums"] if self.ranks.first else torch.zeros_like(saved["sums"]))
-        step.number.fill_(saved["step"])
+        step.step_count.fill_(saved["step"])
         step.skipped.fill_(saved["skipped"])
         step.feed.cursor.fill_(saved["cursor"])
         self.epoch, self.rows, self.best = saved["epoch"], rows, dict(saved["best"])
         torch.set_rng_state(saved["rng"].cpu())
-        if step.number.is_cuda and saved["device_rng"] is not None:
+        if step.step_count.is_cuda and saved["device_rng"] is not None:
             torch.cuda.set_rng_state(saved["device_rng"].cpu())
 
 

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.network.pixels import Places
+from fastcnn.network.pixels import UnreadBatch
 
 
 class Batch(NamedTuple):
     """Photos and what they are labelled with."""
 
-    images: Tensor | Places
+    images: Tensor | UnreadBatch
     """(N, size, size, 3) uint8, or where they lie, for what reads them itself."""
     labels: Tensor
     """(N,) int64."""
@@ -196,7 +196,7 @@ class Augment:
         for kind, strength in self.geometry:
             kind.apply(view, next(numbers), strength)
         if self.whole_pixels and view.side == self.size:
-            found = Places(images, photos, _moves(view) if self.geometry else None)
+            found = UnreadBatch(images, photos, _moves(view) if self.geometry else None)
             if places and not self.pixels and not self.mixes:
                 return Batch(found, labels)
             batch = found.read()

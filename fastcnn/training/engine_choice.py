@@ -18,8 +18,6 @@ from fastcnn.training.engines import (
     NoEngine,
     Step,
     build,
-    parts,
-    put_back,
     time_step,
 )
 
@@ -48,27 +46,23 @@ def choose(
     seconds = slowest(time_step(engine, step))
     if name == "eager":
         return engine, name, "nothing can be captured here"
-    best, plain, reasons = seconds, parts(step), [f"{seconds * 1e6:,.0f} us a step when captured"]
+    best, reasons = seconds, [f"{seconds * 1e6:,.0f} us a step when captured"]
     for other, prior in PRIOR.items():
         found = _history().get(signature, {}).get(other, {})
         worth, why = worth_building(other, num_steps, best, {**prior, **found}, seconds)
         reasons.append(why)
         if not slowest(worth):
             continue
-        before, start = parts(step), time.perf_counter()
-        put_back(step, plain)
+        start = time.perf_counter()
         try:
             candidate = ENGINES[other](step)
         except NoEngine as error:
             reasons.append(f"no {other} here: {error}")
-            put_back(step, before)
             continue
         cost, its_seconds = slowest(time.perf_counter() - start), slowest(time_step(candidate, step))
         _remember(signature, other, {"build_seconds": cost, "saving": 1 - its_seconds / seconds})
         if its_seconds < best:
             engine, name, best = candidate, other, its_seconds
-        else:
-            put_back(step, before)
     return engine, name, "; ".join(reasons)
 
 

@@ -1,12 +1,14 @@
 """How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or mixed.
 
-An engine takes a step, a function without arguments whose tensors stand in `step.state()`, and runs it a number of
-times. Making one runs the step a few times and puts everything back as it was.
+An engine is a builder of a step's functions and a way to run them. It takes a step, whose tensors stand in
+`step.state()`, builds its functions from the plain ones and runs the step by them a number of times. Making one runs
+the step a few times and puts everything back as it was; the step itself is never changed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,38 +18,37 @@ import torch
 from torch import Tensor
 
 from fastcnn.errors import fall_back, first_line
-from fastcnn.network import fused_forward as fusing
+from fastcnn.network.fused_forward import FusedForward, refusals, unavailable
 from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.training.step import StepFunctions
 
+FUNCTIONS = ("read", "forward", "collect", "update")  # of StepFunctions, in turn
 REHEARSALS = 3  # cudnn tries its algorithms, the compiler compiles, allocators fill: all before a capture
 
 
 class Step(Protocol):
-    """What an engine runs."""
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    """The part that has a backward."""
+    """Step that an engine runs: training or evaluation."""
 
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
 
     @property
-    def PARTS(self) -> Sequence[str]:  # noqa: N802
-        """Attributes, `forward` among them, that a compiler takes as one graph each."""
+    def functions(self) -> StepFunctions:
+        """The plain functions, uncompiled and unfused."""
 
     @property
     def network(self) -> SmallCNN:
-        """What computes, in the type that it computes in."""
+        """Network that computes, in the type that it computes in."""
 
-    def __call__(self) -> None:
-        """Do one step."""
+    def __call__(self, functions: StepFunctions | None = None) -> None:
+        """Do one step, by these functions or the plain ones."""
 
     def state(self) -> list[Tensor]:
         """Return every tensor that outlives a call and is changed by it."""
 
 
 class Engine(Protocol):
-    """Runs a step."""
+    """Runs a step by functions of its own."""
 
     def run(self, num_steps: int) -> None:
         """Run the step `num_steps` times."""
@@ -58,53 +59,54 @@ class NoEngine(Exception):
 
 
 class Eager:
-    """The step as it is."""
+    """The step called again and again, by its plain functions or others."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, functions: StepFunctions | None = None) -> None:
+        self.step, self.functions = step, functions or step.functions
 
     def run(self, num_steps: int) -> None:
         """Run the step `num_steps` times."""
         for _ in range(num_steps):
-            self.step()
+            self.step(self.functions)
 
 
-Capture = Callable[[Step, int], Callable[[], None]]
-"""(step, k) -> what does k steps in one call."""
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Some steps -> a call that replays them."""
 
 
-def cuda_graph(step: Step, num_steps: int) -> Callable[[], None]:
-    """Return the replay of a CUDA graph of `num_steps` steps. Capturing runs nothing."""
+def cuda_graph(steps: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of some steps. Capturing runs nothing."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: another thread's CUDA calls (pinning memory, say) neither break the capture nor get into it.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(num_steps):
-            step()
+        steps()
     return graph.replay
 
 
-def direct_call(step: Step, num_steps: int) -> Callable[[], None]:
-    """Return what runs the steps themselves: stands in for `cuda_graph` where a test has no GPU."""
-
-    def replay() -> None:
-        for _ in range(num_steps):
-            step()
-
-    return replay
+def direct_call(steps: Callable[[], None]) -> Callable[[], None]:
+    """Return the steps themselves: stands in for `cuda_graph` where a test has no GPU."""
+    return steps
 
 
 class Graphed:
     """The step captured whole and replayed; `steps_per_replay` of them in one graph, one by one what is left over."""
 
-    def __init__(self, step: Step, capture: Capture = cuda_graph, steps_per_replay: int = 1) -> None:
+    def __init__(
+        self,
+        step: Step,
+        functions: StepFunctions | None = None,
+        *,
+        capture: Capture = cuda_graph,
+        steps_per_replay: int = 1,
+    ) -> None:
         self.steps_per_replay = steps_per_replay
+        eager = Eager(step, functions)
         with rehearsal(step):
-            for _ in range(min(REHEARSALS, step.num_steps)):
-                step()
+            eager.run(min(REHEARSALS, step.num_steps))
         # A capture runs nothing, but one that breaks off may leave the RNG and the cursor where they were not.
         with rehearsal(step):
-            self.replay = capture(step, 1)
-            self.replay_many = capture(step, steps_per_replay) if steps_per_replay > 1 else self.replay
+            self.replay = capture(lambda: eager.run(1))
+            self.replay_many = capture(lambda: eager.run(steps_per_replay)) if steps_per_replay > 1 else self.replay
 
     def run(self, num_steps: int) -> None:
         """Replay `num_steps` steps. Queues them: nothing waits for the GPU."""
@@ -151,108 +153,89 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def compiled(step: Step) -> Eager:
-    """Return the step with its forward, loss and backward compiled as one graph of fixed shapes."""
-    return _changed(step, lambda: compile_parts(step, ("forward",)))
-
-
-def graphed(step: Step, steps_per_replay: int = 1) -> Graphed:
+def graphed(step: Step, functions: StepFunctions | None = None, steps_per_replay: int = 1) -> Graphed:
     """Return the step captured in a CUDA graph. Raises NoEngine without a GPU, or where the capture is refused."""
     if step.state()[0].device.type != "cuda":
         raise NoEngine("CUDA graphs need an NVIDIA GPU")
     try:
-        return Graphed(step, steps_per_replay=steps_per_replay)
+        return Graphed(step, functions, steps_per_replay=steps_per_replay)
     except RuntimeError as error:  # out of memory is one of them
         gc.collect()
         torch.cuda.empty_cache()
         raise NoEngine(first_line(error)) from None
 
 
-def fused(step: Step) -> Eager:
-    """Return the step with the network's blocks fused. Raises NoEngine where none can be, or not on this device."""
-    return _changed(step, lambda: _fuse(step))
-
-
-def fused_and_compiled(step: Step) -> Eager:
-    """Return the step with the network's blocks fused and all that is around them compiled, a graph a part."""
-
-    def change() -> None:
-        _fuse(step)
-        compile_parts(step, step.PARTS)
-
-    return _changed(step, change)
-
-
-def compile_parts(step: Step, names: Sequence[str], backend: Any = "inductor") -> None:
-    """Put the compiled forms of some of a step's parts in their places, each one graph of fixed shapes."""
+def with_compiled(
+    functions: StepFunctions, names: Sequence[str] = FUNCTIONS, backend: Any = "inductor"
+) -> StepFunctions:
+    """Return StepFunctions of which those named are compiled, each as one graph of fixed shapes."""
     import torch._dynamo  # a second: not for every start
 
-    # A process may compile a part for more steps than the 8 that dynamo takes for a change without an end.
+    # A process may compile a function for more steps than the 8 that dynamo takes for a change without an end.
     torch._dynamo.config.recompile_limit = 64
+    made: dict[str, Any] = {}
     for name in names:
-        plain = getattr(step, name)
-        made = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
-        made.takes_places = getattr(plain, "takes_places", False)  # type: ignore[attr-defined]
-        setattr(step, name, made)
+        if plain := getattr(functions, name):
+            made[name] = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+    return dataclasses.replace(functions, **made)
 
 
-def captured(change: Callable[[Step], Engine]) -> Callable[[Step], Graphed]:
-    """Return the engine that captures what another has changed in a CUDA graph."""
+def with_fused_blocks(functions: StepFunctions, step: Step) -> StepFunctions:
+    """Return StepFunctions whose forward runs the network's blocks by fused kernels.
 
-    def engine(step: Step) -> Graphed:
-        own = parts(step)
-        change(step)
+    Raises NoEngine where no block can be fused, or none on this device.
+    """
+    reason = unavailable(step.state()[0].device)
+    found = refusals(step.network)
+    if reason or all(found):
+        raise NoEngine(reason or f"block 1: {found[0]}")
+    return dataclasses.replace(functions, forward=FusedForward(functions.forward), reads_unread_batches=True)
+
+
+def compiled(step: Step) -> StepFunctions:
+    """Return a step's functions with forward, loss and backward compiled as one graph."""
+    return with_compiled(step.functions, ["forward"])
+
+
+def fused(step: Step) -> StepFunctions:
+    """Return a step's functions with the network's blocks fused."""
+    return with_fused_blocks(step.functions, step)
+
+
+def fused_and_compiled(step: Step) -> StepFunctions:
+    """Return a step's functions with the network's blocks fused and all that is around them compiled."""
+    return with_compiled(fused(step))
+
+
+def engine(
+    build_functions: Callable[[Step], StepFunctions], run: Callable[[Step, StepFunctions], Engine] = Eager
+) -> Callable[[Step], Engine]:
+    """Return a maker of engines: functions built and tried out once, then run eagerly or captured.
+
+    The maker raises NoEngine where that fails, and changes nothing of the step.
+    """
+
+    def make(step: Step) -> Engine:
         try:
-            return graphed(step)
-        except NoEngine:
-            put_back(step, own)
-            raise
+            functions = build_functions(step)
+            with rehearsal(step):
+                step(functions)
+        except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
+            raise NoEngine(first_line(error)) from None
+        return run(step, functions)
 
-    return engine
-
-
-def parts(step: Step) -> dict[str, Any]:
-    """Return what was put into a step's parts, for `put_back`; a method of its own is none."""
-    return {name: vars(step)[name] for name in step.PARTS if name in vars(step)}
-
-
-def put_back(step: Step, own: dict[str, Any]) -> None:
-    """Make a step's parts what they were."""
-    for name in step.PARTS:
-        vars(step).pop(name, None)
-    vars(step).update(own)
-
-
-def _changed(step: Step, change: Callable[[], None]) -> Eager:
-    """Return the step with its parts changed, once it has run so. Raises NoEngine, and all is as it was, else."""
-    own = parts(step)
-    try:
-        change()
-        with rehearsal(step):
-            step()
-    except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
-        put_back(step, own)
-        raise NoEngine(first_line(error)) from None
-    return Eager(step)
-
-
-def _fuse(step: Step) -> None:
-    reason = fusing.unavailable(step.state()[0].device)
-    refusals = fusing.refusals(step.network)
-    if reason or all(refusals):
-        raise NoEngine(reason or f"block 1: {refusals[0]}")
-    step.forward = fusing.FusedForward(step.forward)
+    return make
 
 
 ENGINES: dict[str, Callable[[Step], Engine]] = {
     "eager": Eager,
-    "compiled": compiled,
-    "fused": fused,
-    "fused+compiled": fused_and_compiled,
+    "compiled": engine(compiled),
+    "fused": engine(fused),
+    "fused+compiled": engine(fused_and_compiled),
     "graphed": graphed,
-    "compiled+graphed": captured(compiled),
-    "fused+graphed": captured(fused),
-    "fused+compiled+graphed": captured(fused_and_compiled),
+    "compiled+graphed": engine(compiled, graphed),
+    "fused+graphed": engine(fused, graphed),
+    "fused+compiled+graphed": engine(fused_and_compiled, graphed),
 }
 
 NEXT_BEST = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training.engines import Eager, Engine, Step
 from fastcnn.training.metrics import Score, Sums
-from fastcnn.training.step import forward
+from fastcnn.training.step import StepFunctions, forward
 
 BATCH_SIZE = 128
 
@@ -39,8 +40,6 @@ class EvaluationStep:
     `num_classes`, the width of the network's output, every photo's probabilities are kept too.
     """
 
-    PARTS = ("forward",)
-
     def __init__(
         self,
         model: SmallCNN,
@@ -57,27 +56,32 @@ class EvaluationStep:
         self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last takes the repeats
         self.probabilities = torch.zeros(count + 1, num_classes, device=device)
         self.sums = Sums(device)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = _forward_logits if num_classes else forward
 
-    def __call__(self) -> None:
-        """Score the batch at the feed's cursor and move the cursor behind it."""
+    @property
+    def functions(self) -> StepFunctions:
+        """The plain functions, uncompiled and unfused."""
+        return StepFunctions(forward=_forward_logits if self.probabilities.size(1) else forward)
+
+    def __call__(self, functions: StepFunctions | None = None) -> None:
+        """Score the batch at the feed's cursor, by an engine's functions or the plain ones; move the cursor on."""
+        functions = functions or self.functions
         feed, count = self.feed, len(self.feed)
         places = feed.cursor + self.offsets
         photos = feed.permutation.index_select(0, places.clamp(max=count - 1))
         labels = feed.labels.index_select(0, photos)
         with torch.no_grad():
             images = resized(feed.images.index_select(0, photos), self.normalise.image_size)
-            losses, guesses = self.forward(self.model, self.normalise, images, labels)
+            losses, predictions = functions.forward(self.model, self.normalise, images, labels)
             if self.probabilities.size(1):
-                self.probabilities.index_copy_(0, places.clamp(max=count), guesses.softmax(1).float())
-                guesses = guesses.argmax(1)
-        self.sums.add(losses, guesses == labels, places < count)
-        self.predicted.index_copy_(0, places.clamp(max=count), guesses)
+                self.probabilities.index_copy_(0, places.clamp(max=count), predictions.softmax(1).float())
+                predictions = predictions.argmax(1)
+        self.sums.add(losses, predictions == labels, places < count)
+        self.predicted.index_copy_(0, places.clamp(max=count), predictions)
         feed.cursor.add_(self.batch_size)
 
     @property
     def network(self) -> SmallCNN:
-        """What computes."""
+        """Network that computes."""
         return self.model
 
     def state(self) -> list[Tensor]:
@@ -101,14 +105,14 @@ class Evaluator:
         ranks: Ranks = ALONE,
     ) -> None:
         self.step, self.ranks = EvaluationStep(model, feed, normalise, num_classes=num_classes), ranks
-        with _evaluating(model):
+        with evaluation_mode(model):
             self.engine = engine(self.step) if len(feed) else Eager(self.step)
 
     def __call__(self) -> Evaluation:
         """Return the model's score on all photos of the feed."""
         step = self.step
         step.sums.reset()
-        with _evaluating(step.model), step.feed.start_in_order() as feed:
+        with evaluation_mode(step.model), step.feed.start_in_order() as feed:
             feed.drive(self.engine.run, step.num_steps)
         self.ranks.sum_(step.sums.values)
         score = step.sums.read()
@@ -125,14 +129,12 @@ def _forward_logits(model: SmallCNN, normalise: Normalise, images: Tensor, label
     return F.cross_entropy(logits, labels, reduction="none"), logits
 
 
-class _evaluating:  # noqa: N801  (read as a function)
+@contextlib.contextmanager
+def evaluation_mode(model: SmallCNN) -> Iterator[None]:
     """Put a model into evaluation mode for a while."""
-
-    def __init__(self, model: SmallCNN) -> None:
-        self.model, self.was_training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self.model.train(self.was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -33,11 +33,11 @@ class FlatParameters:
         self.gradient, self.loss = self.reduced[:-1], self.reduced[-1]
         for (_, p), piece in zip(named, torch.split(self.values, self._sizes), strict=True):
             p.data = torch.as_strided(piece, p.shape, p.stride(), piece.storage_offset())
-        self.low = None if dtype == self.values.dtype else self.values.to(dtype)
-        self.compute = model if self.low is None else self._twin(self.low)
+        self.values_16bit = None if dtype == self.values.dtype else self.values.to(dtype)
+        self.compute = model if self.values_16bit is None else self._copy_16bit(self.values_16bit)
         self.inputs = [p for _, p in ordered(self.compute)]
         """What the loss is differentiated by, in the buffer's order."""
-        self._num_low = sum(p.dtype != self.values.dtype for p in self.inputs)
+        self._num_16bit = sum(p.dtype != self.values.dtype for p in self.inputs)
 
     def set_gradients(self, gradients: Sequence[Tensor], loss: Tensor | None = None) -> None:
         """Copy a gradient a parameter, in the order of `inputs`, into the flat gradient, and a loss () behind it.
@@ -45,10 +45,10 @@ class FlatParameters:
         One `cat` for each type: of mixed types a GPU would copy tensor by tensor.
         """
         pieces = [_in_memory_order(g.to(memory_format=torch.channels_last) if g.dim() == 4 else g) for g in gradients]
-        split = sum(self._sizes[: self._num_low])
-        if self._num_low:
-            self.gradient[:split].copy_(torch.cat(pieces[: self._num_low]))
-        rest = pieces[self._num_low :] + ([] if loss is None else [loss.view(1)])
+        split = sum(self._sizes[: self._num_16bit])
+        if self._num_16bit:
+            self.gradient[:split].copy_(torch.cat(pieces[: self._num_16bit]))
+        rest = pieces[self._num_16bit :] + ([] if loss is None else [loss.view(1)])
         if rest:
             torch.cat(rest, out=self.reduced[split:] if loss is not None else self.gradient[split:])
 
@@ -60,8 +60,8 @@ class FlatParameters:
 
     def refresh(self) -> None:
         """Bring `compute` up to date after the values have changed."""
-        if self.low is not None:
-            self.low.copy_(self.values)
+        if self.values_16bit is not None:
+            self.values_16bit.copy_(self.values)
 
     @contextmanager
     def holding(self, values: Tensor) -> Iterator[None]:
@@ -75,9 +75,9 @@ class FlatParameters:
             self.values.copy_(own)
             self.refresh()
 
-    def _twin(self, low: Tensor) -> SmallCNN:
+    def _copy_16bit(self, values: Tensor) -> SmallCNN:
         twin = copy.deepcopy(self.model)
-        for (name, p), piece in zip(ordered(twin), torch.split(low, self._sizes), strict=True):
+        for (name, p), piece in zip(ordered(twin), torch.split(values, self._sizes), strict=True):
             owner, _, attribute = name.rpartition(".")
             if isinstance(twin.get_submodule(owner), BatchNorm):
                 shared = self.model.get_parameter(name)

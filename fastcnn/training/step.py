@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +37,32 @@ def forward(
     return losses, logits.detach().argmax(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepFunctions:
+    """Functions that a step calls in turn, each one graph of fixed shapes to a compiler.
+
+    A step offers its plain ones; an engine builds its own from them and gives them to each call of the step.
+    """
+
+    read: Callable[[bool], tuple[Batch, Tensor]] | None = None
+    """reads_unread_batches -> batch and targets; None where the step reads it itself."""
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """The one with a backward: see `forward`."""
+    collect: Callable[[Sequence[Tensor], Tensor], None] | None = None
+    """Gradients and losses (N,) into the flat buffer; None where nothing is trained."""
+    update: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], None] | None = None
+    """Losses, predictions and labels (N,), and buffers before the batch: updates weights and sums."""
+    reads_unread_batches: bool = False
+    """Whether `forward` takes an `UnreadBatch` for images."""
+
+
 class TrainingStep:
     """One optimizer step over a Feed. Calling it does no host work and returns nothing: results are in `sums`.
 
     Every tensor that it reads or writes between calls is allocated once and listed by `state`: a captured step is
     replayed without arguments.
 
-    It is `PARTS` in turn, each one graph of fixed shapes to a compiler. Between `collect` and `update` the ranks add
-    their gradients.
+    It calls its `StepFunctions` in turn. Between `collect` and `update` the ranks add their gradients.
 
     Args:
         parameters: the network's.
@@ -51,7 +70,7 @@ class TrainingStep:
         feed: the photos.
         normalise: pixels to input; its dtype is the arithmetic's.
         batch_size: photos a step, on all ranks together.
-        rates: (T,) learning rate of each step of the run.
+        lr_schedule: (T,) learning rate of each step of the run.
         augment: reads a batch and changes it; None reads it as it is.
         label_smoothing: share of each label that is spread over all classes.
         class_weights: (num_classes,) what the classes' losses count for, on average 1; None is 1 for all.
@@ -62,9 +81,6 @@ class TrainingStep:
         ranks: the processes that take a step together, each its share of the batch.
     """
 
-    PARTS = ("read", "forward", "collect", "update")
-    """Attributes that an engine may put something compiled into."""
-
     def __init__(
         self,
         parameters: FlatParameters,
@@ -73,7 +89,7 @@ class TrainingStep:
         normalise: Normalise,
         *,
         batch_size: int,
-        rates: Tensor,
+        lr_schedule: Tensor,
         augment: Augment | None = None,
         label_smoothing: float = 0.0,
         class_weights: Tensor | None = None,
@@ -90,7 +106,7 @@ class TrainingStep:
         self.augment = augment or Augment((), feed.images.shape[1])
         wide = torch.promote_types(normalise.dtype, torch.float32)
         self.class_weights = None if class_weights is None else class_weights.to(device, wide)
-        self.rates = rates.to(device)
+        self.lr_schedule = lr_schedule.to(device)
         self.average_weights = None if average is None else average.to(parameters.values)
         self.average = None if average is None else parameters.values.clone()
         self.loss_scale = LossScale(device) if normalise.dtype == torch.float16 else None
@@ -103,10 +119,9 @@ class TrainingStep:
         self.shares = torch.full((share,), 1 / batch_size, dtype=wide, device=device)  # of each loss in the mean
         self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # of each place in the epoch's order
         self.one_hot = torch.eye(parameters.model.output.out_features, dtype=wide, device=device)
-        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
+        self.step_count = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
         # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
         self.skipped = torch.zeros((), device=device)
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = forward
 
     def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: SamplingWeights | None = None) -> Feed:
         """Return the feed at an epoch's beginning, or `done` steps from it: see `Feed.start_epoch`."""
@@ -114,33 +129,42 @@ class TrainingStep:
             self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
         return self.feed.start_epoch(seed, epoch, done * self.batch_size, chances)
 
-    def __call__(self) -> None:
-        """Train on the batch at the feed's cursor and move the cursor behind it."""
+    @property
+    def functions(self) -> StepFunctions:
+        """The plain functions, uncompiled and unfused."""
+        return StepFunctions(read=self.read, forward=forward, collect=self.collect, update=self.update)
+
+    def __call__(self, functions: StepFunctions | None = None) -> None:
+        """Train on the batch at the feed's cursor, by an engine's functions or the plain ones; move the cursor on."""
+        functions = functions or self.functions
+        assert functions.read
+        assert functions.collect
+        assert functions.update
         compute = self.parameters.compute
-        batch, targets = self.read(getattr(self.forward, "takes_places", False))
+        batch, targets = functions.read(functions.reads_unread_batches)
         buffers = [buffer.clone() for buffer in compute.buffers()] if self.skip_nan else []
-        losses, guesses = self.forward(
+        losses, predictions = functions.forward(
             compute, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
         )
         # By their shares: their mean, differentiated, would be two kernels more, in fp16 three.
         shares = self.shares if self.loss_scale is None else self.shares * self.loss_scale.scale
-        self.collect(torch.autograd.grad(losses, self.parameters.inputs, shares), losses.detach())
+        functions.collect(torch.autograd.grad(losses, self.parameters.inputs, shares), losses.detach())
         self.ranks.sum_(self.parameters.reduced)
-        self.update(losses.detach(), guesses, batch.labels, buffers)
+        functions.update(losses.detach(), predictions, batch.labels, buffers)
 
-    def read(self, places: bool) -> tuple[Batch, Tensor]:
-        """Return the batch at the feed's cursor and its targets; with `places` photos may stay unread."""
+    def read(self, unread: bool) -> tuple[Batch, Tensor]:
+        """Return the batch at the feed's cursor and its targets; with `unread` the images may be an `UnreadBatch`."""
         feed = self.feed
         order = feed.cursor + self.offsets
         photos, draws = feed.permutation.index_select(0, order), self.draws.index_select(1, order)
-        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws, places)
+        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws, unread)
         return batch, self._targets(batch)
 
     def collect(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
         """Put the gradients into the flat one, and behind it, for the ranks to add, the sum of the losses."""
         self.parameters.set_gradients(gradients, losses.sum() if self.ranks.joined else None)
 
-    def update(self, losses: Tensor, guesses: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
+    def update(self, losses: Tensor, predictions: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
         """Update the weights by the flat gradient, add to the sums, and move on.
 
         buffers: the network's as they were before the batch, where a step may be left out because of its loss.
@@ -151,13 +175,13 @@ class TrainingStep:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
             for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
                 buffer.copy_(torch.where(skip > 0, before, buffer))  # else batch norms never recover
-        self.sums.add(losses, guesses == labels, weights)
+        self.sums.add(losses, predictions == labels, weights)
         self.feed.cursor.add_(self.batch_size)
-        self.number.add_(1)
+        self.step_count.add_(1)
 
     @property
     def network(self) -> SmallCNN:
-        """What computes."""
+        """Network that computes, in the type that it computes in."""
         return self.parameters.compute
 
     def state(self) -> list[Tensor]:
@@ -166,13 +190,13 @@ class TrainingStep:
         tensors = [
             parameters.values,
             parameters.reduced,
-            parameters.low,
+            parameters.values_16bit,
             *parameters.model.buffers(),
             *optimizer.state_dict().values(),
             *(self.loss_scale.state_dict().values() if self.loss_scale else ()),
             self.average,
             self.feed.cursor,
-            self.number,
+            self.step_count,
             self.skipped,
             self.sums.values,
         ]
@@ -201,9 +225,9 @@ class TrainingStep:
             skip = torch.maximum(skip, overflow)
         if self.clip_norm is not None:
             gradient.mul_((self.clip_norm / (gradient.norm() + 1e-6)).clamp(max=1))
-        optimizer.lr.copy_(self.rates.index_select(0, self.number).squeeze(0))
+        optimizer.lr.copy_(self.lr_schedule.index_select(0, self.step_count).squeeze(0))
         optimizer.step(skip)
         parameters.refresh()
         if self.average is not None and self.average_weights is not None:
-            self.average.lerp_(parameters.values, self.average_weights.index_select(0, self.number))
+            self.average.lerp_(parameters.values, self.average_weights.index_select(0, self.step_count))
         return left_out

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.network import fused_forward as fusing
-from fastcnn.network.pixels import Normalise, Places
+from fastcnn.network.pixels import Normalise, UnreadBatch
 from fastcnn.network.small_cnn import ACTIVATIONS, MONOTONE
 from fastcnn.training import engines
 from fastcnn.training.engines import NoEngine
 from fastcnn.training.evaluation import Evaluator
-from fastcnn.training.step import TrainingStep
+from fastcnn.training.step import StepFunctions, TrainingStep
 from tests.training.test_engines import fallback_random, make_augment, make_feed, make_model, make_step, run_epochs
 
 pytest.importorskip("triton")
@@ -190,7 +190,7 @@ class Case:
         """Return results and gradients by torch, in another arithmetic."""
         exact = [None if t is None else t.detach().to(kind).requires_grad_() for t in tensors]
         if self.first:
-            images = Places(self.images, self.photos, self.moves).read()
+            images = UnreadBatch(self.images, self.photos, self.moves).read()
             pooled = first_by_torch(images, *exact, self.colours, self.activation, self.kind)  # type: ignore[arg-type]
         else:
             pooled = block_by_torch(exact, self.activation, self.kind)
@@ -231,21 +231,26 @@ def test_three_hundred_blocks_against_float64(monkeypatch: pytest.MonkeyPatch) -
     print(f"\nlargest relative errors of 300 blocks: { {str(k): f'{v:.1e}' for k, v in worst.items()} }")
 
 
-def fused_and_plain(**options: Any) -> tuple[TrainingStep, TrainingStep]:
-    """Two steps from the same weights, the first with fused blocks."""
+def fused_functions(step: TrainingStep) -> StepFunctions:
+    """Return a step's functions with fused blocks, whether or not this device has kernels for them."""
+    forward = fusing.FusedForward(step.functions.forward)
+    return dataclasses.replace(step.functions, forward=forward, reads_unread_batches=True)
+
+
+def two_steps(**options: Any) -> tuple[TrainingStep, TrainingStep]:
+    """Two steps from the same weights."""
     steps = []
     for _ in range(2):
         augmentations = options.get("augmentations", ())
         network = {"filters": (16,) * 5, **{k: v for k, v in options.items() if k != "augmentations"}}
         steps.append(make_step(model=make_model(**network), augmentations=augmentations, device=DEVICE))
-    steps[0].forward = fusing.FusedForward(steps[0].forward)
     return steps[0], steps[1]
 
 
 def gradients_along_a_run(num_states: int, every: int = 1, **options: Any) -> float:
     """Return the largest relative error of the fused gradient, at states along a plain run."""
-    step, plain = fused_and_plain(**options)
-    worst = 0.0
+    step, plain = two_steps(**options)
+    functions, worst = fused_functions(step), 0.0
     for number in range(num_states * every):
         if number % plain.num_steps == 0:
             plain.start_epoch(7, number)
@@ -254,7 +259,7 @@ def gradients_along_a_run(num_states: int, every: int = 1, **options: Any) -> fl
             for a, b in zip(step.state(), plain.state(), strict=True):
                 a.copy_(b)
             torch.manual_seed(number)
-            step()
+            step(functions)
         torch.manual_seed(number)
         plain()
         if number % every == 0:
@@ -279,39 +284,54 @@ def test_gradients_at_fifty_states(options: dict[str, Any]) -> None:
 
 def test_fused_steps_repeat_to_the_bit() -> None:
     """Sums are taken in a fixed order: two runs of a step from the same state are equal."""
-    step, _ = fused_and_plain(filters=(16,) * 5)
+    step, _ = two_steps(filters=(16,) * 5)
+    functions = fused_functions(step)
     with engines.rehearsal(step):
-        step()
+        step(functions)
         first = [tensor.clone() for tensor in step.state()]
-    step()
+    step(functions)
     assert all(torch.equal(a, b) for a, b in zip(first, step.state(), strict=True))
 
 
 def compiled_around(num_states: int, **options: Any) -> float:
     """Return the largest relative error of anything that a step changes, the blocks fused and all else compiled."""
-    _, plain = fused_and_plain(**options)
-    step, _ = fused_and_plain(**options)
-    step.forward = plain.forward
+    step, plain = two_steps(**options)
     worst = 0.0
     for one in (step, plain):
         one.start_epoch(7, 1)
     torch._dynamo.reset()
     with fallback_random():
-        engines.build("fused+compiled", step, strict=True)
+        engine, name = engines.build("fused+compiled", step, strict=True)
+        assert name == "fused+compiled"
         for number in range(num_states):
             for a, b in zip(step.state(), plain.state(), strict=True):
                 a.copy_(b)
-            for one in (step, plain):
+            for run in (engine.run, engines.Eager(plain).run):
                 torch.manual_seed(number)
-                one()
+                run(1)
             worst = max(worst, *(error(a, b) for a, b in zip(step.state(), plain.state(), strict=True)))
     torch._dynamo.reset()
     return worst
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_compiled_around_the_blocks_from_equal_states(compiler: None) -> None:
     assert compiled_around(1, augmentations=("flip", "shift")) < 3e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_takes_what_is_around_the_blocks() -> None:
+    """By dynamo and autograd alone, in torch's own kernels: inductor's are in the long form."""
+    step, plain = two_steps(augmentations=("flip", "shift"))
+    torch._dynamo.reset()
+    functions = engines.with_compiled(fused_functions(step), backend="aot_eager")
+    for one, own in ((step, functions), (plain, plain.functions)):
+        one.start_epoch(7, 1)
+        torch.manual_seed(0)
+        one(own)
+    torch._dynamo.reset()
+    assert max(error(a, b) for a, b in zip(step.state(), plain.state(), strict=True)) < 3e-5
 
 
 @pytest.mark.long
@@ -331,13 +351,14 @@ def test_compiled_around_the_blocks_at_five_states(
 def test_compiled_around_the_blocks_captured_uncaptured(compiler: None) -> None:
     """Three steps and evaluation, with blocks that take the plain path."""
     results = []
-    for engine in (engines.Eager, engines.fused_and_compiled):
+    for name in ("eager", "fused+compiled"):
         step = make_step(model=make_model(filters=(8, 16, 16, 16, 8)), device=DEVICE, augmentations=("flip",))
         with fallback_random():
-            engine(step)
+            functions = step.functions if name == "eager" else engines.fused_and_compiled(step)
             torch.manual_seed(3)
-            run_epochs(step, engines.Graphed(step, engines.direct_call, 2), 3)
-            scored = Evaluator(step.network, make_feed(7, DEVICE), step.normalise, engine, num_classes=4)()
+            run_epochs(step, engines.Graphed(step, functions, capture=engines.direct_call, steps_per_replay=2), 3)
+            made = engines.ENGINES[name]
+            scored = Evaluator(step.network, make_feed(7, DEVICE), step.normalise, made, num_classes=4)()
         results.append(([tensor.clone() for tensor in step.state()], scored))
         torch._dynamo.reset()
     (plain, theirs), (compiled, ours) = results
@@ -371,7 +392,7 @@ def test_evaluation_by_fused_blocks_is_the_plain_one() -> None:
     model.load_state_dict(trained.state_dict())
     feed, normalise = make_feed(7, DEVICE), Normalise(MEAN, STD, 32, torch.float32, DEVICE)
     plain = Evaluator(model, feed, normalise, num_classes=4)()
-    ours = Evaluator(model, feed, normalise, engines.fused, num_classes=4)()
+    ours = Evaluator(model, feed, normalise, engines.ENGINES["fused"], num_classes=4)()
     assert ours.score.count == 7
     assert ours.score.loss == pytest.approx(plain.score.loss, rel=1e-5)
     assert torch.equal(ours.predicted, plain.predicted)
@@ -421,7 +442,7 @@ def test_places_say_what_is_read(names: tuple[str, ...]) -> None:
     augment, more = make_augment(names), make_augment((*names, "cutout"))
     read = augment(*batch, augment.draw(4, (2, 1)))
     unread = augment(*batch, augment.draw(4, (2, 1)), places=True)
-    assert isinstance(unread.images, Places)
+    assert isinstance(unread.images, UnreadBatch)
     assert torch.equal(unread.images.read(), read.images)  # type: ignore[arg-type]
     changed = more(*batch, more.draw(4, (2, 1)), places=True)
     assert isinstance(changed.images, Tensor)
@@ -436,14 +457,14 @@ def test_what_is_not_fused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert "its side, 25, is odd" in fusing.plain_blocks(make_model(filters=(16,) * 5, image_size=50))
     with pytest.raises(NoEngine, match="its kernel is 5x5, not 3x3"):
-        engines.fused(make_step(model=make_model(filters=(16,) * 5, kernel_size=5)))
+        engines.ENGINES["fused"](make_step(model=make_model(filters=(16,) * 5, kernel_size=5)))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if DEVICE.type == "cpu":
         with pytest.raises(NoEngine, match="needs an NVIDIA GPU"):
-            engines.fused(make_step(model=make_model(filters=(16,) * 5)))
+            engines.ENGINES["fused"](make_step(model=make_model(filters=(16,) * 5)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(NoEngine, match="triton is not installed"):
-        engines.fused(make_step(model=make_model(filters=(16,) * 5)))
+        engines.ENGINES["fused"](make_step(model=make_model(filters=(16,) * 5)))
 
 
 def test_tiles_are_kept_and_damage_is_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

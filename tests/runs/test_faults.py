@@ -331,8 +331,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, steps: Callable[[int], bool]) -> li
         batches.append(targets)
         for buffer in model.buffers():
             buffer.fill_(float("nan"))  # as batch norms' own statistics become
-        losses, guesses = plain(model, normalise, images, targets, *rest)
-        return losses * float("nan"), guesses
+        losses, predictions = plain(model, normalise, images, targets, *rest)
+        return losses * float("nan"), predictions
 
     monkeypatch.setattr(training_step, "forward", forward)
     return batches
@@ -396,7 +396,7 @@ def test_a_skipped_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     step()
     after = [step.parameters.values, *step.parameters.model.buffers(), step.sums.values]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    assert (int(step.number), int(step.skipped), int(step.optimizer.num_updates)) == (2, 1, 1)
+    assert (int(step.step_count), int(step.skipped), int(step.optimizer.num_updates)) == (2, 1, 1)
     step()
     assert not torch.equal(step.parameters.values, before[0])
 
@@ -440,7 +440,7 @@ def test_a_batch_out_of_memory_names_what_fits(
 ) -> None:
     plain = TrainingStep.__call__
 
-    def step(self: TrainingStep) -> None:
+    def step(self: TrainingStep, functions: object = None) -> None:
         if self.batch_size > most:
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"

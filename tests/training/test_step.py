@@ -37,8 +37,10 @@ def make_model(**options: object) -> SmallCNN:
 
 def make_step(model: SmallCNN, feed: Feed, batch_size: int, dtype: torch.dtype = torch.float32) -> TrainingStep:
     parameters = FlatParameters(model, dtype)
-    normalise, rates = Normalise(MEAN, STD, 32, dtype), torch.full((100,), 1e-2)
-    return TrainingStep(parameters, Adam(parameters, 1e-2), feed, normalise, batch_size=batch_size, rates=rates)
+    normalise, lr_schedule = Normalise(MEAN, STD, 32, dtype), torch.full((100,), 1e-2)
+    return TrainingStep(
+        parameters, Adam(parameters, 1e-2), feed, normalise, batch_size=batch_size, lr_schedule=lr_schedule
+    )
 
 
 def reference_input(images: Tensor) -> Tensor:
