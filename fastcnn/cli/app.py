@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    if message and (code != UsageError.exit_code or launch.speaks()):  # a rank's error may have been told by another
+    if message and (code != UsageError.exit_code or launch.is_first_on_machine()):  # else another rank reports it
         click.echo(f"fastcnn: error: {message}", err=True)
     return code
 

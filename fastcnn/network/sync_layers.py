@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
-from fastcnn.system.ranks import Ranks, noticing
+from fastcnn.system.ranks import Ranks, detecting_lost_ranks
 
 
 def convert(model: SmallCNN, ranks: Ranks, *, batch_norm: bool) -> None:
@@ -106,7 +106,7 @@ def operators() -> None:
     @torch.library.custom_op("fastcnn::every_rank", mutates_args=())
     def every_rank(part: Tensor, count: int) -> Tensor:
         parts = part.new_empty((count, *part.shape))
-        with noticing():
+        with detecting_lost_ranks():
             torch.distributed.all_gather(list(parts.unbind(0)), part)
         return parts
 
@@ -117,7 +117,7 @@ def operators() -> None:
     @torch.library.custom_op("fastcnn::sum_of_ranks", mutates_args=())
     def sum_of_ranks(part: Tensor) -> Tensor:
         whole = part.clone()
-        with noticing():
+        with detecting_lost_ranks():
             torch.distributed.all_reduce(whole)
         return whole
 

@@ -133,9 +133,9 @@ def _device_type(config: Config) -> str:
     try:
         return pick_device(config.device).type
     except FastCNNError as error:
-        if launch.speaks():
+        if launch.is_first_on_machine():
             raise
-        raise ranks.Told(error.exit_code) from None
+        raise ranks.ReportedElsewhere(error.exit_code) from None
 
 
 def resolve_machine(config: Config, group: Ranks) -> Config:

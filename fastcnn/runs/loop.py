@@ -46,7 +46,7 @@ def train(run: RunContext, training: Training, trackers: Sequence[Tracker], stop
         saving.restart()
         for tracker in trackers:
             tracker.epoch(state.rows[-1])
-        (signum,) = ranks.highest(stop.signum)
+        (signum,) = ranks.maximum(stop.signum)
         if signum:
             raise RunInterrupted(signum, run.run_dir)
 
@@ -70,7 +70,7 @@ def _train_epoch(
         for done, live in run_steps(step, training.engine, first, saving):
             rate = (live.count * ranks.count - images_before) / (time.perf_counter() - start)
             progress(done, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
-            signum, due = ranks.highest(stop.signum, saving.due(done))
+            signum, due = ranks.maximum(stop.signum, saving.due(done))
             save = (signum or due) and done < step.num_steps  # an epoch whose steps are done is finished first
             if save or not math.isfinite(live.loss):
                 raise_if_loss_not_finite(state, training.data, epoch, skipped_before=skipped, steps_done=done)
@@ -98,7 +98,7 @@ def run_steps(step: TrainingStep, engine: Engine, done: int, saving: CheckpointT
     while done < step.num_steps:
         start = time.perf_counter()
         portion = min(portion, step.num_steps - done)
-        steps = -step.ranks.highest(-saving.limit(portion, done))[0]  # the lowest of all ranks
+        steps = -step.ranks.maximum(-saving.limit(portion, done))[0]  # the lowest of all ranks
         step.feed.drive(engine.run, steps)
         live.mark()
         done += steps

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: lines on standard output, progress bars on standard error."""
+"""Output for the user: lines on standard output, progress bars on standard error."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 
 
 class Console:
-    """Writes lines and shows progress: a bar on a terminal, else a plain line now and then; nothing when quiet."""
+    """Prints lines and shows progress: a bar on a terminal, else a plain line now and then; nothing if quiet."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bars = RichConsole(stderr=True)
 
     def line(self, text: str) -> None:
-        """Write a line."""
+        """Print a line."""
         if not self.quiet:
             print(text, flush=True)
 
     @contextmanager
     def progress(self, label: str, unit: str, *, start: int = 0) -> Iterator[Callable[[int, int, str], None]]:
-        """Yield a function of (done, total, note) that shows how far something is, with its rate in `unit` a second.
+        """Yield a function of (done, total, note) that shows progress; without a note, its rate in `unit` per second.
 
-        `start` of them were done before, and do not count in the rate.
+        start: number done earlier, which does not count in the rate.
         """
         began = time.perf_counter()
         if self.quiet:

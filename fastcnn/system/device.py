@@ -1,4 +1,4 @@
-"""The machine's settings, in one place: device, precision, threads, allocator, determinism, versions."""
+"""The machine: devices, precisions, torch's settings, memory, hardware and versions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:
-    """Return the device of that name; "auto" is the first of cuda, mps and cpu that is there.
+    """Return the device of a name; "auto" is the first of cuda, mps and cpu that exists.
 
-    number: of the GPU, where the name does not say.
+    number: index of the GPU, unless the name has one.
+
+    Raises FastCNNError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -49,7 +51,7 @@ def pick_device(name: str, number: int = 0) -> torch.device:
 
 
 def pick_precision(name: Precision, device: torch.device, *, deterministic: bool, strict: bool) -> Precision:
-    """Return what was asked for; for "auto" bf16 where the hardware computes it, else fp16 on a GPU, else fp32."""
+    """Return the precision, or fp32 if the device lacks it; "auto" is bf16 if it has that, else fp16 on a GPU."""
     if name == "auto":
         if deterministic:
             return "fp32"
@@ -87,7 +89,7 @@ def has_bf16(device: torch.device) -> bool:
 def torch_settings(
     device: torch.device, *, threads: int | None, deterministic: bool, tf32: bool = False
 ) -> Iterator[None]:
-    """Set threads, allocator and determinism for the time of a run, and put back what was there."""
+    """Set torch's threads, allocator, device and determinism; restore them afterwards."""
     before_threads, before_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     before_cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     if device.type == "cpu":
@@ -125,10 +127,10 @@ def _allow_tf32(allowed: bool) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep large freed blocks instead of giving them back; return whether it took that.
+    """Make glibc keep large freed blocks instead of returning them to the system; return whether it does.
 
-    Every step frees and allocates the same tensors of tens of MiB. By default each goes back to the system and is
-    faulted in again, page by page: eager fp32 training ran 1.8 times as fast without (docs/notes.md).
+    Every step frees and allocates the same tensors of tens of MiB. By default each is returned and faulted in again,
+    page by page; eager fp32 training is 1.8 times as fast without that (docs/notes.md).
     """
     if sys.platform != "linux":
         return False
@@ -141,26 +143,26 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Return the memory of the device that is free: a GPU's own, else what the system and the control group leave."""
+    """Return the free memory of a device: a GPU's own, else what the system and the control group leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):  # macOS: half of what is built in; Windows does not say
-        built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-        return built_in // 2
+    except (OSError, IndexError, ValueError):  # macOS: half of the physical memory; Windows: a guess
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        return physical // 2
     return max(0, min([free, *_left_in_control_group()]))
 
 
 def _left_in_control_group() -> list[int]:
-    """Return what this container may still take, where it has a limit; files it has cached do not count."""
+    """Return the bytes left below this container's memory limit, cached files aside; empty without a limit."""
     for limit, usage, group in (("memory.max", "memory.current", ""), (*_CGROUP_1, "memory")):
         folder = Path("/sys/fs/cgroup") / group
         with contextlib.suppress(OSError, ValueError):
             cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
             used = int((folder / usage).read_text()) - (int(cached[1]) if cached else 0)
-            return [int((folder / limit).read_text()) - used]  # "max" is no number: no limit
+            return [int((folder / limit).read_text()) - used]  # ValueError for "max": no limit
     return []
 
 
@@ -168,7 +170,7 @@ _CGROUP_1 = "memory.limit_in_bytes", "memory.usage_in_bytes"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what was queued."""
+    """Wait for all work queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -181,17 +183,17 @@ def release_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device, or the machine, has no memory left."""
-    # torch has no class of its own for the machine's memory.
+    """Return whether an error means that a device, or the machine, is out of memory."""
+    # torch has no exception class for the machine's memory.
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use at once: tensors on a GPU, the whole process on a CPU."""
+    """Return the peak memory: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(OSError):  # Linux: a process's ru_maxrss begins at what the one that started it had
+    with contextlib.suppress(OSError):  # Linux: ru_maxrss starts at its parent's value
         peak_kib = re.search(
             r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE
         )
@@ -206,7 +208,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what determines a run's figures."""
+    """Return the versions of the packages that a run's figures depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("fastcnn", "numpy", "pillow", "simplejpeg", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -217,7 +219,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """Return the hardware in words: never a host or user name."""
+    """Return system, CPU, cores and GPU; never a host or user name."""
     facts: dict[str, Any] = {"system": platform.system(), "machine": platform.machine(), "cores": num_cores()}
     with contextlib.suppress(OSError):  # Linux has it
         name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)

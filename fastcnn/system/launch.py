@@ -1,4 +1,4 @@
-"""Starting the ranks of a run on this machine: torchrun, from within `fastcnn train --devices`."""
+"""Launching the ranks of a run on this machine, as `fastcnn train --devices` does through torchrun."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from pathlib import Path
 
 from fastcnn.errors import FastCNNError
 
-VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # a launcher sets them
+VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # that torchrun sets
 
 
 def num_ranks() -> int | None:
-    """Return how many ranks a launcher has started, of which this process is one; None without a launcher."""
+    """Return the number of ranks that torchrun has started, this process among them; None without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if set(os.environ) >= VARIABLES else None
 
 
-def speaks() -> bool:
-    """Return whether this process tells the user of what is the same on all ranks of its machine."""
+def is_first_on_machine() -> bool:
+    """Return whether this is the one process of its machine that reports what all of them find."""
     return num_ranks() is None or os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0"
 
 
 def train(devices: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
-    """Run `fastcnn train` with these arguments in so many processes; return the exit code of the first that failed.
+    """Run `fastcnn train` in one process per device; return 0 or the exit code of the first that failed.
 
-    max_restarts: how often all are started again after one has failed; they go on from the last checkpoint.
+    Args:
+        devices: number of processes.
+        arguments: of `fastcnn train`.
+        max_restarts: how often all are restarted, from the last checkpoint, after one has failed.
     """
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -35,10 +38,10 @@ def train(devices: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
 
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks report their errors themselves
     package = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own; unset, torchrun says that it sets it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own number; this avoids torchrun's warning
     options = ["--standalone", "--nproc-per-node", str(devices), "--max-restarts", str(max_restarts)]
     try:
         torchrun.run(torchrun.parse_args([*options, "--module", "fastcnn.cli", "train", *arguments]))
@@ -48,7 +51,9 @@ def train(devices: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
             return failure.exitcode
         with contextlib.suppress(ValueError):
             name = signal.Signals(-failure.exitcode).name
-            raise FastCNNError(f"rank {rank} was ended by {name}, and the others were stopped") from None
+            raise FastCNNError(
+                f"rank {rank} was ended by {name}, and the others were stopped; to continue, use --resume"
+            ) from None
         return FastCNNError.exit_code
     except SignalException as stopped:
         return 128 + stopped.sigval

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun starts them, and what they tell each other."""
+"""Ranks: the processes that train one model together, as torchrun starts them, and their communication."""
 
 from __future__ import annotations
 
@@ -18,118 +18,119 @@ from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, first_line
 from fastcnn.system import launch
 
 Value = TypeVar("Value")
-STARTING = timedelta(minutes=10)  # until all are there
-PATIENCE = timedelta(hours=12)  # to wait for a rank that lives: another run may be decoding. A dead one is noticed
+JOIN_TIMEOUT = timedelta(minutes=10)  # until all ranks have started
+# For a rank that is alive: it may be waiting for another run that decodes. A dead one is noticed at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
 
 
-class Told(FastCNNError):
-    """An error that another rank has told the user."""
+class ReportedElsewhere(FastCNNError):
+    """An error that another rank has already reported to the user."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
         self.exit_code = exit_code
 
 
-class Gone(FastCNNError):
-    """Another rank ended."""
+class RankLost(FastCNNError):
+    """Another rank ended or cannot be reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those that train one model. Alone it is rank 0 of 1 and talks to nobody."""
+    """This process as one of those that train a model together. Alone, it is rank 0 of 1."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    """Among those of this machine: the number of its GPU."""
+    """Rank among those of this machine, which is the number of its GPU."""
     local_count: int = 1
     restarts: int = 0
-    """How often torchrun has started all of them again."""
+    """How often torchrun has restarted all ranks."""
     joined: bool = False
-    """Whether they are a process group, be it of one."""
+    """Whether there is a process group, if only of one rank."""
     store: Any = None
-    """What all of them may write into, a torch.distributed.Store; one of the launcher's outlives them."""
+    """The torch.distributed.Store of all ranks; torchrun's own outlives a restart."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Whether this is rank 0, which writes the files."""
         return self.rank == 0
 
     def broadcast(self, make: Callable[[], Value]) -> Value:
-        """Return what `make` returns on the first rank; it is called there alone."""
+        """Return on all ranks what `make` returns on the first; it is called only there."""
         if not self.joined:
             return make()
         values = [make() if self.first else None]
-        with noticing():
+        with detecting_lost_ranks():
             torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]  # type: ignore[return-value]
 
-    def highest(self, *numbers: int) -> list[int]:
-        """Return the highest of each number over the ranks."""
+    def maximum(self, *numbers: int) -> list[int]:
+        """Return the maximum of each number over the ranks."""
         if not self.joined:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        with noticing():
+        with detecting_lost_ranks():
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return tensor.tolist()
 
     def slowest(self, seconds: float) -> float:
-        """Return the longest of a time that each rank has measured: what all of them decide by."""
-        return self.highest(round(seconds * 1e9))[0] / 1e9 if self.joined else seconds
+        """Return the longest of the times that the ranks have measured, so that all of them decide alike."""
+        return self.maximum(round(seconds * 1e9))[0] / 1e9 if self.joined else seconds
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
-        self.highest(0)
+        """Wait until every rank calls this."""
+        self.maximum(0)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of one shape on all ranks, made their sum. On a GPU nothing waits for it."""
+        """Sum a tensor over the ranks in place and return it. On a GPU this does not wait."""
         if self.joined:
-            with noticing():
+            with detecting_lost_ranks():
                 torch.distributed.all_reduce(tensor)
         return tensor
 
-    def interleaved(self, part: Tensor, count: int) -> Tensor:
-        """Return (count, ...): place i from place i // ranks of the part of rank i % ranks."""
+    def gather_interleaved(self, part: Tensor, count: int) -> Tensor:
+        """Return (count, ...): row i is row i // ranks of the part that rank i % ranks gives."""
         if not self.joined:
             return part
-        rows = -(-count // self.count)  # the parts differ by one at most
+        rows = -(-count // self.count)  # the parts differ in length by at most 1
         padded = part.new_zeros((rows, *part.shape[1:]))
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in range(self.count)]
-        with noticing():
+        with detecting_lost_ranks():
             torch.distributed.all_gather(parts, padded)
         return torch.stack(parts, 1).flatten(0, 1)[:count]
 
     def take_turn(self, turn: int, last: int, act: Callable[[], None]) -> None:
-        """Do something after what the rank before did in turn - 1, from 0 to last; turn i is that of rank i % count.
+        """Call `act` in this rank's turn: turns 0 to `last` go round the ranks, each after the one before has returned.
 
-        It may be called in a thread while no other collective is under way.
+        May be called in a thread, while no other collective is under way.
         """
         token = torch.zeros(1)
-        with noticing():
+        with detecting_lost_ranks():
             if self.count > 1 and turn > 0:
                 torch.distributed.recv(token, (self.rank - 1) % self.count)
         act()
-        with noticing():
+        with detecting_lost_ranks():
             if self.count > 1 and turn < last:
                 torch.distributed.send(token, (self.rank + 1) % self.count)
 
     def is_first_to(self, what: str) -> bool:
-        """Return whether no other rank has asked this before."""
+        """Return whether no other rank has called this with the same `what`."""
         if not self.joined:
             return True
         try:
             return int(self.store.add(f"{self.restarts}/{what}", 1)) == 1
-        except RuntimeError:  # the launcher is gone
+        except RuntimeError:  # torchrun has ended
             return True
 
     def keep(self, name: str, value: str) -> None:
-        """Keep a value for the ranks that torchrun starts after these."""
+        """Store a value for the ranks of a restart."""
         if self.joined:
             self.store.set(name, value)
 
     def recall(self, name: str) -> str | None:
-        """Return what earlier ranks kept."""
+        """Return the value that the ranks before a restart stored."""
         if not self.joined or not self.store.check([name]):
             return None
         return bytes(self.store.get(name)).decode()
@@ -140,9 +141,11 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Yield the ranks that a launcher has started, joined over NCCL and gloo on GPUs, else gloo; without one, ALONE.
+    """Yield the ranks that torchrun has started, as a process group over NCCL (GPUs) and gloo; without it, ALONE.
 
-    device: cpu or cuda. The first rank that fails tells the user; the others raise Told. A warning is told once.
+    The first rank that fails reports its error, the others raise ReportedElsewhere. A warning is shown once.
+
+    device: cpu or cuda.
     """
     if launch.num_ranks() is None:
         yield ALONE
@@ -157,20 +160,22 @@ def joined(device: str) -> Iterator[Ranks]:
                 f"--devices {number['LOCAL_WORLD_SIZE']}: this machine has {torch.cuda.device_count()} GPUs"
             )
         torch.cuda.set_device(number["LOCAL_RANK"])
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by the first rank
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store: by torchrun, else by the first rank
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    with noticing("the ranks do not find each other"):
+    with detecting_lost_ranks("the ranks do not find each other"):
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             number["MASTER_PORT"],
             is_master=rank == 0 and not hosted,
-            timeout=STARTING,
+            timeout=JOIN_TIMEOUT,
             multi_tenant=True,
         )
-        # torchrun's store is one for all restarts: without a name of its own a group finds the addresses of an earlier.
+        # Restarts share torchrun's store: without its own prefix a group would find the addresses of an earlier one.
         number_here = next(_groups)
         own = _within(f"group {restarts} {number_here}", store)
-        dist.init_process_group(backend, store=own, rank=rank, world_size=number["WORLD_SIZE"], timeout=PATIENCE)
+        dist.init_process_group(
+            backend, store=own, rank=rank, world_size=number["WORLD_SIZE"], timeout=COLLECTIVE_TIMEOUT
+        )
     ranks = Ranks(
         rank=rank,
         count=number["WORLD_SIZE"],
@@ -187,12 +192,12 @@ def joined(device: str) -> Iterator[Ranks]:
         if ranks.is_first_to("fail"):
             ranks.keep(f"{ranks.restarts}/exit code", str(error.exit_code))
             raise
-        raise Told(_exit_code(ranks)) from None
+        raise ReportedElsewhere(_exit_code(ranks)) from None
     finally:
-        dist.destroy_process_group()  # so that no rank waits for one that has failed
+        dist.destroy_process_group()  # so that no other rank waits for this one
 
 
-_groups = itertools.count()  # of this process: all ranks join as many
+_groups = itertools.count()  # that this process has joined; the same number on all ranks
 _VARIABLES = {
     "RANK": 0,
     "WORLD_SIZE": 1,
@@ -208,22 +213,22 @@ def _within(name: str, store: Any) -> Any:
 
 
 def _exit_code(ranks: Ranks) -> int:
-    with contextlib.suppress(RuntimeError):  # it failed in the moment between the two
+    with contextlib.suppress(RuntimeError):  # the other rank has not stored it yet
         return int(bytes(ranks.store.get(f"{ranks.restarts}/exit code")))
     return FastCNNError.exit_code
 
 
 @contextlib.contextmanager
-def noticing(what: str = "another rank ended or cannot be reached") -> Iterator[None]:
-    """Turn the end of another rank, which gloo and NCCL notice in the midst of a collective, into Gone."""
+def detecting_lost_ranks(what: str = "another rank ended or cannot be reached") -> Iterator[None]:
+    """Raise RankLost if a collective inside fails because another rank ended."""
     try:
         yield
     except RuntimeError as error:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise
         line = first_line(error)
-        reason = (line.partition("] ")[2] or line).partition(". ")[0]  # gloo begins with a path and ends in advice
-        raise Gone(f"{what} ({reason})") from None
+        reason = (line.partition("] ")[2] or line).partition(". ")[0]  # gloo's begins with a path and ends with advice
+        raise RankLost(f"{what} ({reason})") from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 def printable(name: str) -> str:
-    """Return a path or class name as any terminal, font or page takes it: a line, bytes that are no UTF-8 escaped."""
+    """Return a path or class name on one line, for any terminal, font or page; bytes that are not UTF-8 are escaped."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else " " for letter in text)
 

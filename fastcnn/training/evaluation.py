@@ -118,7 +118,10 @@ class Evaluator:
         score = step.sums.read()
         kept = step.predicted[:-1].clone(), step.probabilities[:-1].clone()
         if step.probabilities.size(1):  # else nobody asks for what became of each photo
-            kept = self.ranks.interleaved(kept[0], score.count), self.ranks.interleaved(kept[1], score.count)
+            kept = (
+                self.ranks.gather_interleaved(kept[0], score.count),
+                self.ranks.gather_interleaved(kept[1], score.count),
+            )
         return Evaluation(score, *kept)
 
 

@@ -273,8 +273,8 @@ def test_alone_a_rank_talks_to_nobody() -> None:
     values = torch.tensor([1.0, 2.0])
     assert ALONE.sum_(values) is values
     assert ALONE.broadcast(lambda: 3) == 3
-    assert ALONE.highest(1, 2) == [1, 2]
-    assert ALONE.interleaved(values, 2) is values
+    assert ALONE.maximum(1, 2) == [1, 2]
+    assert ALONE.gather_interleaved(values, 2) is values
     assert ALONE.is_first_to("speak")
     model = SmallCNN(3, filters=(2,) * 5, image_size=32)
     convert(model, ALONE, batch_norm=True)
