@@ -151,7 +151,7 @@ def kernel_launches(
     every_tile: bool = False,
 ) -> list[Any]:
     """Return what a training step with batch norm starts. Nothing is computed."""
-    from fastcnn.network.kernels import block_operators
+    from fastcnn.network.kernels import block_gradients, block_operators
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
@@ -173,9 +173,9 @@ def kernel_launches(
             gradients = pooled, out_moments
             kept = pooled, index, slopes, out_moments, activation
             if number == 0:
-                _direct(block_operators.first_block_backward)(*gradients, x, photos, moves, colours, *kept)
+                _direct(block_gradients.first_block_backward)(*gradients, x, photos, moves, colours, *kept)
             else:
-                _direct(block_operators.block_backward)(*gradients, x, moments, gamma, gamma, weight, *kept)
+                _direct(block_gradients.block_backward)(*gradients, x, moments, gamma, gamma, weight, *kept)
             x, moments = pooled, out_moments
     return list(found)
 

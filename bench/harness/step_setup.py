@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastcnn.data.feeds import Feed
-from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.device import DTYPES
@@ -44,7 +44,7 @@ def make_step(
     device, dtype = feed.images.device, DTYPES[precision]
     torch.manual_seed(0)
     if device.type == "cpu":
-        pool.load()
+        cpu_max_pool.load()
     model = SmallCNN(NUM_CLASSES, filters=filters, image_size=feed.images.shape[1]).to(device)
     parameters = FlatParameters(model, dtype)
     parameters.compute.train()

@@ -25,7 +25,7 @@ from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, fused_passes, passes
 from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_steps
 from bench.harness.timing import Apart, clocked
-from fastcnn.network import fused_forward as fused
+from fastcnn.network import fused_forward
 from fastcnn.network.pixels import Normalise
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
@@ -137,8 +137,8 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
 def bench_first_block(race: Race, batch: int) -> None:
     """Ours, forward and backward of the first block alone, from uint8 photos, against cuDNN's from normalised ones."""
     device, size = race.device, 128
-    if not on_gpu(device) or fused.unavailable(device):
-        pytest.skip(fused.unavailable(device) or "needs an NVIDIA GPU")
+    if not on_gpu(device) or fused_forward.unavailable(device):
+        pytest.skip(fused_forward.unavailable(device) or "needs an NVIDIA GPU")
     from fastcnn.network.kernels.block_operators import first_block
 
     images = random_feed(device, batch, size).images

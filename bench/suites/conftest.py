@@ -18,7 +18,7 @@ import torch
 from bench.harness import machine
 from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs
-from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.system.device import describe_hardware, torch_settings, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -90,7 +90,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _settings(device: torch.device) -> Iterator[None]:
     """Measure with the settings of a run, in a process whose kernels are built."""
     if device.type == "cpu":
-        pool.load()
+        cpu_max_pool.load()
     with torch_settings(device, threads=None, deterministic=False):
         yield
 

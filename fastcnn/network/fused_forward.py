@@ -117,17 +117,17 @@ def _fused(
     images: Tensor | UnreadBatch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what a block has pooled, its moments and unbiased variances."""
-    from fastcnn.network.kernels import block_operators as fused
+    from fastcnn.network.kernels import block_operators
 
     norm = block.norm
     own = block.name, isinstance(norm, BatchNorm) and block.training, norm.eps if isinstance(norm, BatchNorm) else 0.0
     weights = block.conv.weight, block.conv.bias
     if x is None:
         places = images if isinstance(images, UnreadBatch) else UnreadBatch(images, None, None)
-        made = fused.first_block(*places, normalise.colours, *weights, *own)
+        made = block_operators.first_block(*places, normalise.colours, *weights, *own)
     else:
         scale = (None, None) if due is None else (due.weight, due.bias)
-        made = fused.block(x, moments, *scale, *weights, *own)
+        made = block_operators.block(x, moments, *scale, *weights, *own)
     pooled, _, _, batch_moments, variance = made
     return pooled, batch_moments, variance
 

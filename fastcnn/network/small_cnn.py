@@ -12,7 +12,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
 from fastcnn.errors import FastCNNError, UsageError, first_line, nearest
-from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.kernels import cpu_max_pool
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -82,8 +82,8 @@ class Block(nn.Module):
         x = self.conv(x)
         # TorchScript knows nothing of kernels and skips what stands under this condition alone.
         if not is_scripting():  # noqa: SIM102
-            if self.pool_first and not torch.compiler.is_compiling() and pool.usable(x):
-                x = pool.max_pool(x, self.relu)
+            if self.pool_first and not torch.compiler.is_compiling() and cpu_max_pool.usable(x):
+                x = cpu_max_pool.max_pool(x, self.relu)
                 return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
         x = self.activation(self.pooled(x)) if self.pool_first else self.pooled(self.activation(x))
         return self.norm(x)  # type: ignore[no-any-return]
@@ -92,7 +92,7 @@ class Block(nn.Module):
         """Return the maxima of 2x2 windows."""
         if not is_scripting():  # noqa: SIM102
             if torch.compiler.is_compiling():
-                return pool.compilable_max_pool(x)
+                return cpu_max_pool.compilable_max_pool(x)
         return self.pool(x)  # type: ignore[no-any-return]
 
 

@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.errors import FastCNNWarning
-from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.runs.build import load_cpu_kernels
 
 
 @pytest.fixture
 def library() -> Iterator[None]:
-    pool.load.cache_clear()
+    cpu_max_pool.load.cache_clear()
     try:
-        pool.load()
-    except pool.NoKernel as error:
+        cpu_max_pool.load()
+    except cpu_max_pool.NoKernel as error:
         pytest.skip(str(error))
     yield
-    pool.load.cache_clear()
+    cpu_max_pool.load.cache_clear()
 
 
 def both(x: Tensor, gradient: Tensor, relu: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -31,8 +31,8 @@ def both(x: Tensor, gradient: Tensor, relu: bool) -> tuple[list[Tensor], list[Te
     for kernel in (True, False):
         leaf = x.detach().clone().requires_grad_()
         if kernel:
-            assert pool.usable(leaf)
-            out = pool.max_pool(leaf, relu)
+            assert cpu_max_pool.usable(leaf)
+            out = cpu_max_pool.max_pool(leaf, relu)
         else:
             out = F.max_pool2d(leaf, 2)
             out = F.relu(out) if relu else out
@@ -42,7 +42,7 @@ def both(x: Tensor, gradient: Tensor, relu: bool) -> tuple[list[Tensor], list[Te
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("dtype", list(pool.NAMES))
+@pytest.mark.parametrize("dtype", list(cpu_max_pool.NAMES))
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (3, 5, 4, 6), (2, 32, 16, 16), (2, 40, 6, 2)])
 def test_equal_to_torch_to_the_bit(library: None, dtype: torch.dtype, relu: bool, shape: tuple[int, ...]) -> None:
@@ -72,17 +72,17 @@ def test_nan_comes_through(library: None, relu: bool) -> None:
 
 def test_what_it_does_not_take(library: None) -> None:
     good = torch.zeros(1, 4, 6, 6).to(memory_format=torch.channels_last)
-    assert pool.usable(good)
-    assert not pool.usable(good.contiguous())
-    assert not pool.usable(good.double())
-    assert not pool.usable(good[:, :, :5])
-    pool.load.cache_clear()
-    assert not pool.usable(good)
+    assert cpu_max_pool.usable(good)
+    assert not cpu_max_pool.usable(good.contiguous())
+    assert not cpu_max_pool.usable(good.double())
+    assert not cpu_max_pool.usable(good[:, :, :5])
+    cpu_max_pool.load.cache_clear()
+    assert not cpu_max_pool.usable(good)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
 def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pool.load.cache_clear()
+    cpu_max_pool.load.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)

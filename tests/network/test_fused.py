@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.network import fused_forward as fusing
+from fastcnn.network import fused_forward
 from fastcnn.network.pixels import Normalise, UnreadBatch
 from fastcnn.network.small_cnn import ACTIVATIONS, MONOTONE
 from fastcnn.training import engines
@@ -27,9 +27,7 @@ from tests.training.test_engines import fallback_random, make_augment, make_feed
 
 pytest.importorskip("triton")
 
-from fastcnn.network.kernels import activations
-from fastcnn.network.kernels import autotune as launching
-from fastcnn.network.kernels import block_operators as fused
+from fastcnn.network.kernels import activations, autotune, block_operators
 from fastcnn.network.kernels.autotune import Maps, Tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,11 +151,11 @@ class Case:
         own = self.activation, self.statistics, EPS
         if self.first:
             moves = None if self.moves is None else self.moves.to(DEVICE)
-            made = fused.first_block(
+            made = block_operators.first_block(
                 self.images.to(DEVICE), self.photos.to(DEVICE), moves, self.colours.to(DEVICE), *leaves, *own
             )
         else:
-            made = fused.block(*leaves, *own)
+            made = block_operators.block(*leaves, *own)
         if self.statistics:  # where values are equal but for fp32's last bit, the gradient of their deviation is noise
             pooled = self.plain(tensors, torch.float64)[0][0].detach().flatten(0, 2)
             self.gradients[1][1] *= pooled.var(0) > 1e-10 * (1 + pooled.mean(0).square())
@@ -209,7 +207,7 @@ class Case:
 
 def check(seed: int, monkeypatch: pytest.MonkeyPatch) -> float:
     case = Case(seed)
-    monkeypatch.setattr(launching, "candidates", lambda kind, maps, dtype: [case.tile])
+    monkeypatch.setattr(autotune, "candidates", lambda kind, maps, dtype: [case.tile])
     found = case.run()
     worst = max(found.values())
     assert worst < BOUNDS[case.kind], f"{case}: {found}"
@@ -233,7 +231,7 @@ def test_three_hundred_blocks_against_float64(monkeypatch: pytest.MonkeyPatch) -
 
 def fused_functions(step: TrainingStep) -> StepFunctions:
     """Return a step's functions with fused blocks, whether or not this device has kernels for them."""
-    forward = fusing.FusedForward(step.functions.forward)
+    forward = fused_forward.FusedForward(step.functions.forward)
     return dataclasses.replace(step.functions, forward=forward, reads_unread_batches=True)
 
 
@@ -411,12 +409,12 @@ def small_block() -> tuple[Any, ...]:
 def test_operators_are_what_torch_expects() -> None:
     """Schema, fake implementation, autograd registration and tracing, by torch's own checks."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(fused.block, small_block(), test_utils=tests)
+    torch.library.opcheck(block_operators.block, small_block(), test_utils=tests)
     images = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8, device=DEVICE)
     weight = torch.randn(16, 3, 3, 3, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
     bias, colours = torch.randn(16, device=DEVICE, requires_grad=True), Normalise(MEAN, STD, 4).colours.to(DEVICE)
     torch.library.opcheck(
-        fused.first_block, (images, None, None, colours, weight, bias, "relu", True, EPS), test_utils=tests
+        block_operators.first_block, (images, None, None, colours, weight, bias, "relu", True, EPS), test_utils=tests
     )
 
 
@@ -429,8 +427,8 @@ def test_blocks_compile_in_one_graph() -> None:
         return [pooled, *torch.autograd.grad(pooled.sum() + moments.square().sum(), tensors)]
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *args: fused.block(*args), fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(results(compiled), results(fused.block), strict=True):
+    compiled = torch.compile(lambda *args: block_operators.block(*args), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(results(compiled), results(block_operators.block), strict=True):
         assert torch.equal(ours, theirs)
     torch._dynamo.reset()
 
@@ -450,12 +448,12 @@ def test_places_say_what_is_read(names: tuple[str, ...]) -> None:
 
 def test_what_is_not_fused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(filters=(16, 16, 8, 16, 16))
-    assert fusing.refusals(model)[:2] == ["", ""]
-    assert fusing.plain_blocks(model) == (
+    assert fused_forward.refusals(model)[:2] == ["", ""]
+    assert fused_forward.plain_blocks(model) == (
         "block 3 takes the plain path: its channels, 16 to 8, are not multiples of 16; "
         "block 4 takes the plain path: its channels, 8 to 16, are not multiples of 16"
     )
-    assert "its side, 25, is odd" in fusing.plain_blocks(make_model(filters=(16,) * 5, image_size=50))
+    assert "its side, 25, is odd" in fused_forward.plain_blocks(make_model(filters=(16,) * 5, image_size=50))
     with pytest.raises(NoEngine, match="its kernel is 5x5, not 3x3"):
         engines.ENGINES["fused"](make_step(model=make_model(filters=(16,) * 5, kernel_size=5)))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -468,13 +466,13 @@ def test_what_is_not_fused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiles_are_kept_and_damage_is_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "_known", {"a": {"rows": 4}})
+    monkeypatch.setattr(autotune, "_known", {"a": {"rows": 4}})
     path = tmp_path / "cache" / "tiles.json"
-    assert launching._read(path) == {}
-    launching._write(path)
-    assert launching._read(path) == {"a": {"rows": 4}}
+    assert autotune._read(path) == {}
+    autotune._write(path)
+    assert autotune._read(path) == {"a": {"rows": 4}}
     path.write_text("[")
-    assert launching._read(path) == {}
+    assert autotune._read(path) == {}
 
 
 def test_tiles_cover_maps_once() -> None:
@@ -589,13 +587,13 @@ def test_counted_bytes_are_what_the_kernels_load_and_store(activation: str, monk
 
     for name in ("create_masked_load", "create_masked_store"):
         monkeypatch.setattr(InterpreterBuilder, name, watched(name))
-    run = launching.Launch.run
+    run = autotune.Launch.run
 
-    def counted(self: launching.Launch) -> None:
+    def counted(self: autotune.Launch) -> None:
         touched.append({"name": self.kernel.fn.__name__})
         run(self)
 
-    monkeypatch.setattr(launching.Launch, "run", counted)
+    monkeypatch.setattr(autotune.Launch, "run", counted)
     side, batch, widths = 16, 4, (16, 32)
     torch.manual_seed(0)
     x, moments = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8), None
@@ -605,9 +603,9 @@ def test_counted_bytes_are_what_the_kernels_load_and_store(activation: str, monk
         leaves += [weight, torch.zeros(out, requires_grad=True)]
         own = *leaves[-2:], activation, True, EPS
         if into == 3:
-            x, _, _, moments, _ = fused.first_block(x, None, None, colours, *own)
+            x, _, _, moments, _ = block_operators.first_block(x, None, None, colours, *own)
         else:
-            x, _, _, moments, _ = fused.block(x, moments, *norm, *own)
+            x, _, _, moments, _ = block_operators.block(x, moments, *norm, *own)
         norm = torch.ones(out, requires_grad=True), torch.zeros(out, requires_grad=True)
     torch.autograd.grad(x.sum() + moments.sum(), leaves)
     measured: dict[str, list[int]] = {}
