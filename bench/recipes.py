@@ -9,6 +9,7 @@ YAML file. Held out is whatever is not trained on: the validation photos and, wh
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
 import tempfile
@@ -82,14 +83,7 @@ def measured(config: Config) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = fit(config, run_dir=Path(folder) / "run")
         state = checkpoint.load(run.run_dir / "last.pt")
-        data = dataset.prepare(
-            config.data,
-            image_size=config.decoded_size,
-            decoder=config.decoder,
-            cache_dir=config.cache_dir,
-            split=run.run_dir / "split.csv",
-            max_bad=config.max_bad,
-        )
+        data = dataset.prepare(dataclasses.replace(config, loader="resident", split=str(run.run_dir / "split.csv")))
     held_out = (data.splits != "train").nonzero()[0]
     feed = resident(data.index, data.cache, held_out, Options(device=torch.device("cpu"), batch_size=BATCH_SIZE))
     model = restore(state)

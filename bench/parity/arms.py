@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import tempfile
@@ -185,14 +186,7 @@ def judged(state: dict[str, Any], truth: dict[Path, int]) -> tuple[Tensor, Tenso
     Of a class of few photos the accuracy may say little; labels need no statistics.
     """
     config = resolve(state["config"])
-    data = dataset.prepare(
-        config.data,
-        image_size=config.image_size,
-        decoder=config.decoder,
-        cache_dir=config.cache_dir,
-        split=config.split,
-        max_bad=1.0,
-    )
+    data = dataset.prepare(dataclasses.replace(config, loader="resident", max_bad=1.0))
     device, dtype = torch.device(config.device), DTYPES[config.precision]
     wrong = 0
     for split in ("train", "val"):

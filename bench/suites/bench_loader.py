@@ -21,6 +21,7 @@ from bench.baselines import decoding
 from bench.harness.race import Race
 from bench.harness.step_setup import make_step
 from bench.harness.timing import clocked
+from fastcnn.config import DataConfig
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
@@ -57,9 +58,8 @@ def make_data(photos: Path, device: torch.device, scale: dict[str, Any], work_di
     def prepare(loader: str) -> Dataset:
         name: Any = loader
         gpu = device.index or 0 if device.type == "cuda" else None
-        return dataset.prepare(
-            photos, image_size=scale["image_size"], gpu=gpu, cache_dir=work_dir / "cache", loader=name
-        )
+        options = {"image_size": scale["image_size"], "cache_dir": str(work_dir / "cache"), "loader": name}
+        return dataset.prepare(DataConfig(data=str(photos), **options), gpu=gpu)
 
     return functools.cache(prepare)
 

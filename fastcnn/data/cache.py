@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pipelines
+from fastcnn.config import DataConfig
 from fastcnn.data import cache_files
 from fastcnn.data.cache_files import (
     FORMAT,
@@ -136,14 +137,10 @@ class Cache:
 
 def build(
     index: Index,
+    config: DataConfig,
     *,
-    image_size: int,
-    decoder: str,
     gpu: int | None = None,
-    workers: int | None = None,
-    cache_dir: str | Path | None = None,
     keep_pixels: bool = True,
-    max_pixels: int | None = None,
     strict: bool = False,
     ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -155,13 +152,9 @@ def build(
 
     Args:
         index: the photos.
-        image_size: side in pixels.
-        decoder: a name in `pipelines.BACKENDS`.
+        config: decoded size, decoder (not auto), decoding threads, folder of all caches, and largest photo.
         gpu: device on which DALI decodes; None is the CPU.
-        workers: decoding threads; None is one a core.
-        cache_dir: folder of all caches; None is the user's cache folder.
         keep_pixels: False decodes for the verdicts alone.
-        max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
         strict: raise where no worker process can be started, instead of decoding in this process.
         ranks: the ranks that build it together; all of them must see the folder.
         progress: called with the number of photos decoded and to decode.
@@ -169,8 +162,8 @@ def build(
 
     Raises FastCNNError where the cache cannot be written, or the decoder fails on every photo.
     """
-    header = _header(index, image_size, decoder, gpu, keep_pixels, max_pixels)
-    folder = _folder(header, cache_dir)
+    header = _header(index, config, gpu, keep_pixels)
+    folder = _folder(header, config.cache_dir)
     start = time.perf_counter()
     try:
         if ranks.first:
@@ -183,7 +176,7 @@ def build(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
-            with _decoding_workers(decoder, workers, gpu, max_pixels, strict) as decoding:
+            with _decoding_workers(config, gpu, strict) as decoding:
                 _decode(index, missing, folder, header, decoding, ranks, progress)
             ranks.wait()  # the lock is the first rank's
             if len(missing) or not ranks.first:
@@ -195,7 +188,7 @@ def build(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
         ) from None
     entries = [journal[path] for path in index.paths]
-    images, inode = map_rows(folder, image_size)
+    images, inode = map_rows(folder, config.decoded_size)
     return Cache(
         folder=folder,
         images=images,
@@ -208,20 +201,12 @@ def build(
     )
 
 
-def fits_on_disk(
-    index: Index,
-    *,
-    image_size: int,
-    decoder: str,
-    gpu: int | None = None,
-    cache_dir: str | Path | None = None,
-    max_pixels: int | None = None,
-) -> bool:
-    """Return whether the pixels of an index are in its cache or have room there."""
-    folder = _folder(_header(index, image_size, decoder, gpu, True, max_pixels), cache_dir)
+def fits_on_disk(index: Index, config: DataConfig, *, gpu: int | None = None) -> bool:
+    """Return whether the pixels of an index are in its cache or have room there; arguments as for `build`."""
+    folder = _folder(_header(index, config, gpu, True), config.cache_dir)
     pixels = folder / "pixels.bin"
     there = pixels.stat().st_size if pixels.exists() else 0
-    return len(index) * image_size**2 * 3 - there <= free_bytes(folder)
+    return len(index) * config.decoded_size**2 * 3 - there <= free_bytes(folder)
 
 
 def default_folder(cache_dir: str | Path | None = None) -> Path:
@@ -281,18 +266,16 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
     return freed
 
 
-def _header(
-    index: Index, image_size: int, decoder: str, gpu: int | None, keep_pixels: bool, max_pixels: int | None
-) -> dict[str, Any]:
+def _header(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool) -> dict[str, Any]:
     header = {
         "format": FORMAT,
         "root": str(index.root.resolve()),
-        "image_size": image_size,
+        "image_size": config.decoded_size,
         "resize": RESIZE,
-        "decoder": pipelines.identity(decoder, gpu),
+        "decoder": pipelines.identity(config.decoder, gpu),
     }
-    if max_pixels not in (None, pipelines.MAX_PIXELS):
-        header["max_pixels"] = max_pixels
+    if config.max_pixels != pipelines.MAX_PIXELS:
+        header["max_pixels"] = config.max_pixels
     return header if keep_pixels else {**header, "pixels": False}
 
 
@@ -368,11 +351,9 @@ def _decode(
 
 
 @contextlib.contextmanager
-def _decoding_workers(
-    decoder: str, threads: int | None, gpu: int | None, max_pixels: int | None, strict: bool
-) -> Iterator[Workers]:
+def _decoding_workers(config: DataConfig, gpu: int | None, strict: bool) -> Iterator[Workers]:
     """Yield the decoder in worker processes: a photo that crashes it costs that photo alone."""
-    with Workers(decoder, threads=threads, gpu=gpu, max_pixels=max_pixels or pipelines.MAX_PIXELS) as workers:
+    with Workers(config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels) as workers:
         yield workers
     end_early()
     if workers.note:

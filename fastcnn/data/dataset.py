@@ -1,7 +1,8 @@
-"""A folder of photos made ready: scanned, decoded into the cache, rid of what cannot be used, and split."""
+"""Dataset: a folder of photos scanned, decoded into the cache, rid of unusable photos, and split."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 import pipelines
-from fastcnn.config import Decoder, Loader
+from fastcnn.config import DataConfig, Decoder, Loader
 from fastcnn.data import loaders
 from fastcnn.data.cache import Cache, build, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
@@ -34,17 +35,17 @@ class Dataset:
     index: Index
     cache: Cache
     splits: npt.NDArray[np.str_]
-    """(N,) train, val or test of each photo of the index."""
+    """(N,) train, val or test for each photo of the index."""
     bad: dict[str, str]
-    """Path -> reason of every photo left out."""
+    """Path -> reason of every photo that was left out."""
     damaged: dict[str, str]
-    """Path -> what is wrong with a photo that is used all the same."""
+    """Path -> damage of every photo that is used all the same."""
     decoder: Decoder
-    """What decoded the photos; never auto."""
+    """Decoder of the photos; never auto."""
     loader: Loader
-    """How they are to be fed; never auto."""
+    """Loader that feeds them; never auto."""
     loader_reason: str
-    """Why, where it was auto."""
+    """Why this loader, where it was auto."""
     max_pixels: int
     """Pixels above which photos were left out."""
 
@@ -53,7 +54,7 @@ class Dataset:
         return np.flatnonzero(self.splits == split)
 
     def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
-        """Return (n, size, size, 3): the pixels of photos, by their positions in the index, in memory."""
+        """Return a copy (n, size, size, 3) of the pixels of photos, given by their positions in the index."""
         if self.loader != "stream":
             return self.cache.pixels(photos)
         out = np.zeros((len(photos), *self.cache.images.shape[1:]), np.uint8)
@@ -63,86 +64,67 @@ class Dataset:
 
 
 def prepare(
-    root: str | Path,
+    config: DataConfig,
     *,
-    image_size: int,
-    decoder: Decoder = "auto",
     gpu: int | None = None,
-    workers: int | None = None,
-    cache_dir: str | Path | None = None,
-    loader: Loader = "resident",
-    memory_limit: int | None = None,
-    val_fraction: float = 0.2,
     seed: int = 0,
-    split: str | Path | None = None,
     classes: Sequence[str] | None = None,
-    max_bad: float = 0.05,
-    max_pixels: int | None = None,
     strict: bool = False,
     ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
     stopwatch: Stopwatch | None = None,
 ) -> Dataset:
-    """Return the dataset of a folder.
+    """Return the dataset of the folder `config.data`.
 
-    The arguments are those of `index.scan`, `loader.choose`, `cache.build` and `index.split`.
-
-    With `classes`, those of a model to be scored, it holds the photos of `index.scan_held_out`, split by their folders.
+    Args:
+        config: the folder, and how its photos are decoded, loaded and split.
+        gpu: device of the training step, None for the CPU; DALI decodes on it.
+        seed: seed of the split.
+        classes: classes of a model to score: the photos are then those of `scan_held_out`, split by their folders.
+        strict: raise instead of falling back to a slower decoder.
+        ranks: the ranks that prepare it together.
+        progress: called with the number of photos decoded and to decode.
+        note: called with lines for the user.
+        stopwatch: measures the stages "scan" and "decode".
 
     Raises DataError where the folder cannot be used or more than `max_bad` of its photos are unusable, FastCNNError
     where the decoder is missing or the cache cannot be written.
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        index = ranks.broadcast(lambda: scan(root) if classes is None else scan_held_out(root, classes))
+        index = ranks.broadcast(lambda: scan(config.data) if classes is None else scan_held_out(config.data, classes))
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
-    try:
-        chosen, missing = pipelines.choose(decoder, gpu=gpu is not None)
-    except pipelines.DecoderUnavailable as error:
-        raise FastCNNError(str(error)) from None
-    if missing:
-        fall_back(missing, strict=strict)
-    decoding_gpu = gpu if chosen == "dali" else None
-    picked, why = ranks.broadcast(
+    config = dataclasses.replace(config, decoder=_choose_decoder(config.decoder, gpu, strict))
+    decoding_gpu = gpu if config.decoder == "dali" else None
+    loader, why = ranks.broadcast(
         lambda: loaders.choose(
-            loader,
-            len(index) * image_size**2 * 3,
-            on_disk=fits_on_disk(
-                index,
-                image_size=image_size,
-                decoder=chosen,
-                gpu=decoding_gpu,
-                cache_dir=cache_dir,
-                max_pixels=max_pixels,
-            ),
+            config.loader,
+            len(index) * config.decoded_size**2 * 3,
+            on_disk=fits_on_disk(index, config, gpu=decoding_gpu),
             device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
-            memory_limit=memory_limit,
+            memory_limit=config.memory_limit,
             ranks=ranks,
         )
     )
     if why:
-        note(f"loader {picked}: {why}")
+        note(f"loader {loader}: {why}")
     with stopwatch.stage("decode"):
         cache = build(
             index,
-            image_size=image_size,
-            decoder=chosen,
+            config,
             gpu=decoding_gpu,
-            workers=workers,
-            cache_dir=cache_dir,
-            keep_pixels=picked != "stream",
-            max_pixels=max_pixels,
+            keep_pixels=loader != "stream",
             strict=strict,
             ranks=ranks,
             progress=progress,
             note=note,
         )
-    pipelines.close()  # nothing of DALI may be in flight while a CUDA graph is captured
+    pipelines.close()  # no DALI work may be in flight while a CUDA graph is captured
     bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
     if bad:
-        _report_bad(bad, len(index), max_bad, "" if classes else "; see bad_images.csv")
+        _report_bad(bad, len(index), config.max_bad, "" if classes else "; see bad_images.csv")
         usable = cache.usable
         index, cache = index.take(usable), cache.take(usable)
         if classes is None:
@@ -150,16 +132,10 @@ def prepare(
     damaged = {path: damage for path, damage in zip(index.paths, cache.damage, strict=True) if damage}
     if damaged:
         _report_damaged(damaged, len(index))
-    if classes is not None:
-        splits = index.folders
-    elif split:
-        own = Path(split)
-        splits = ranks.broadcast(lambda: read_split(own, index))
-    else:
-        splits = draw_split(index, val_fraction, seed)
+    splits = _split(index, config, seed, classes, ranks)
     listed = splits != ""
     if not listed.all():
-        warn(f"{(~listed).sum()} photos are not listed in {split} and are left out")
+        warn(f"{(~listed).sum()} photos are not listed in {config.split} and are left out")
         index, cache, splits = index.take(listed), cache.take(listed), splits[listed]
     return Dataset(
         index=index,
@@ -167,16 +143,39 @@ def prepare(
         splits=splits,
         bad=bad,
         damaged=damaged,
-        decoder=cast(Decoder, chosen),
-        loader=picked,
+        decoder=config.decoder,
+        loader=loader,
         loader_reason=why,
-        max_pixels=max_pixels or pipelines.MAX_PIXELS,
+        max_pixels=config.max_pixels,
     )
 
 
 def write_bad(path: Path, bad: dict[str, str]) -> None:
     """Write path and reason of every photo left out as CSV."""
     files.write_csv(path, [("path", "reason"), *bad.items()])
+
+
+def _choose_decoder(decoder: Decoder, gpu: int | None, strict: bool) -> Decoder:
+    """Return the decoder that `decoder` means here; never auto."""
+    try:
+        chosen, missing = pipelines.choose(decoder, gpu=gpu is not None)
+    except pipelines.DecoderUnavailable as error:
+        raise FastCNNError(str(error)) from None
+    if missing:
+        fall_back(missing, strict=strict)
+    return cast(Decoder, chosen)
+
+
+def _split(
+    index: Index, config: DataConfig, seed: int, classes: Sequence[str] | None, ranks: Ranks
+) -> npt.NDArray[np.str_]:
+    """Return (N,) the split of each photo, "" for one that `config.split` does not list."""
+    if classes is not None:
+        return index.folders
+    if config.split:
+        path = Path(config.split)
+        return ranks.broadcast(lambda: read_split(path, index))
+    return draw_split(index, config.val_fraction, seed)
 
 
 def _report_bad(bad: dict[str, str], count: int, max_bad: float, where: str) -> None:

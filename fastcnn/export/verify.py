@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastcnn.config import resolve
 from fastcnn.data import dataset
 from fastcnn.errors import FastCNNError, FastCNNWarning, warn
 from fastcnn.inference import artefact
@@ -170,15 +171,8 @@ def held_out(run: Path) -> tuple[Iterator[Batch], Reported | None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)  # the run has told of its bad photos
         data = dataset.prepare(
-            config["data"],
-            image_size=config["cache_size"] or config["image_size"],
-            loader=config["loader"],
-            decoder=config["decoder"],
+            resolve(config, {"split": run / "split.csv", "max_bad": 1.0, "memory_limit": None}),
             gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
-            cache_dir=config["cache_dir"],
-            split=run / "split.csv",
-            max_bad=1.0,
-            max_pixels=config.get("max_pixels"),  # not in older checkpoints
         )
     photos = data.photos("val")
 

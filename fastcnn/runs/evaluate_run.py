@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcnn.config import Decoder, Precision
+from fastcnn.config import Decoder, Precision, resolve
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
@@ -106,17 +106,15 @@ def _prepare(
     config, classes, split = saved["config"], saved["classes"], run_dir / "split.csv"
     if data is None and not split.is_file():
         raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as fastcnn eval {run_dir} DATA")
+    changes: dict[str, Any] = {"max_bad": 1.0, "memory_limit": None, "decoder": decoder or config["decoder"]}
+    if data is None:
+        changes["split"] = split
+    else:
+        changes["data"] = Path(data).resolve()  # resolved, as it is part of the cache's key
     found = dataset.prepare(
-        config["data"] if data is None else Path(data).resolve(),  # resolved, as it is part of the cache's key
-        image_size=config["cache_size"] or config["image_size"],
-        loader=config["loader"],
-        decoder=decoder or config["decoder"],
+        resolve(config, changes),
         gpu=device.index if device.type == "cuda" else None,
-        cache_dir=config["cache_dir"],
-        split=split if data is None else None,
         classes=None if data is None else classes,
-        max_bad=1.0,
-        max_pixels=config.get("max_pixels"),  # not in older checkpoints
         progress=progress,
     )
     root, here = found.index.root, found.index.classes

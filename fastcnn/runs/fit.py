@@ -210,19 +210,9 @@ def _prepare_photos(run: RunContext) -> Dataset:
     split = run.ranks.broadcast(lambda: str(own_split) if run.resuming and own_split.is_file() else config.split)
     with console.progress("decoding", "photos") as progress:
         data = dataset.prepare(
-            config.data,
-            image_size=config.decoded_size,
-            decoder=config.decoder,
+            dataclasses.replace(config, split=split),
             gpu=device.index if device.type == "cuda" else None,
-            workers=config.workers,
-            cache_dir=config.cache_dir,
-            loader=config.loader,
-            memory_limit=config.memory_limit,
-            val_fraction=config.val_fraction,
             seed=config.seed,
-            split=split,
-            max_bad=config.max_bad,
-            max_pixels=config.max_pixels,
             strict=config.strict,
             ranks=run.ranks,
             progress=lambda done, total: progress(done, total, ""),

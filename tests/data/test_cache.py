@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pipelines
-from fastcnn.config import Config
+from fastcnn.config import Config, DataConfig
 from fastcnn.data import cache, cache_files, dataset
 from fastcnn.data.index import Index, scan
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
@@ -39,8 +39,9 @@ def data(photos: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def build(index: Index, tmp_path: Path, **options: Any) -> cache.Cache:
-    return cache.build(index, **{"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache", **options})
+def build(index: Index, tmp_path: Path, *, progress: Any = print, note: Any = print, **options: Any) -> cache.Cache:
+    options = {"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache", **options}
+    return cache.build(index, DataConfig(**options), progress=progress, note=note)
 
 
 @functools.cache
@@ -153,18 +154,19 @@ def test_damage_is_told_and_kept(data: Path, tmp_path: Path) -> None:
 def test_a_run_is_told_of_bad_and_damaged_photos(data: Path, tmp_path: Path) -> None:
     photo = data / scan(data).paths[0]
     photo.write_bytes(photo.read_bytes().replace(b"\xff\xdb", b"\0\xff\xdb", 1))
-    options: dict[str, Any] = {"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache"}
+    cache_dir = str(tmp_path / "cache")
+    config = DataConfig(data=str(data), image_size=SIZE, decoder="pillow", cache_dir=cache_dir, loader="resident")
     with (
         pytest.warns(FastCNNWarning, match=r"1 of 21 photos cannot be used .*\(1 not an image\); see bad_images.csv"),
         pytest.warns(FastCNNWarning, match=r"1 of 20 photos are damaged .*Corrupt JPEG data.*fastcnn data check"),
     ):
-        ready = dataset.prepare(data, **options)
+        ready = dataset.prepare(config)
     assert list(ready.damaged) == [scan(data).paths[0]]
     assert list(ready.bad.values()) == ["not an image"]
     for i in range(12):
         (data / scan(data).classes[1] / f"0 page\n{i:02}.jpg").write_text("text")
     with pytest.raises(DataError) as error:
-        dataset.prepare(data, **options)
+        dataset.prepare(config)
     message = str(error.value)
     assert "13 of 33 photos cannot be used (13 not an image), more than --max-bad 0.05" in message
     assert message.count("(not an image)") == 10

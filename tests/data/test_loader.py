@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pipelines
 from fastcnn import Config, fit
-from fastcnn.config import Loader, resolve
+from fastcnn.config import DataConfig, Loader, resolve
 from fastcnn.data import buffered_feed, cache
 from fastcnn.data.buffered_feed import BatchBuffer, BufferedFeed, PinnedBatchBuffer
 from fastcnn.data.crops import RATIO, SCALE, crop_boxes
@@ -56,7 +56,9 @@ def index(photos: Path) -> Index:
 
 @pytest.fixture(scope="module")
 def decoded(index: Index, tmp_path_factory: pytest.TempPathFactory) -> cache.Cache:
-    return cache.build(index, image_size=SIZE, decoder="turbo", cache_dir=tmp_path_factory.mktemp("cache"))
+    return cache.build(
+        index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path_factory.mktemp("cache")))
+    )
 
 
 def make_feed(loader: str, index: Index, decoded: cache.Cache, count: int = 37, **options: Any) -> Feed:
@@ -225,7 +227,7 @@ def test_an_interrupted_epoch_leaves_no_thread(loader: str, done: int, index: In
 
 
 def test_a_cache_that_vanishes_is_one_line(index: Index, tmp_path: Path) -> None:
-    decoded = cache.build(index, image_size=SIZE, decoder="turbo", cache_dir=tmp_path / "cache")
+    decoded = cache.build(index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "cache")))
     feed = make_feed("mapped", index, decoded)
     with (decoded.folder / "pixels.bin").open("r+b") as file:
         file.truncate(1000)
@@ -245,17 +247,21 @@ def fragile(photos: Path, tmp_path: Path) -> tuple[Index, cache.Cache]:
     """Photos that a test may damage, checked and not stored."""
     shutil.copytree(photos, tmp_path / "fragile", ignore=shutil.ignore_patterns(".*"))
     index = scan(tmp_path / "fragile")
-    return index, cache.build(index, image_size=SIZE, decoder="turbo", cache_dir=tmp_path / "c", keep_pixels=False)
+    return index, cache.build(
+        index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c")), keep_pixels=False
+    )
 
 
 def test_photos_are_checked_and_not_stored(fragile: tuple[Index, cache.Cache], tmp_path: Path) -> None:
     index, checked = fragile
     assert checked.usable.all()
     assert not (checked.folder / "pixels.bin").exists()
-    again = cache.build(index, image_size=SIZE, decoder="turbo", cache_dir=tmp_path / "c", keep_pixels=False)
+    again = cache.build(
+        index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c")), keep_pixels=False
+    )
     assert (checked.num_decoded, again.num_decoded) == (120, 0)
     assert cache.list_caches(tmp_path / "c")[0]["photos"] == 120
-    stored = cache.build(index, image_size=SIZE, decoder="turbo", cache_dir=tmp_path / "c")
+    stored = cache.build(index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c")))
     assert stored.folder != checked.folder
     assert stored.num_decoded == 120
 
@@ -491,19 +497,19 @@ def test_auto_picks_what_fits_and_says_so(photos: Path, reference: Any, monkeypa
     assert run.summary["loader"] == "mapped"
     assert "--memory-limit" in run.summary["loader_reason"]
     assert outcome(run)[1] == reference[1]
-    monkeypatch.setattr("fastcnn.data.dataset.fits_on_disk", lambda index, **options: False)
+    monkeypatch.setattr("fastcnn.data.dataset.fits_on_disk", lambda *arguments, **options: False)
     assert fit(Config(data=str(photos), **SMALL)).summary["loader"] == "stream"
     monkeypatch.undo()
     assert fit(Config(data=str(photos), **SMALL)).summary["loader"] == "resident"
 
 
 def test_the_disk_has_room_for_what_is_there(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"image_size": SIZE, "decoder": "turbo", "cache_dir": tmp_path / "c"}
-    assert cache.fits_on_disk(index, **options)
+    config = DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c"))
+    assert cache.fits_on_disk(index, config)
     full = shutil._ntuple_diskusage(1, 1, 0)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    assert not cache.fits_on_disk(index, **options)
+    assert not cache.fits_on_disk(index, config)
     monkeypatch.undo()
-    cache.build(index, **options)
+    cache.build(index, config)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    assert cache.fits_on_disk(index, **options)
+    assert cache.fits_on_disk(index, config)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import pipelines
 from fastcnn import Config, evaluate_run, fit
+from fastcnn.config import DataConfig
 from fastcnn.data import cache, dataset, index, split
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
@@ -143,7 +145,9 @@ def test_the_cache_notices_a_shard_that_is_written_anew(sharded: Path, tmp_path:
     shutil.copytree(sharded, out)
 
     def build() -> cache.Cache:
-        return cache.build(index.scan(out), image_size=SIZE, decoder="turbo", cache_dir=tmp_path / "cache")
+        return cache.build(
+            index.scan(out), DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "cache"))
+        )
 
     first, found = build(), index.scan(out)
     assert first.num_decoded == len(found)
@@ -163,7 +167,7 @@ def test_every_loader_gives_the_files_batches(loader: str, folder: Path, sharded
     usable = np.flatnonzero([Path(files.paths[i]).name not in BAD for i in which])
     seen = []
     for some, photos in ((files, which[usable]), (found, usable)):
-        built = cache.build(some, image_size=SIZE, decoder="turbo", cache_dir=tmp_path)
+        built = cache.build(some, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path)))
         feed = LOADERS[loader](some, built, photos, Options(device=torch.device("cpu"), batch_size=16, crop_scale=None))
         batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -353,6 +357,7 @@ def test_labels_without_photos_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_prepared_like_any_folder(sharded: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"image_size": SIZE, "cache_dir": str(tmp_path), "loader": "stream", "max_bad": 0.5}
     with pytest.warns(FastCNNWarning, match="cannot be used"):
-        data = dataset.prepare(sharded, image_size=SIZE, cache_dir=tmp_path, loader="stream", max_bad=0.5)
+        data = dataset.prepare(DataConfig(data=str(sharded), **options))
     assert data.pixels(np.arange(5)).any((1, 2, 3)).all()

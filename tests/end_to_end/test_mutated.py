@@ -10,7 +10,6 @@ import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastcnn import Config
-from fastcnn.config import read_yaml, resolve
+from fastcnn.config import DataConfig, read_yaml, resolve
 from fastcnn.data import cache, index, split
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.small_cnn import SmallCNN, restore
@@ -157,14 +156,14 @@ def cache_file(name: str) -> Callable[[Path, Path], tuple[bytes, Read]]:
         found = index.scan(photos)
         some = found.take(np.arange(len(found)) % 20 == 0)
         everything = np.arange(len(some))
-        options: dict[str, Any] = {"image_size": 32, "decoder": "turbo", "cache_dir": folder / "cache"}
-        built = cache.build(some, **options)
+        config = DataConfig(image_size=32, decoder="turbo", cache_dir=str(folder / "cache"))
+        built = cache.build(some, config)
         right, path = built.pixels(everything), built.folder / name
 
         def read(data: bytes) -> None:
             path.write_bytes(data)
             cache.list_caches(folder / "cache")
-            again = cache.build(some, **options)
+            again = cache.build(some, config)
             assert (again.pixels(everything) == right).all()
 
         return path.read_bytes(), read

@@ -20,6 +20,7 @@ import pytest
 
 from fastcnn import Config, fit
 from fastcnn.cli import main
+from fastcnn.config import DataConfig
 from fastcnn.data import cache, cache_files, index
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from fastcnn.runs.evaluate_run import evaluate_run
@@ -111,13 +112,13 @@ def journal_line(entry: dict[str, object]) -> bytes:
 def test_a_malicious_cache(mine: Path, tmp_path: Path, entry: dict[str, object]) -> None:
     """Its checksums are right, and its rows are elsewhere: they are decoded again."""
     found = index.scan(mine)
-    built = cache.build(found, image_size=32, decoder="turbo", cache_dir="cache")
+    built = cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache"))
     right, journal = built.pixels(found.labels * 0), built.folder / "photos.jsonl"
     facts = {"path": found.paths[0], "size": int(found.sizes[0]), "mtime": int(found.mtimes[0]), "crc": zlib.crc32(b"")}
     journal.write_bytes(journal.read_bytes() + journal_line({**facts, **entry}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)
-        again = cache.build(found, image_size=32, decoder="turbo", cache_dir="cache")
+        again = cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache"))
     assert again.num_decoded == 1
     assert (again.pixels(found.labels * 0) == right).all()
 
@@ -134,7 +135,7 @@ HEADERS: dict[str, bytes] = {
 @pytest.mark.parametrize("what", HEADERS)
 def test_a_malicious_cache_header(mine: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = index.scan(mine)
-    folder = cache.build(found, image_size=32, decoder="turbo", cache_dir="cache").folder
+    folder = cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache")).folder
     (folder / "cache.json").write_bytes(HEADERS[what])
     before = tree(tmp_path)
     for command in ("list", "info"):
@@ -142,7 +143,7 @@ def test_a_malicious_cache_header(mine: Path, tmp_path: Path, what: str, capsys:
             main(["cache", command, "--cache-dir", "cache"])
         assert not stopped.value.code
     with pytest.warns(FastCNNWarning, match="decoding every photo again"):
-        cache.build(found, image_size=32, decoder="turbo", cache_dir="cache")
+        cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache"))
     assert tree(tmp_path) == before
 
 
@@ -166,7 +167,7 @@ def test_a_malicious_image(mine: Path, tmp_path: Path, what: str, decoder: str) 
     (next(mine.iterdir()) / "evil.jpg").write_bytes(IMAGES[what](owned))
     before = tree(tmp_path)
     found = index.scan(mine)
-    built = cache.build(found, image_size=32, decoder=decoder, cache_dir="cache")
+    built = cache.build(found, DataConfig(image_size=32, decoder=decoder, cache_dir="cache"))
     (reason,) = [reason for reason in built.reasons if reason]
     assert reason in ("not an image", "unsupported format")
     assert tree(tmp_path) - before == {tmp_path / "cache"} | tree(tmp_path / "cache")

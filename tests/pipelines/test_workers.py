@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import pipelines
+from fastcnn.config import DataConfig
 from fastcnn.data import cache, cache_files
 from fastcnn.data.index import scan
 from fastcnn.errors import FastCNNError, FastCNNWarning
@@ -297,7 +298,9 @@ def write(folder: Path, contents: list[bytes]) -> Path:
 
 
 def build(folder: Path, decoder: str, **options: object) -> cache.Cache:
-    return cache.build(scan(folder), image_size=SIZE, decoder=decoder, cache_dir=folder.parent / "cache", **options)
+    return cache.build(
+        scan(folder), DataConfig(image_size=SIZE, decoder=decoder, cache_dir=str(folder.parent / "cache")), **options
+    )
 
 
 def test_a_cache_is_built_around_photos_that_kill(
