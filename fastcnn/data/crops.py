@@ -1,4 +1,4 @@
-"""Random resized crops: which part of a photo a training step sees, drawn from (seed, epoch, photo) alone."""
+"""Random resized crops of training photos, determined by (seed, epoch, photo) alone."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def crop_boxes(
     scale: tuple[float, float] = SCALE,
     ratio: tuple[float, float] = RATIO,
 ) -> npt.NDArray[np.float64]:
-    """Return (n, 4): left, top, right, bottom of a part of each photo, in its pixels.
+    """Return (n, 4) float64: left, top, right, bottom of a crop of each photo, in its pixels.
 
-    Area and aspect ratio as in Szegedy et al., "Going deeper with convolutions" (2015), by the rule that torchvision's
-    RandomResizedCrop made common: draw both up to ten times until the part fits, else take the largest middle part
-    whose ratio is allowed. A box depends on nothing but its own arguments: not on the batch, order or decoder.
+    Area and aspect ratio are drawn as in Szegedy et al., "Going deeper with convolutions" (2015), and as torchvision's
+    RandomResizedCrop does: up to ten times until the crop fits, else it is the largest central one with an allowed
+    ratio. A crop does not depend on the batch, the order or the decoder.
 
     Args:
-        seed: the run's.
-        epoch: the epoch.
-        photos: (n,) number of each photo.
-        sizes: (n, 2) width and height of each, upright.
-        scale: least and greatest share of the photo's area.
-        ratio: least and greatest width over height; drawn uniformly in its logarithm.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        photos: (n,) position of each photo in the index.
+        sizes: (n, 2) width and height of each upright photo.
+        scale: smallest and largest fraction of the photo's area.
+        ratio: smallest and largest width over height; its logarithm is drawn uniformly.
     """
     widths, heights = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)  # (n, 1)
     draws = _uniform(seed, epoch, photos, 2 * TRIES + 2)  # (n, k)
     areas = widths * heights * (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES])  # (n, TRIES)
     ratios = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, TRIES : 2 * TRIES])
-    # Last the part that is taken where no try fits: the whole photo, less what exceeds the ratios.
+    # The last column is the crop where no try fits: the whole photo, cut to the allowed ratios.
     across = np.hstack([np.sqrt(areas * ratios), np.minimum(widths, heights * ratio[1])])
     down = np.hstack([np.sqrt(areas / ratios), np.minimum(heights, widths / ratio[0])])
     chosen = ((across <= widths) & (down <= heights)).argmax(1)[:, None]  # (n, 1) the first that fits
@@ -47,9 +47,9 @@ def crop_boxes(
 
 
 def _uniform(seed: int, epoch: int, photos: npt.NDArray[np.intp], count: int) -> npt.NDArray[np.float64]:
-    """Return (n, count) numbers from 0 to below 1: those of photo p are the stream of (seed, epoch, p).
+    """Return (n, count) uniform numbers in [0, 1): those of photo p are the stream of (seed, epoch, p).
 
-    SplitMix64 (Steele, Lea and Flood, 2014), whose numbers can be asked for in any order.
+    SplitMix64 (Steele, Lea and Flood, 2014), whose numbers can be computed in any order.
     """
     start = np.zeros(len(photos), np.uint64)
     for part in (np.uint64(seed), np.uint64(epoch), photos.astype(np.uint64)):

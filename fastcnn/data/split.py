@@ -1,4 +1,4 @@
-"""Train, validation and test: drawn, written and read."""
+"""Split into train, validation and test: drawn, written and read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastcnn.system.text import printable
 
 
 def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
-    """Return (N,) train, val or test for each photo, as the folders say, or stratified by `seed`.
+    """Return (N,) train, val or test for each photo: the split of the folders, or a stratified one drawn by `seed`.
 
-    With both a validation and a test folder they are used as they are. With one of them, that is the test set. The
-    training photos are then split so that each class gives round(n * val_fraction) of its n photos, at least one and
-    at most n - 1, to validation.
+    A validation and a test folder are used as they are. One of them alone is the test set; the training photos are then
+    split so that each class gives round(n * val_fraction) of its n photos, at least 1 and at most n - 1, to validation.
+    Raises DataError for a class with fewer than two training photos.
     """
     splits = index.folders.astype("<U5")
     held_out = set(splits) - {"train"}
@@ -30,7 +30,7 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
         mine = np.flatnonzero((index.labels == label) & (splits == "train"))
         if len(mine) < 2:
             raise DataError(
-                f"class '{index.classes[label]}' has {len(mine)} usable training photo: two or more are needed"
+                f"class '{index.classes[label]}' has {len(mine)} usable training photo: add photos, two are needed"
             )
         num_val = min(max(1, _round_half_up(len(mine) * val_fraction)), len(mine) - 1)
         order = np.random.default_rng([seed, label]).permutation(len(mine))
@@ -45,9 +45,9 @@ def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:
 
 
 def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
-    """Return (N,) train, val, test or "" (not listed) for each photo of the index, from a split.csv.
+    """Return (N,) train, val, test or "" (not listed) for each photo of the index, read from a split.csv.
 
-    Raises DataError where the file is no split.csv, or lists a photo or class that the folder does not hold.
+    Raises DataError where the file is no split.csv, or lists a photo or class that the folder lacks.
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -69,7 +69,7 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
             raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
         splits[position[photo]] = part
     if not {"train", "val"} <= set(splits):
-        raise DataError(f"{path} names no photos for training or none for validation")
+        raise DataError(f"{path} lists no photos for training or none for validation")
     return splits
 
 

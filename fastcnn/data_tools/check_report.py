@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcnn.data_tools.check import Findings, Group, class_rows, counted, detail
+from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
 from fastcnn.errors import FastCNNError
 from fastcnn.reporting import html as pages
 from pipelines.facts import thumbnail

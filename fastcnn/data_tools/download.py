@@ -1,4 +1,4 @@
-"""Folders of photos from elsewhere: `download` gets a known set whole, or leaves nothing that looks like it."""
+"""Download of known data sets: the whole set, or nothing that could be taken for it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastcnn.system.console import Console
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a set of photos is, and what it is called here."""
+    """Address of a data set, and the names of its files here."""
 
     url: str
     archive: str
-    """The archive's name in the folder it is loaded into."""
+    """Name of the archive in the folder that it is downloaded into."""
     folder: str
-    """The folder, beside the archive, that holds train/<class>/... afterwards."""
+    """Name of the folder, beside the archive, with train/<class>/... in it."""
 
 
 DOWNLOADS: dict[str, Source] = {
@@ -36,7 +36,7 @@ DOWNLOADS: dict[str, Source] = {
 
 
 class DownloadInterrupted(FastCNNError):
-    """Ctrl-C, with what is there kept."""
+    """Ctrl-C during a download; the part that was loaded is kept."""
 
     exit_code = 130
 
@@ -50,19 +50,19 @@ def download(
     timeout: float = http_download.TIMEOUT,
     pause: float = http_download.PAUSE,
 ) -> Path:
-    """Load a set of photos into a folder, unpack it there, and return the folder of its train/<class>/...
+    """Download a data set into a folder, unpack it there, and return the folder with train/<class>/... in it.
 
-    What is there already is not loaded again. An interrupted command is gone on with by the same command.
+    Parts that are there already are not loaded again: the same command continues an interrupted one.
 
     Args:
         name: a key of `DOWNLOADS`.
-        folder: made where it is missing; nothing is written outside it.
-        url: a mirror's address; left out, the set's own.
-        console: where lines and progress go.
-        timeout: seconds for connecting, and for the next bytes to come.
-        pause: seconds before the first new try after a broken connection.
+        folder: target folder, made where it is missing; nothing is written outside it.
+        url: address of a mirror; None is the original.
+        console: prints lines and progress.
+        timeout: seconds to wait for a connection, and for the next bytes.
+        pause: seconds before the first retry after a broken connection.
 
-    Raises FastCNNError where the server or the disk fails, DataError for an archive that is damaged or unsafe.
+    Raises FastCNNError where the server or the disk fails, DataError for a damaged or unsafe archive.
     """
     if name not in DOWNLOADS:
         raise UsageError(f"no data set '{name}'{nearest(name, DOWNLOADS)}; expected one of {', '.join(DOWNLOADS)}")
@@ -94,23 +94,23 @@ def download(
             f"cannot write {error.filename or folder}: {error.strerror or error}; "
             "free some space or choose another folder"
         ) from None
-    console.line(f"{packed} is not needed any more: delete it to free {packed.stat().st_size / 2**20:,.0f} MiB")
+    console.line(f"{packed} is no longer needed: delete it to free {packed.stat().st_size / 2**20:,.0f} MiB")
     return photos
 
 
 def _is_there(photos: Path) -> bool:
-    """Whether the set is there: it gets its name only when it is whole."""
+    """Return whether the set is there: its folder is named only when it is whole."""
     if not photos.exists() and not photos.is_symlink():
         return False
     if (photos / "train").is_dir():
         return True
-    raise DataError(f"{photos} is there but holds no train folder: move it away, or choose another folder")
+    raise DataError(f"{photos} is there but has no train folder: move it away, or choose another folder")
 
 
 def _unpack(packed: Path, photos: Path, console: Console) -> None:
-    """Unpack beside `photos` and rename, so that half a set never has its name."""
+    """Unpack beside `photos` and rename, so that half a set is never found there."""
     beside = photos.with_name(f".{photos.name}.unpacking")
-    if beside.exists():  # of a command that was killed
+    if beside.exists():  # left by a command that was killed
         shutil.rmtree(beside)
     with unzip.opened(packed) as opened:
         members = unzip.files(opened)
@@ -128,9 +128,9 @@ def _unpack(packed: Path, photos: Path, console: Console) -> None:
 
 
 def photo_root(names: Iterable[str]) -> PurePosixPath:
-    """Return the folder, among the paths of files, that holds train/<class>/<file> of two classes or more.
+    """Return the folder, among paths of files, with train/<class>/<file> of two classes or more in it.
 
-    The uppermost, and of several the one of most files, whatever it is called. Raises Refused where there is none.
+    It is the uppermost of them, and among several the one with most files. Raises Refused where there is none.
     """
     classes = defaultdict[PurePosixPath, list[str]](list)
     for name in names:
@@ -140,5 +140,5 @@ def photo_root(names: Iterable[str]) -> PurePosixPath:
             classes[PurePosixPath(*parts[:position])].append(parts[position + 1])
     roots = [root for root, found in classes.items() if len(set(found)) >= 2]
     if not roots:
-        raise unzip.Refused("it holds no train/<class>/<photos> of two classes or more")
+        raise unzip.Refused("it has no train/<class>/<photos> of two classes or more")
     return min(roots, key=lambda root: (len(root.parts), -len(classes[root])))

@@ -1,13 +1,13 @@
-"""Photos that look the same: a perceptual hash of each, and a search that need not compare all with all."""
+"""Duplicates by looks: a perceptual hash of each photo, and a search that does not compare all pairs."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-SIZE = 32  # side of the photos that are hashed
-DISTANCE = 6  # bits in which two hashes of the same photo differ at most
-LIKENESS = 0.98  # least correlation of their small grey pictures
+SIZE = 32  # side of the hashed photos, in pixels
+DISTANCE = 6  # bits in which the hashes of duplicates may differ
+MIN_CORRELATION = 0.98  # of the small grey pictures of duplicates
 
 _BANDS, _BAND_BITS = DISTANCE + 1, 9  # 7 x 9 = the 63 bits of a hash
 _BLOCK = 2**22  # pairs compared at once: 32 MiB
@@ -16,9 +16,9 @@ _BLOCK = 2**22  # pairs compared at once: 32 MiB
 def describe(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
     """Return (n,) hashes and (n, 256) grey pictures of 16 x 16, of images (n, 32, 32, 3).
 
-    The hash is the perceptual one of the DCT (as in Zauner, Implementation and Benchmarking of Perceptual Image Hash
-    Functions, 2010): which of the 63 lowest frequencies are above their median. It hardly changes with size,
-    compression, brightness and colour; a crop of a few percent is beyond it.
+    The hash is the perceptual one of the DCT (Zauner, Implementation and Benchmarking of Perceptual Image Hash
+    Functions, 2010): a bit for each of the 63 lowest frequencies, set where it is above their median. It hardly changes
+    with size, compression, brightness and colour; it does not recognise a crop of a few percent.
     """
     grey = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     k = np.arange(SIZE)
@@ -31,9 +31,9 @@ def describe(images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint64], npt
 
 
 def pairs(hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
-    """Return (m, 2) positions, sorted, of photos that look the same, by what `describe` returned.
+    """Return (m, 2) positions, sorted, of duplicates, given what `describe` returned.
 
-    Two hashes that differ in 6 bits at most are equal in one of 7 bands of 9 bits: only those are compared.
+    Two hashes that differ in at most 6 bits are equal in one of 7 bands of 9 bits: only such pairs are compared.
     """
     found = [np.zeros((0, 2), np.intp)]
     for band in range(_BANDS):
@@ -42,12 +42,14 @@ def pairs(hashes: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint8]) -> np
         for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
             found += _close(hashes, group)
     close = np.unique(np.concatenate(found), axis=0)
-    alike = [_likeness(pictures[part]) >= LIKENESS for part in np.array_split(close, len(close) // 2**16 + 1)]
+    alike = [
+        _correlations(pictures[part]) >= MIN_CORRELATION for part in np.array_split(close, len(close) // 2**16 + 1)
+    ]
     return close[np.concatenate(alike)]
 
 
 def groups(pairs: npt.NDArray[np.intp]) -> list[list[int]]:
-    """Return the sets of photos that pairs (m, 2) connect, each sorted, in the order of their first."""
+    """Return the groups of photos that pairs (m, 2) connect, each sorted, ordered by their first photo."""
     leader: dict[int, int] = {}
 
     def find(i: int) -> int:
@@ -66,7 +68,7 @@ def groups(pairs: npt.NDArray[np.intp]) -> list[list[int]]:
 
 
 def _close(hashes: npt.NDArray[np.uint64], group: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-    """Return the pairs among a group (positions, rising) whose hashes are close, in pieces."""
+    """Return the pairs in a group (ascending positions) whose hashes are close, as several arrays (m, 2)."""
     mine, found = hashes[group], []
     rows = max(1, _BLOCK // max(1, len(group)))
     for start in range(0, len(group) - 1, rows):
@@ -77,8 +79,8 @@ def _close(hashes: npt.NDArray[np.uint64], group: npt.NDArray[np.intp]) -> list[
     return found
 
 
-def _likeness(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return (m,) correlations of pairs of pictures (m, 2, 256); 0 for a picture that shows nothing."""
+def _correlations(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return (m,) correlations of pairs of pictures (m, 2, 256); 0 for a picture of one grey value."""
     values = pictures.astype(np.float32)
     values -= values.mean(2, keepdims=True)
     norms = np.linalg.norm(values, axis=2)

@@ -1,7 +1,7 @@
-"""Loading an archive over HTTP, going on where an earlier try or an earlier command stopped.
+"""Download over HTTP that continues where an earlier attempt or an earlier command stopped.
 
-Until it is whole the archive is called NAME.partial. NAME.partial.json beside it says how long it will be and by what
-(ETag or Last-Modified) the server knows it, so that the pieces of two different archives are never put together.
+Until it is whole the file is called NAME.partial. NAME.partial.json beside it has its full length and its ETag or
+Last-Modified, so that the parts of two different files are never joined.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from fastcnn.storage.files import check_space
 from fastcnn.system.console import Console
 
 CHUNK = 2**20  # bytes
-TIMEOUT = 30.0  # seconds for connecting, and for the next bytes to come
-PAUSE = 1.0  # seconds before the first new try, doubled before each further one
-RETRIES = 4  # tries in a row that bring nothing new
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP answers that a later try may not get
+TIMEOUT = 30.0  # seconds to wait for a connection, and for the next bytes
+PAUSE = 1.0  # seconds before the first retry, doubled before each further one
+RETRIES = 4  # attempts in a row that bring no new bytes
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses that may pass
 
 
 class Broken(Exception):
-    """The connection failed in a way that a later try may not."""
+    """The connection failed in a way that may pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What the server said of the archive that a partial file is the beginning of."""
+    """The server's description of the file whose beginning a partial file is."""
 
     size: int
-    """Bytes of the whole archive."""
+    """Bytes of the whole file."""
     validator: str
-    """Its ETag, else its Last-Modified, else ""; then it cannot be continued."""
+    """Its ETag, else its Last-Modified; "" where the download cannot be continued."""
 
 
 def fetch(url: str, path: Path, console: Console, *, timeout: float = TIMEOUT, pause: float = PAUSE) -> None:
-    """Load `url` into `path`, trying again when the connection breaks.
+    """Download `url` to `path`, retrying when the connection breaks; `timeout` and `pause` are seconds.
 
-    Raises FastCNNError where the server does not have it, keeps failing, or the disk has no room; UsageError for what
-    is no address.
+    Raises FastCNNError where the server lacks the file or keeps failing or the disk has no room, UsageError for a
+    string that is no address.
     """
     host = check_url(url)
     partial = path.with_name(f"{path.name}.partial")
@@ -58,12 +58,13 @@ def fetch(url: str, path: Path, console: Console, *, timeout: float = TIMEOUT, p
             _load(url, partial, console, timeout)
             break
         except Broken as error:
-            # Only what is new counts: a server without ranges that breaks every time must not be asked for ever.
+            # Only new bytes count: a server without ranges that always breaks must not be asked for ever.
             failures = 1 if _size(partial) > furthest else failures + 1
             furthest = max(furthest, _size(partial))
             if failures > RETRIES:
                 raise FastCNNError(
-                    f"{host}: {error}, {failures} times in a row; the same command goes on, --url takes a mirror"
+                    f"{host}: {error}, {failures} times in a row; run the same command to go on, or give a mirror with "
+                    "--url"
                 ) from None
             wait = pause * 2 ** (failures - 1)
             console.line(f"{host}: {error}; trying again in {wait:g} s")
@@ -82,7 +83,7 @@ def check_url(url: str) -> str:
 
 
 def _load(url: str, partial: Path, console: Console, timeout: float) -> None:
-    """Bring the partial file to its full length, in one connection."""
+    """Download the rest of the partial file in one connection."""
     known = _read_notes(partial)
     have = _size(partial) if known and known.validator else 0
     if known and have == known.size:
@@ -90,7 +91,7 @@ def _load(url: str, partial: Path, console: Console, timeout: float) -> None:
     with _open(url, have, known, timeout, partial) as response:
         going_on = response.status == 206 and known is not None
         total = known.size if going_on and known else int(response.headers["Content-Length"])
-        # Photos do not compress: unpacked they take about as much again.
+        # Photos do not compress: unpacked they take about as much space again.
         check_space(partial.parent, 2 * total - _size(partial), "the archive, with what is in it,")
         if not going_on:
             identity = Identity(size=total, validator=_validator(response))
@@ -113,12 +114,12 @@ def _load(url: str, partial: Path, console: Console, timeout: float) -> None:
 
 def _why_again(known: Identity | None, identity: Identity) -> str:
     if known is None or not known.validator:
-        return "what is here may be of another archive"
+        return "the partial file may be of another archive"
     return "the archive has changed" if identity != known else "the server cannot go on in the middle"
 
 
 def _open(url: str, have: int, known: Identity | None, timeout: float, partial: Path) -> Any:
-    """Return the server's answer: 206 with exactly the rest of what is there, or 200 with the whole."""
+    """Return the server's response: 206 with exactly the missing rest, or 200 with the whole file."""
     request = urllib.request.Request(url, headers={"User-Agent": "fastcnn"})
     if have and known:
         request.add_header("Range", f"bytes={have}-")
@@ -127,20 +128,22 @@ def _open(url: str, have: int, known: Identity | None, timeout: float, partial: 
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # there is no such rest: what is here is not the beginning of what is there
+        if error.code == 416:  # the partial file is longer than the file: it is the beginning of another one
             _notes(partial).unlink(missing_ok=True)
-        if error.code == 416 or error.code in PASSING:
+        if error.code == 416 or error.code in TRANSIENT:
             raise Broken(f"the server answers {error.code} {error.reason}") from None
         where = f"{request.host}{urlsplit(url).path}"
         raise FastCNNError(
-            f"{error.code} {error.reason}: {where} cannot be loaded; --url takes a mirror's address"
+            f"{error.code} {error.reason}: {where} cannot be downloaded; give a mirror with --url"
         ) from None
     except (http.client.InvalidURL, UnicodeError) as error:
         raise UsageError(f"--url: {first_line(error)}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise FastCNNError(f"{request.host} cannot prove who it is: {reason.verify_message}") from None
+            raise FastCNNError(
+                f"{request.host} has no valid certificate ({reason.verify_message}): give a mirror with --url"
+            ) from None
         raise Broken(f"cannot be reached ({_reason(reason, timeout)})") from None
     try:
         _check_answer(response, have, known, partial)
@@ -161,15 +164,15 @@ def _check_answer(response: Any, have: int, known: Identity | None, partial: Pat
         return
     host = urlsplit(response.url).hostname
     if response.status != 200:
-        raise FastCNNError(f"{host} answers {response.status}: --url takes a mirror's address")
+        raise FastCNNError(f"{host} answers {response.status}: give a mirror with --url")
     if headers.get_content_type() == "text/html":
         raise FastCNNError(f"{host} sends a web page, not an archive: is a log-in or a proxy in the way?")
     if not headers.get("Content-Length", "").isdecimal():
-        raise FastCNNError(f"{host} does not say how long the archive is: --url takes a mirror's address")
+        raise FastCNNError(f"{host} does not say how long the archive is: give a mirror with --url")
 
 
 def _read(response: Any, timeout: float) -> bytes:
-    """Return the next bytes as they come, b"" at the end."""
+    """Return the next bytes, b"" at the end."""
     try:
         return response.read1(CHUNK)  # type: ignore[no-any-return]
     except (OSError, http.client.HTTPException) as error:
@@ -184,7 +187,7 @@ def _reason(error: object, timeout: float) -> str:
 
 
 def _validator(response: Any) -> str:
-    """Return what If-Range may hold: a strong ETag, else Last-Modified, else ""."""
+    """Return the value for If-Range: a strong ETag, else Last-Modified, else ""."""
     etag = response.headers.get("ETag", "")
     return str(etag if etag.startswith('"') else response.headers.get("Last-Modified", ""))
 
@@ -194,7 +197,7 @@ def _notes(partial: Path) -> Path:
 
 
 def _read_notes(partial: Path) -> Identity | None:
-    """Return whose beginning the partial file is, or None where that is not known."""
+    """Return the file whose beginning the partial file is, None where that is not known."""
     try:
         values = json.loads(_notes(partial).read_text(encoding="utf-8"))
         identity = Identity(size=int(values["size"]), validator=str(values["validator"]))

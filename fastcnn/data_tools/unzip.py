@@ -1,7 +1,7 @@
-"""Unpacking a zip file inside one folder, whatever its author had in mind.
+"""Safe unpacking of a zip file into one folder, even of a malicious one.
 
-Every name and size is checked before the first byte is written. What is unpacked are regular files with the
-permissions of new ones: no links, no devices, no modes.
+Every name and size is checked before the first byte is written. Only regular files are written, with default
+permissions: no links, no devices, no modes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from fastcnn.errors import DataError, first_line
 
 CHUNK = 2**20  # bytes
-MAX_GROWTH, ALWAYS_FINE = 20, 2**26  # photos do not compress: more than 20 times the archive (and 64 MiB) is a bomb
+MAX_GROWTH, ALWAYS_FINE = 20, 2**26  # photos do not compress: above 20 times the archive (and 64 MiB) it is a bomb
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for gigabytes of memory
 DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "123456789¹²³")})
 JUNK = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db"})
@@ -26,12 +26,12 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, 
 
 
 class Refused(Exception):
-    """What is in the archive is not written anywhere."""
+    """The archive is unsafe: nothing of it is written."""
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip file; DataError for what is none, or proves damaged or is refused later."""
+    """Open a zip file. Raises DataError where it is none, or where the body finds it damaged or unsafe."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -44,10 +44,10 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the regular files of an archive by safe relative path, without what systems leave in archives.
+    """Return the regular files of an archive by safe relative path, without the operating system's own files.
 
-    Raises Refused for an archive with a name that leads elsewhere, a link or device, a file that stands where a
-    folder should, a name twice, encryption, an unusual compression, or more in it than its own size allows.
+    Raises Refused for a name that leads out of the folder, a link or device, a file in the place of a folder, a name
+    twice, encryption, an unusual compression, or more content than the size of the archive allows.
     """
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -60,7 +60,7 @@ def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if info.flag_bits & 1:
             raise Refused(f"'{path}' is encrypted")
         if info.compress_type not in METHODS:
-            raise Refused(f"'{path}' is compressed by method {info.compress_type}; deflate is understood")
+            raise Refused(f"'{path}' is compressed by method {info.compress_type}, expected deflate")
         if str(path) in found:
             raise Refused(f"'{path}' is in it twice")
         found[str(path)] = info
@@ -73,15 +73,15 @@ def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def safe_path(name: str) -> PurePosixPath:
-    """Return the path below any folder that an archive's name stands for; Refused for one that leads elsewhere.
+    """Return an archive's name as a path that stays below any folder; Refused for one that does not.
 
-    As strict on every system as Windows has to be.
+    The rules are those of Windows, on every system.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or not parts:
         raise Refused(f"{_shown(name)} is not below its folder")
     for part in parts:
-        if not part.strip(". "):  # "..", and what Windows takes for it
+        if not part.strip(". "):  # "..", and names that Windows reads as it
             raise Refused(f"{_shown(name)} leads out of its folder")
         if any(character in '\\:<>"|?*' or not character.isprintable() for character in part):
             raise Refused(f"{_shown(name)} has characters that some systems do not allow")
@@ -96,9 +96,9 @@ def unpack(
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write members to their paths below a folder that is empty; their checksums and lengths are checked.
+    """Write members to their paths below an empty folder, checking their checksums and lengths.
 
-    `progress` is told files written and files to write.
+    `progress` is called with the number of files written and to write.
     """
     for done, (name, info) in enumerate(members.items()):
         progress(done, len(members))
@@ -112,7 +112,7 @@ def unpack(
                     break
                 target.write(chunk)
         if written != info.file_size:
-            raise zipfile.BadZipFile(f"'{name}' is not as long as it says")
+            raise zipfile.BadZipFile(f"'{name}' does not have the length in its header")
     progress(len(members), len(members))
 
 

@@ -1,4 +1,4 @@
-"""Photos in classes, packed into WebDataset shards: their bytes as they are, in an order that a seed draws."""
+"""Writer of WebDataset shards: the unchanged bytes of photos in classes, shuffled by a seed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What is in new shards."""
+    """Summary of new shards."""
 
     photos: int
     shards: int
     no_images: list[str]
-    """Paths of files that show no image's beginning; they are in the shards, too, as photos that cannot be used."""
+    """Paths of files that do not begin like an image; they are in the shards, too, as unusable photos."""
 
 
 def write(
@@ -48,18 +48,18 @@ def write(
     seed: int = 0,
     console: Console | None = None,
 ) -> Written:
-    """Write the photos of a folder as shards: OUT/000000.tar, or where it has split folders OUT/train/000000.tar.
+    """Write the photos of a folder as shards: OUT/000000.tar, or OUT/train/000000.tar where it has split folders.
 
-    Beside the shards stands classes.txt, and in `out` paths.csv: each photo's path there, and the one that it had. The
-    same photos and seed give the same bytes. `out` is filled when everything is written, and left as it was otherwise.
+    classes.txt is written beside the shards, and paths.csv with each photo's new and old path into `out`. The same
+    photos and seed give the same bytes. `out` is filled only once everything is written.
 
     Args:
-        root: what `index.scan` takes.
-        out: a folder that is empty, or not there.
-        photos_each: photos of a shard at most; None is as many as `bytes_each` allows.
-        bytes_each: bytes of a shard's photos at most, as long as there is more than one.
-        seed: of the order.
-        console: where progress goes.
+        root: a folder as `index.scan` takes it.
+        out: an empty folder, or one that does not exist.
+        photos_each: largest number of photos in a shard; None leaves it to `bytes_each`.
+        bytes_each: largest number of bytes of a shard's photos, except for a shard of one photo.
+        seed: seed of the order.
+        console: prints progress.
 
     Raises DataError where the folder cannot be used or a photo cannot be read, FastCNNError where `out` is not empty or
     cannot be written.
@@ -68,16 +68,14 @@ def write(
     found = index.scan(root)
     for name in found.classes:
         if "\n" in name or "\r" in name or not name.strip():
-            raise DataError(f"class '{printable(name)}' of {found.root} cannot stand on a line of {shards.CLASSES}")
+            raise DataError(f"class '{printable(name)}' of {found.root} does not fit on a line of {shards.CLASSES}")
     if out.resolve().is_relative_to(found.root.resolve()):
         raise UsageError(f"{out} is inside the photos, which are never written to: choose another folder")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FastCNNError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: choose another folder")
-        # A photo and its label have a header each, and are filled up to whole blocks.
-        files.check_space(
-            out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "what the shards will hold,"
-        )
+        # A photo and its label have a header each, and are padded to whole blocks.
+        files.check_space(out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "the content of the shards")
         with signals.raising(), _beside(out) as partial:
             return _write(found, partial, out, photos_each or len(found), bytes_each, seed, console)
     except OSError as error:
@@ -86,7 +84,7 @@ def write(
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """Yield a folder in `out` whose content becomes that of `out`; where that fails `out` is as it was before."""
+    """Yield a folder whose content is moved into `out` at the end; on an error `out` is left as it was."""
     made, partial = not out.exists(), out / _PARTIAL
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -142,7 +140,7 @@ def _write(
 def _parts(
     photos: npt.NDArray[np.intp], sizes: npt.NDArray[np.int64], photos_each: int, bytes_each: int
 ) -> Iterator[Sequence[int]]:
-    """Yield the photos of each shard."""
+    """Yield the photos (positions) of each shard."""
     part: list[int] = []
     num_bytes = 0
     for photo in photos:
@@ -162,12 +160,12 @@ def _content(found: Index, photo: int) -> bytes:
             return b""
         raise DataError(
             f"{printable(str(found.root / found.paths[photo]))} cannot be copied ({error.verdict.reason}: "
-            f"{error.verdict.detail}): mend it or take it away"
+            f"{error.verdict.detail}): repair it or remove it"
         ) from None
 
 
 def _extension(path: str, content: bytes) -> str:
-    """Return the extension of a photo in a shard: its own, or by its content; "" where that shows no image."""
+    """Return the extension of a photo in a shard: its own, else that of its content; "" where that is no image."""
     own = PurePosixPath(path).suffix[1:].lower()
     if own in shards.PHOTO_EXTENSIONS:
         return own
@@ -177,7 +175,7 @@ def _extension(path: str, content: bytes) -> str:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file that is nobody's and of no time, so that the same photos are the same bytes."""
+    """Add a file without owner and time, so that the same photos give the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from fastcnn.cli import main
-from fastcnn.data_tools import check
-from fastcnn.data_tools import check_report as check_page
-from fastcnn.data_tools.check import Findings
+from fastcnn.data_tools import check, check_report
+from fastcnn.data_tools.findings import Findings
 from fastcnn.errors import DataError, FastCNNError
 from pipelines import pillow
 from tests.conftest import SHARED_DATA
@@ -162,14 +161,14 @@ def test_no_code_of_a_decoder_meets_a_bad_file_again(
     genuine = pillow.open_image
     monkeypatch.setattr(pillow, "open_image", open_image)
     found = check.check(traps, decoder="pillow")
-    check_page.page(found)
+    check_report.page(found)
     assert len(opened) >= 28
     assert not {(traps / path).read_bytes() for path in found.bad} & set(opened)
 
 
 def test_the_page_stands_alone(findings: Findings) -> None:
     page = Page()
-    page.feed(check_page.page(findings))
+    page.feed(check_report.page(findings))
     assert page.elsewhere == []
     assert page.pictures >= 2 + 4 + 16
     for words in ("train/dog/<b>.jpg", "1 photo is under two classes", "Corrupt JPEG data", "not an image"):
@@ -236,9 +235,9 @@ def test_a_photo_that_vanishes_meanwhile(traps: Path, tmp_path: Path) -> None:
     data = shutil.copytree(traps, tmp_path / "data")
     found = check.check(data, decoder="pillow")
     (data / "train/cat/same.jpg").unlink()
-    assert "same.jpg" in check_page.page(found)
+    assert "same.jpg" in check_report.page(found)
     with pytest.raises(FastCNNError, match="cannot write"):
-        check_page.write(tmp_path / "no" / "page.html", found)
+        check_report.write(tmp_path / "no" / "page.html", found)
 
 
 @pytest.mark.shared

@@ -178,7 +178,7 @@ def test_a_broken_connection_is_gone_on_with(
 def test_the_next_command_goes_on(server: Server, tmp_path: Path) -> None:
     server.breaks = [HALF]
     server.status = dict.fromkeys(range(1, 6), 503)
-    with pytest.raises(FastCNNError, match=r"503 .*5 times in a row; the same command goes on"):
+    with pytest.raises(FastCNNError, match=r"503 .*5 times in a row; run the same command to go on"):
         get(server, tmp_path / "d")
     assert (tmp_path / "d" / "nature_12K.zip.partial").read_bytes() == REFERENCE[:HALF]
     assert not (tmp_path / "d" / "inaturalist_12K").exists()
@@ -264,7 +264,7 @@ def test_a_stalled_connection_is_broken(server: Server, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"status": {0: 404}}, "/mirror/nature_12K.zip cannot be loaded; --url takes a mirror's address"),
+        ({"status": {0: 404}}, "/mirror/nature_12K.zip cannot be downloaded; give a mirror with --url"),
         ({"headers": {"Content-Type": "text/html"}}, "sends a web page, not an archive"),
         ({"headers": {"Content-Length": "many"}}, "does not say how long the archive is"),
     ],
@@ -400,7 +400,7 @@ def test_the_set_is_found_by_content(tmp_path: Path, top: str) -> None:
 
 
 def test_an_archive_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not unpacked: it holds no train/<class>/<photos>"):
+    with pytest.raises(DataError, match="not unpacked: it has no train/<class>/<photos>"):
         unpacked(zipped({"train/Aves/1.jpg": b"", "notes/x.txt": b""}), tmp_path)
 
 

@@ -122,7 +122,7 @@ def test_refused(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (code, "lost.jpg cannot be copied (unreadable: No such file" in err) == (3, True)
     (few / "a\nb").mkdir()
     (few / "a\nb" / "1.jpg").touch()
-    with pytest.raises(DataError, match=r"class 'a b' .* cannot stand on a line"):
+    with pytest.raises(DataError, match=r"class 'a b' .* does not fit on a line"):
         write_shards.write(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -164,6 +164,6 @@ def test_a_full_disk_is_one_line(few: Path, tmp_path: Path, monkeypatch: pytest.
             write_shards.write(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(FastCNNError, match="what the shards will hold, needs 0 MiB"):
+    with pytest.raises(FastCNNError, match="the content of the shards needs 0 MiB"):
         write_shards.write(few, tmp_path / "out")
     assert not (tmp_path / "out").exists()
