@@ -1,4 +1,4 @@
-"""Pictures of what each augmentation does: 16 photos before, and the same after. They stand in docs/augmentations/.
+"""Make a picture for each augmentation: 16 photos before, and the same after. docs/augmentations/ holds them.
 
 python scripts/augment_pictures.py [OUT] [--photos FOLDER] [--size 96]
 """
@@ -25,9 +25,9 @@ COUNT, COLUMNS, GAP = 16, 8, 4
 def main() -> None:
     """Write a picture for each augmentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("docs/augmentations"))
-    parser.add_argument("--photos", type=Path, help="left out, generated ones")
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("docs/augmentations"), help="(default: %(default)s)")
+    parser.add_argument("--photos", type=Path, help="folder of photos (default: generated ones)")
+    parser.add_argument("--size", type=int, default=96, help="pixels of a photo's side (default: 96)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,19 +37,19 @@ def main() -> None:
         paths = sorted(path for path in args.photos.rglob("*.jpg"))[:COUNT]
         pixels = np.zeros((COUNT, args.size, args.size, 3), np.uint8)
         pipelines.decode(paths, args.size, pixels, decoder="pillow")
-    photos, everything = torch.from_numpy(pixels), torch.arange(COUNT)
+    photos, indices = torch.from_numpy(pixels), torch.arange(COUNT)
     for name in STRENGTHS:
         config = Config(augment=(name,))
         augment = Augment(config.augmentations, args.size)
-        changed = augment(photos, everything, everything, augment.draw(COUNT, (0, 1))).images
-        assert isinstance(changed, torch.Tensor)  # read, not where it lies
+        changed = augment(photos, indices, indices, augment.draw(COUNT, (0, 1))).images
+        assert isinstance(changed, torch.Tensor)  # the images, not an UnreadBatch
         path = args.out / f"{name}.jpg"
         sheet(photos.numpy(), changed.numpy()).save(path, quality=88)
         print(f"{path}: {config.augment[0]}")
 
 
 def sheet(before: np.ndarray, after: np.ndarray) -> Image.Image:
-    """Return the photos before in the upper half and after in the lower, in the same places."""
+    """Return a page with the photos before in its upper half and after in its lower, in the same order."""
     side = before.shape[1] + GAP
     rows = -(-len(before) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * side - GAP, 2 * rows * side + 3 * GAP), "white")

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv with the versions of constraints.txt, or reuses one that matches them.
+# Sourced by the other scripts: makes .venv with the versions of constraints.txt, or reuses one that has them.
 # PYTHON=... chooses the interpreter (3.11 to 3.13).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -39,7 +39,7 @@ make_env() {
     return
   fi
   echo "Installing into .venv (the first time this downloads torch and DALI) ..."
-  # Of another interpreter: not to be mended.
+  # An environment that another interpreter made cannot be reused.
   local which='import sys; print(sys.base_prefix, sys.version)'
   if [ "$(.venv/bin/python -c "$which" 2>/dev/null)" != "$("$python" -c "$which")" ]; then
     rm -rf .venv

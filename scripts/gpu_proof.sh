@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can prove: the cuda tests, then all benchmarks, with results, pictures and report in OUT.
-# Usage: scripts/gpu_proof.sh [OUT] [--small] [what `python -m bench` takes]. --small shows that the parts work.
-# Uses PYTHON, else .venv, else python3, and nothing is installed: what a package is missing for is named and left out.
+# Everything that needs a GPU: the cuda tests, then all benchmarks, with results, plots and report in OUT.
+# Usage: scripts/gpu_proof.sh [OUT] [--small] [options of `python -m bench`]. --small only shows that all of it runs.
+# Uses PYTHON, else .venv, else python3. Installs nothing: names the missing packages, and skips what needs them.
 set -euo pipefail
 out=bench/results/gpu_proof
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
@@ -18,8 +18,9 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 
 mkdir -p "$out"
-for package in pytest pytest_benchmark triton nvidia.dali simplejpeg yaml click rich wandb matplotlib torchvision; do
-  "$python" -c "import $package" 2>/dev/null || echo "$package: not installed; what needs it is left out"
+for package in \
+  pytest pytest_benchmark triton nvidia.dali simplejpeg yaml click rich wandb matplotlib pydantic torchvision; do
+  "$python" -c "import $package" 2>/dev/null || echo "$package: not installed; skipping what needs it"
 done
 if "$python" -c 'import pytest' 2>/dev/null; then
   # The project's own settings make every warning an error; another torch than the pinned one may have its own.

@@ -1,10 +1,10 @@
-"""Kills training runs with SIGKILL at random moments of every stage, and compares how they end with a run left alone.
+"""Kill test: training runs that get SIGKILL at random moments of every stage must end as an uninterrupted run does.
 
     python scripts/kill_test.py --kills 50
 
-A run is killed ten times, goes on after each with --resume (or the same command, where there is no run yet), and must
-end with the weights, figures and chosen best of the uninterrupted run, to the bit. Prints the kills by stage; exit 1
-where a run differs.
+Each run is killed up to ten times. After each kill it is resumed with --resume (or by the same command, where there is
+no run folder yet). It must end with the weights, metrics and best epoch of the uninterrupted run, to the bit. Prints
+the kills by stage; exits with 1 where a run differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STAGES = ("scan", "decode", "train", "checkpoint", "export")
-PLAN = ("scan", "decode", "decode", "train", "checkpoint", "scan", "train", "checkpoint", "export", "export")
+# The stage of each kill of a run.
+TARGETS = ("scan", "decode", "decode", "train", "checkpoint", "scan", "train", "checkpoint", "export", "export")
 OPTIONS = {
     "epochs": 3,
     "image-size": 64,
@@ -44,11 +45,11 @@ FLAGS = ("--deterministic", "--no-report")
 
 
 def main() -> None:
-    """Parse the options and run."""
+    """Parse the options, kill runs and print what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--photos", type=int, default=240)
+    parser.add_argument("--kills", type=int, default=50, help="least number of kills, a tenth of it in each stage")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--photos", type=int, default=240, help="photos to train on (default: 240)")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args()
     if options.child is not None:
@@ -61,33 +62,33 @@ def main() -> None:
 
 
 def run(num_kills: int, seed: int, num_photos: int) -> tuple[Counter[str], list[str]]:
-    """Return how often a run was killed in each stage, and what differs from the uninterrupted run."""
+    """Return the number of kills in each stage, and the differences from the uninterrupted run."""
     from make_dataset import make  # type: ignore[import-not-found]
 
-    chance, kills, differences = random.Random(seed), Counter[str](), list[str]()
+    rng, kills, differences = random.Random(seed), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make(work / "photos", classes=4, photos=num_photos, seed=0)
         whole = work / "whole"
-        lasted = finish(work, whole, work / "whole-cache")
+        longest = finish(work, whole, work / "whole-cache")
         expected = outcome(whole)
         for number in itertools.count():
             if sum(kills.values()) >= num_kills and min(kills[stage] for stage in STAGES) >= num_kills // 10:
                 break
             cut, cache = work / f"cut-{number}", work / f"cache-{number}"
-            for target in PLAN:
-                stage = kill(work, cut, cache, target, lasted[target], chance)
+            for target in TARGETS:
+                stage = kill(work, cut, cache, target, longest[target], rng)
                 if stage:
                     kills[stage] += 1
                     print(f"run {number + 1}: killed in {stage}", flush=True)
             finish(work, cut, cache)
             found = outcome(cut)
-            differences += [f"run {number + 1}: {what}" for what in expected if expected[what] != found[what]]
+            differences += [f"run {number + 1}: {name}" for name in expected if expected[name] != found[name]]
     return kills, differences
 
 
 def command(work: Path, run_dir: Path, cache: Path) -> list[str]:
-    """Return what a person types: to begin, or to go on with what is there."""
+    """Return the arguments that begin the run, or resume it if its folder is there."""
     if (run_dir / "config.yaml").is_file():
         return ["train", "--resume", str(run_dir)]
     options = [*FLAGS, *(f"--{name}={value}" for name, value in OPTIONS.items())]
@@ -96,7 +97,7 @@ def command(work: Path, run_dir: Path, cache: Path) -> list[str]:
 
 @contextlib.contextmanager
 def started(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
-    """Yield a command that runs, and the stages that it enters and leaves, as they come."""
+    """Yield a running command, and the names of the stages that it enters, as they come."""
     reading, writing = os.pipe()
     words = [sys.executable, __file__, "--child", str(writing), *arguments]
     with (
@@ -110,39 +111,39 @@ def started(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], Itera
 
 
 def finish(work: Path, run_dir: Path, cache: Path) -> dict[str, float]:
-    """Let a run end; return the seconds of each stage's longest time."""
-    lasted: dict[str, float] = {}
+    """Let a run end; return the longest time, in seconds, that it spent in each stage at once."""
+    longest: dict[str, float] = {}
     with started(command(work, run_dir, cache)) as (child, stages):
         last, since = "", time.perf_counter()
         for stage in stages:
             now = time.perf_counter()
-            lasted[last] = max(lasted.get(last, 0.0), now - since)
+            longest[last] = max(longest.get(last, 0.0), now - since)
             last, since = stage, now
         output = child.stdout.read() if child.stdout else ""
     if child.returncode:
         raise SystemExit(f"{' '.join(command(work, run_dir, cache))} ended with {child.returncode}: {output}")
-    return lasted
+    return longest
 
 
-def kill(work: Path, run_dir: Path, cache: Path, target: str, lasted: float, chance: random.Random) -> str:
-    """Begin or go on, kill within a stage, and return the stage that was hit; "" where the run ended first."""
-    entries = chance.randint(1, 3) if target in ("train", "checkpoint") else 1
+def kill(work: Path, run_dir: Path, cache: Path, target: str, seconds: float, rng: random.Random) -> str:
+    """Begin or resume a run and kill it within a stage; return the stage that was hit, "" if the run ended first."""
+    entries = rng.randint(1, 3) if target in ("train", "checkpoint") else 1
     with started(command(work, run_dir, cache)) as (child, stages):
         last = ""
         for stage in stages:
             last = stage
             entries -= stage == target
             if not entries:
-                time.sleep(chance.uniform(0, lasted / 2))
+                time.sleep(rng.uniform(0, seconds / 2))
                 break
         child.kill()
-        for stage in stages:  # what it entered while this slept
+        for stage in stages:  # entered meanwhile
             last = stage
         return last if child.wait() < 0 and last in STAGES else ""
 
 
 def outcome(run_dir: Path) -> dict[str, object]:
-    """Return what a run ends in, without what the clock decides."""
+    """Return everything that a run leaves, apart from times."""
     import torch
 
     from fastcnn.storage import checkpoint
@@ -169,26 +170,26 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 
 def train(descriptor: int, arguments: list[str]) -> None:
-    """Be the command under test: as a user's, but that it tells the stages it is in and writes the cache often."""
+    """Run a command of `fastcnn` that writes the names of its stages to a pipe, and writes the cache often."""
     from fastcnn.cli import app as cli
     from fastcnn.data import cache_files
     from fastcnn.system import stopwatch
 
-    plain = stopwatch.Stopwatch.stage
-    around = ["-"]
+    measured = stopwatch.Stopwatch.stage
+    stages = ["-"]
 
     @contextlib.contextmanager
-    def told(self: stopwatch.Stopwatch, name: str) -> Iterator[None]:
-        around.append(name)
+    def reported(self: stopwatch.Stopwatch, name: str) -> Iterator[None]:
+        stages.append(name)
         os.write(descriptor, f"{name}\n".encode())
         try:
-            with plain(self, name):
+            with measured(self, name):
                 yield
         finally:
-            around.pop()
-            os.write(descriptor, f"{around[-1]}\n".encode())
+            stages.pop()
+            os.write(descriptor, f"{stages[-1]}\n".encode())
 
-    stopwatch.Stopwatch.stage = told  # type: ignore[method-assign]
+    stopwatch.Stopwatch.stage = reported  # type: ignore[method-assign]
     cache_files.CHUNK = 16
     cli.main(arguments)
 

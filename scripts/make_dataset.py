@@ -31,16 +31,16 @@ Points = NDArray[np.complex128]  # a polygon: one corner per item, x + iy, withi
 Task = tuple[Path, int, int, int]  # path, label, index, seed
 
 LAYOUTS = {"flat": 1, "split": 2}  # name -> the fewest photos a class needs
-PICTURES = 1  # raise it whenever the same arguments give other bytes, so that no old folder passes for a new one
-NOISE_STD = 12.0  # of the bank; a photo takes a fraction of it
+PICTURES = 1  # version of the photos, raised whenever the same arguments give other bytes: old folders are then refused
+NOISE_STD = 12.0  # of the noise bank; a photo takes a fraction of it
 
 
 def make(out: Path, *, classes: int, photos: int, seed: int, layout: str = "flat", workers: int | None = None) -> None:
-    """Fill `out` with `photos` JPEGs, spread evenly over `classes` folders; return at once where that is done already.
+    """Write `photos` JPEGs into `out`, spread evenly over `classes` folders; return at once where they are there.
 
     `layout` "flat" writes out/<class>/NNNNN.jpg; "split" writes out/train/<class> (80%) and out/val/<class> (20%).
-    What an interrupted call with the same arguments left is completed. Raises ValueError for arguments out of range
-    and FileExistsError when `out` holds anything else. The bytes do not depend on `workers` (default: every core).
+    The same call completes a folder that an interrupted one left. Raises ValueError for arguments out of range, and
+    FileExistsError where `out` holds anything else. The bytes do not depend on `workers` (default: every core).
     """
     if not 2 <= classes <= MAX_CLASSES:
         raise ValueError(f"classes must be 2 to {MAX_CLASSES}, got {classes}")
@@ -75,14 +75,14 @@ def make(out: Path, *, classes: int, photos: int, seed: int, layout: str = "flat
 
 
 def photo(label: int, index: int, seed: int, num_classes: int) -> Image.Image:
-    """Photo `index` of class `label`, RGB, 300 to 800 pixels a side, before JPEG."""
+    """Return photo `index` of class `label`: RGB, 300 to 800 pixels a side, not compressed yet."""
     assert 0 <= label < num_classes <= MAX_CLASSES, f"label {label} of {num_classes} classes"
     return _photo(_rng(label, index, seed), label)
 
 
 def class_name(label: int) -> str:
-    """What class `label` is called, and what its folder is called: a shape and a texture."""
-    # 6 shapes and 5 textures have no common factor, so 30 labels meet every pair once and neither half tells all.
+    """Return the name of class `label`, and of its folder: a shape and a texture."""
+    # 6 shapes and 5 textures have no common factor, so each of 30 labels is a pair of its own.
     return f"{list(SHAPES)[label % len(SHAPES)]}-{list(TEXTURES)[label % len(TEXTURES)]}"
 
 
@@ -142,7 +142,7 @@ def _write(task: Task) -> None:
     quality, kind = int(rng.integers(75, 93)), rng.random()
     if kind < 0.02:
         orientation = Image.Exif()
-        orientation[0x0112] = 6  # whoever shows the photo turns it 90 degrees clockwise, so it is turned back here
+        orientation[0x0112] = 6  # viewers turn the photo 90 degrees clockwise, so it is stored turned back
         exif = orientation.tobytes()
         image = image.transpose(Image.Transpose.ROTATE_90)
     elif kind < 0.03:
@@ -154,7 +154,7 @@ def _write(task: Task) -> None:
 
 
 def _rng(label: int, index: int, seed: int) -> Generator:
-    # A photo's own, so that neither the number of processes nor the number of classes changes it.
+    # Each photo has its own generator, so that neither the number of processes nor that of classes changes it.
     return np.random.default_rng([seed, label, index])
 
 
@@ -164,7 +164,7 @@ def _photo(rng: Generator, label: int) -> Image.Image:
     long = 450 + 350 * rng.random() ** 2
     size = round(long), round(max(300, long * rng.choice([0.6, 0.667, 0.75, 0.75, 0.75, 1.0])))
     width, height = size if rng.random() < 0.4 else size[::-1]
-    # Drawn at half to three quarters of the size: the lens's blur, smooth edges, a third of the time.
+    # Drawn at half to three quarters of the size: blurred like a lens, smooth edges, a third of the time.
     sharpness = rng.uniform(0.5, 0.75)
     scene = _background(rng, round(width * sharpness), round(height * sharpness))
     for _ in range(rng.integers(2, 6)):
@@ -261,7 +261,7 @@ SHAPES: dict[str, Points] = {
     "square": _radial([1] * 4),
 }
 
-TEXTURES: dict[str, Callable[[Floats, Floats], Floats]] = {  # (u, v) in periods -> above 0 where the light colour is
+TEXTURES: dict[str, Callable[[Floats, Floats], Floats]] = {  # (u, v) in periods -> above 0 for the light colour
     "striped": lambda u, v: _wave(u),
     "dotted": lambda u, v: _wave(u) + _wave(v) - 0.9,
     "checked": lambda u, v: _wave(u / 1.5) * _wave(v / 1.5),

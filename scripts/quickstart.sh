@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to predictions: environment, photos, training, export, prediction. Repeatable.
+# From a fresh clone to predictions: makes the environment and photos, trains, exports and predicts. May be repeated.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 photos=photos

@@ -1,9 +1,9 @@
-"""Tables of README.md and docs/*.md, made from the files in bench/results/published: no figure is typed by hand.
+"""Write the tables of README.md and docs/*.md from the files in bench/results/published; none is typed by hand.
 
-    python scripts/readme_tables.py            # write them
-    python scripts/readme_tables.py --check    # exit with 1 where they differ
+    python scripts/readme_tables.py            # write
+    python scripts/readme_tables.py --check    # exit with 1 where a table differs
 
-A table stands between <!-- table: NAME --> and <!-- end -->; the names are those of bench.report.tables.TABLES.
+A table stands between <!-- table: NAME --> and <!-- end -->; its NAME is a key of bench.report.tables.TABLES.
 The tables of docs/scale.md come from a model: python -m bench.scale --write makes them.
 """
 
@@ -18,7 +18,7 @@ from bench.report import tables  # noqa: E402
 from bench.report.record import Record, read  # noqa: E402
 
 PUBLISHED = ROOT / "bench" / "results" / "published"
-# Measured on the CPU also where there is a GPU: no line says that a GPU is missing.
+# Tables of CPU benchmarks, which need no row saying that no GPU was measured.
 ON_CPU = {"infer", "decode", "recipes"}
 
 
@@ -53,18 +53,18 @@ def published(folder: Path) -> list[Record]:
 
 
 def filled(text: str, records: list[Record]) -> str:
-    """Return a text with every marked table made anew. Raises ValueError where there is no table of that name."""
+    """Return a text with every marked table filled in. Raises ValueError for an unknown table."""
 
     def make(name: str) -> str:
         if name not in tables.TABLES:
-            raise ValueError(f"no table {name}: the tables are {', '.join(tables.TABLES)}")
+            raise ValueError(f"no table {name}: expected one of {', '.join(tables.TABLES)}")
         return table(name, records)
 
     return tables.fill(text, make)
 
 
 def table(name: str, records: list[Record]) -> str:
-    """Return a table over all records that have lines for it, and below it what each machine's were made with."""
+    """Return a table of all records that have rows for it, and below it each machine's command, date and versions."""
     wanted = tables.TABLES[name]
     found = [(record, lines) for record in records if (lines := wanted.lines(record))]
     rows = [[tables.machine(record), *line] for record, lines in found for line in lines]
