@@ -1,4 +1,4 @@
-"""Race: ours and its baselines, timed in turn (A B A B)."""
+"""Race between a contender and its baselines, timed in turn (A B A B), and the sizes of each form of the suite."""
 
 from __future__ import annotations
 
@@ -12,55 +12,36 @@ from bench.harness.timing import Clocked, clocked, ratios
 
 NETWORKS = [(32,) * 5, (64,) * 5, (32, 64, 128, 256, 512)]
 
-
-SCALES: dict[str, dict[str, Any]] = {
-    "full": {
-        "rounds": 7,
-        "image_size": 128,
-        "num_photos": 2000,
-        "decode_photos": 1000,
-        "networks": NETWORKS,
-        "batches": [32, 128, 512, 2048],
-        "epochs": 10,
-        "train_rounds": 3,
-        "try_compile": True,
-        "peers": True,
-        "growth_photos": [1000, 5000, 20_000, 50_000],
-        "growth_batches": [32, 128, 512, 2048],
-        "infer_rounds": {1: 200, 64: 30},
-    },
-    "quick": {
-        "rounds": 5,
-        "image_size": 128,
-        "num_photos": 1000,
-        "decode_photos": 1000,
-        "networks": NETWORKS[:1],
-        "batches": [32],
-        "epochs": 2,
-        "train_rounds": 1,
-        "try_compile": False,
-        "peers": False,
-        "growth_photos": [1000, 3000],
-        "growth_batches": [32, 256],
-        "infer_rounds": {1: 200, 64: 30},
-    },
-    # For the tests: that the parts work, not what they show.
-    "smoke": {
-        "rounds": 2,
-        "image_size": 32,
-        "num_photos": 200,
-        "decode_photos": 100,
-        "networks": [(8,) * 5],
-        "batches": [8],
-        "epochs": 2,
-        "train_rounds": 1,
-        "try_compile": False,
-        "peers": False,
-        "growth_photos": [60, 120],
-        "growth_batches": [8, 16],
-        "infer_rounds": {1: 2, 64: 2},
-    },
+FULL: dict[str, Any] = {
+    "rounds": 7,
+    "image_size": 128,
+    "num_photos": 2000,
+    "decode_photos": 1000,
+    "networks": NETWORKS,
+    "batches": [32, 128, 512, 2048],
+    "epochs": 10,
+    "train_rounds": 3,
+    "try_compile": True,
+    "baselines": ["seed", "tuned", "timm_loader", "ultralytics_classify"],
+    "growth_photos": [1000, 5000, 20_000, 50_000],
+    "growth_batches": [32, 128, 512, 2048],
+    "infer_rounds": {1: 200, 64: 30},
+    "per_group": None,
 }
+LITTLE = {
+    "networks": NETWORKS[:1],
+    "epochs": 2,
+    "train_rounds": 1,
+    "try_compile": False,
+    "baselines": ["seed", "tuned"],
+}
+QUICK = FULL | LITTLE | {"rounds": 5, "num_photos": 1000, "batches": [32]}
+QUICK |= {"growth_photos": [1000, 3000], "growth_batches": [32, 256]}
+SMOKE = QUICK | {"rounds": 2, "image_size": 32, "num_photos": 200, "decode_photos": 100, "networks": [(8,) * 5]}
+SMOKE |= {"batches": [8], "growth_photos": [60, 120], "growth_batches": [8, 16], "infer_rounds": {1: 2, 64: 2}}
+TINY = SMOKE | {"num_photos": 160, "decode_photos": 40, "baselines": ["seed"], "per_group": 1}
+SCALES = {"full": FULL, "quick": QUICK, "smoke": SMOKE, "tiny": TINY}
+"""Sizes of each form. The last two show to tests that the parts work; `per_group` is the most benchmarks of a group."""
 
 
 class Race:
@@ -97,13 +78,13 @@ class Race:
         self.benchmark.name = name
         self.benchmark.pedantic(clocked(contender, self.device), setup=setup, rounds=rounds, warmup_rounds=int(warm_up))
         ours: list[float] = self.benchmark.stats.stats.data
+        theirs = {baseline: seconds[-rounds:] for baseline, seconds in theirs.items()}
+        typical = {baseline: statistics.median(seconds) for baseline, seconds in theirs.items()}
         self.note(
             images_per_second=images / statistics.median(ours),
-            over={baseline: ratios(ours, seconds[-rounds:]) for baseline, seconds in theirs.items()},
-            baseline_images_per_second={
-                baseline: images / statistics.median(seconds[-rounds:]) for baseline, seconds in theirs.items()
-            },
-            baseline_seconds={baseline: statistics.median(seconds[-rounds:]) for baseline, seconds in theirs.items()},
+            over={baseline: ratios(ours, seconds) for baseline, seconds in theirs.items()},
+            baseline_images_per_second={baseline: images / seconds for baseline, seconds in typical.items()},
+            baseline_seconds=typical,
             **info,
         )
         facts = self.benchmark.extra_info

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BASELINES = ("seed", "tuned")
 PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
-"""Baselines that need a package: raced in the full form, where it is installed."""
+"""Baselines that need a package: left out where it is not installed."""
 SHOWN = {"True": "on", "False": "off"}
 
 
@@ -49,8 +48,8 @@ class Runs:
     @property
     def baselines(self) -> list[str]:
         """Return the names of the baselines to race."""
-        peers = [name for name, package in PEERS.items() if self.scale["peers"] and importlib.util.find_spec(package)]
-        return [*BASELINES, *peers]
+        names: list[str] = self.scale["baselines"]
+        return [name for name in names if name not in PEERS or importlib.util.find_spec(PEERS[name])]
 
     def baseline(self, name: str, split: Path) -> float:
         """Run a baseline with its best settings on the photos of a split and return its seconds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--work-dir", type=Path, help="where generated photos are kept between runs")
     group.addoption("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the first benchmarks of each group, where the scale says how many."""
+    most, count = SCALES[config.getoption("--scale")]["per_group"], Counter[Path]()
+    for item in list(items):
+        count[item.path] += 1
+        if most and count[item.path] > most:
+            items.remove(item)
 
 
 OUTCOMES: dict[str, list[dict[str, str]]] = {"skipped": [], "failed": []}

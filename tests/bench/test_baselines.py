@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,25 +15,40 @@ sys.path.insert(0, str(ROOT))
 SMALL = ["--epochs", "1", "--image-size", "32", "--batch-size", "16"]
 
 
-def run(name: str, photos: Path, *arguments: object) -> list[dict[str, object]]:
-    """Run a baseline as a command and return its JSON lines."""
-    command = [sys.executable, "-m", f"bench.baselines.{name}", photos, *SMALL, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+Run = Callable[..., list[dict[str, Any]]]
 
 
-def test_the_tuned_baseline_trains_with_the_settings_given(photos: Path, run_dir: Path) -> None:
+@pytest.fixture
+def run(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a baseline's command on the photos and returns its JSON lines."""
+
+    def command(name: str, *arguments: object) -> list[dict[str, Any]]:
+        module = importlib.import_module(f"bench.baselines.{name}")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, [photos, *SMALL, *arguments])])
+        module.main()
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return command
+
+
+def test_the_seed_baseline_trains(run: Run, run_dir: Path) -> None:
+    row, last = run("seed", "--split", run_dir / "split.csv", "--workers", 0)
+    assert last["epochs"] == [{key: value for key, value in row.items() if key != "workers"}]
+    assert row["images_per_second"] > 0
+    assert 0 <= row["val_accuracy"] <= 1
+
+
+def test_the_tuned_baseline_trains_with_the_settings_given(run: Run, run_dir: Path) -> None:
     given = ["--workers", 0, "--amp", "off", "--channels-last", "on", "--compile", "off"]
-    row, last = run("tuned", photos, "--split", run_dir / "split.csv", *given)
+    row, last = run("tuned", "--split", run_dir / "split.csv", *given)
     assert last["settings"] == {"workers": 0, "amp": False, "channels_last": True, "compile": False}
     assert last["epochs"] == [row]
-    assert row["images_per_second"] > 0  # type: ignore[operator]
-    assert 0 <= row["val_accuracy"] <= 1  # type: ignore[operator]
+    assert row["images_per_second"] > 0
+    assert 0 <= row["val_accuracy"] <= 1
 
 
-def test_the_tuned_baseline_probes_only_what_is_left_open(photos: Path) -> None:
-    (found,) = run("tuned", photos, "--probe", "--workers", 0, "--amp", "off", "--compile", "off")
+def test_the_tuned_baseline_probes_only_what_is_left_open(run: Run) -> None:
+    (found,) = run("tuned", "--probe", "--workers", 0, "--amp", "off", "--compile", "off")
     assert {**found, "channels_last": None} == {"workers": 0, "amp": False, "channels_last": None, "compile": False}
     assert found["channels_last"] in (True, False)
 
@@ -57,13 +74,13 @@ def test_the_tuned_baseline_starts_from_the_seeds_network_and_computes_its_loss(
 
 
 @pytest.mark.parametrize(("name", "package"), [("timm_loader", "timm"), ("ultralytics_classify", "ultralytics")])
-def test_the_peers_train_on_the_split_and_probe(name: str, package: str, photos: Path, run_dir: Path) -> None:
+def test_the_peers_train_on_the_split_and_probe(name: str, package: str, run: Run, run_dir: Path) -> None:
     pytest.importorskip(package)
-    row, last = run(name, photos, "--split", run_dir / "split.csv", "--workers", 0)
+    row, last = run(name, "--split", run_dir / "split.csv", "--workers", 0)
     assert last["epochs"] == [{key: value for key, value in row.items() if key != "workers"}]
-    assert row["images_per_second"] > 0  # type: ignore[operator]
-    assert 0 <= row["val_accuracy"] <= 1  # type: ignore[operator]
-    (found,) = run(name, photos, "--probe", "--workers", 0)
+    assert row["images_per_second"] > 0
+    assert 0 <= row["val_accuracy"] <= 1
+    (found,) = run(name, "--probe", "--workers", 0)
     assert found == {"workers": 0}
 
 
