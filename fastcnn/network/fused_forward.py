@@ -1,4 +1,4 @@
-"""The network with its blocks fused: the same parameters and results, by kernels that write no map of full size."""
+"""Forward of the network by fused blocks: the same parameters and results, without full-size maps in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 def unavailable(device: torch.device) -> str:
-    """Return why fused kernels cannot run on a device; "" where they can."""
+    """Return the reason why fused kernels cannot run on a device; "" where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
@@ -31,7 +31,7 @@ def unavailable(device: torch.device) -> str:
 
 
 def refusals(model: SmallCNN) -> list[str]:
-    """Return of each block why it takes the plain path; "" where it is fused."""
+    """Return for each block the reason why it takes the plain path; "" where it is fused."""
     side, found = int(str(model.options["image_size"])), []
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -41,7 +41,7 @@ def refusals(model: SmallCNN) -> list[str]:
 
 
 def plain_blocks(model: SmallCNN) -> str:
-    """Return in words which blocks take the plain path, and why; "" where none does."""
+    """Return a sentence that names the blocks on the plain path, with reasons; "" where there is none."""
     found = [f"block {number} takes the plain path: {why}" for number, why in enumerate(refusals(model), 1) if why]
     return "; ".join(found)
 
@@ -62,7 +62,7 @@ def _refusal(block: Block, side: int) -> str:
 
 
 class FusedForward:
-    """A forward of `training.step`'s kind with the network's blocks fused; it takes photos where they lie, too."""
+    """Forward function of a training step with fused blocks; it accepts unread batches, too."""
 
     def __init__(self, plain: Forward) -> None:
         self.plain = plain
@@ -70,7 +70,7 @@ class FusedForward:
     def __call__(
         self, model: SmallCNN, normalise: Normalise, images: Tensor | UnreadBatch, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return what the plain forward does."""
+        """Return losses and predictions, as the plain forward does."""
         return self.plain(functools.partial(logits, model, normalise), _as_it_is, images, *rest)
 
 
@@ -79,10 +79,10 @@ def _as_it_is(images: Any) -> Any:
 
 
 def logits(model: SmallCNN, normalise: Normalise, images: Tensor | UnreadBatch) -> Tensor:
-    """Return (N, num_classes) of uint8 photos (N, H, W, 3), or of where they lie.
+    """Return (N, num_classes) logits of uint8 images (N, H, W, 3), or of an unread batch.
 
-    A block's batch norm is applied by the block after it while it loads. `x` is therefore what was pooled, not yet
-    normalised, with the norm that is due: (2, C) mean and 1 / deviation and the module that has gamma and beta.
+    The batch norm of a block is applied by the next block while it loads. `x` is therefore pooled but not yet
+    normalised; `moments` (2, C), mean and 1 / deviation, and the norm module `due` say how to do that.
     """
     x: Tensor | None = None  # (N, H, W, C)
     moments: Tensor | None = None
@@ -116,15 +116,15 @@ def _fused(
     normalise: Normalise,
     images: Tensor | UnreadBatch,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a block has pooled, its moments and unbiased variances."""
+    """Return pooled values (N, H / 2, W / 2, K) of a block, their moments (2, K) and unbiased variances (K,)."""
     from fastcnn.network.kernels import block_operators
 
     norm = block.norm
     own = block.name, isinstance(norm, BatchNorm) and block.training, norm.eps if isinstance(norm, BatchNorm) else 0.0
     weights = block.conv.weight, block.conv.bias
     if x is None:
-        places = images if isinstance(images, UnreadBatch) else UnreadBatch(images, None, None)
-        made = block_operators.first_block(*places, normalise.colours, *weights, *own)
+        batch = images if isinstance(images, UnreadBatch) else UnreadBatch(images, None, None)
+        made = block_operators.first_block(*batch, normalise.colours, *weights, *own)
     else:
         scale = (None, None) if due is None else (due.weight, due.bias)
         made = block_operators.block(x, moments, *scale, *weights, *own)
@@ -133,7 +133,7 @@ def _fused(
 
 
 def _normalised(x: Tensor, moments: Tensor | None, due: BatchNorm | None) -> Tensor:
-    """(N, H, W, C) -> (N, C, H, W) in channels_last, with the norm that is due."""
+    """(N, H, W, C) -> (N, C, H, W) in channels_last, normalised by the norm that is due."""
     if due is not None and moments is not None:
         scale = moments[1] * due.weight
         x = ((x.float() - moments[0]) * scale + due.bias).to(x.dtype)
@@ -141,7 +141,7 @@ def _normalised(x: Tensor, moments: Tensor | None, due: BatchNorm | None) -> Ten
 
 
 def _record(norms: list[tuple[BatchNorm, Tensor, Tensor]]) -> None:
-    """Move running statistics towards a batch's, all in one kernel."""
+    """Move the running statistics towards those of a batch, all in one kernel."""
     if not norms:
         return
     with torch.no_grad():
@@ -152,7 +152,7 @@ def _record(norms: list[tuple[BatchNorm, Tensor, Tensor]]) -> None:
 
 @torch.library.custom_op("fastcnn::move_towards", mutates_args=("running",))
 def move_towards(running: list[Tensor], batch: list[Tensor], share: float) -> None:
-    """Move tensors a share of the way to others. An operator: a compiler would make a kernel for each."""
+    """Move tensors a fraction of the way to others; an operator, as a compiler would launch a kernel for each."""
     torch._foreach_lerp_(running, batch, share)
 
 

@@ -1,4 +1,4 @@
-"""The network in inference form, with everything around it: resize, normalisation, softmax."""
+"""Network for inference: resize, normalisation, network and softmax in one module."""
 
 # No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
@@ -18,18 +18,18 @@ MAP_BYTES = 16 * 2**20
 
 
 class Deployed(nn.Module):
-    """A network that takes photos and gives probabilities.
+    """Network from uint8 images of any size to class probabilities.
 
     Args:
         network: (N, 3, image_size, image_size) normalised -> (N, num_classes) logits.
         image_size: side in pixels that photos are resized to.
-        mean: of each colour channel, 0 to 1.
-        std: likewise.
-        classes: their names.
-        dtype: the network's arithmetic; what is around it is fp32.
-        always_resize: do not ask whether a photo has the size already, which a traced program cannot.
+        mean: mean of each colour channel, 0 to 1.
+        std: standard deviation of each colour channel.
+        classes: class names.
+        dtype: dtype of the network's arithmetic; everything around it is fp32.
+        always_resize: resize without a test of the size, which a traced program cannot make.
 
-    As TorchScript and on a CPU, `chunk` photos go through at a time, which is faster.
+    As TorchScript on a CPU, batches are run in chunks of `chunk` images, which is faster.
     """
 
     scale: Tensor
@@ -70,7 +70,7 @@ class Deployed(nn.Module):
         if self.always_resize or images.size(1) != size or images.size(2) != size:
             x = images.permute(0, 3, 1, 2).float()
             x = F.interpolate(x, size=[size, size], mode="bilinear", align_corners=False, antialias=True)
-            # As the uint8 pixels that the network was trained on.
+            # Rounded like the uint8 pixels that the network was trained on.
             images = x.round().clamp(0.0, 255.0).permute(0, 2, 3, 1)
         rows = torch.addcmul(self.shift, images.flatten(2), self.scale)  # (N, size, size * 3)
         x = rows.view(-1, size, size, 3).permute(0, 3, 1, 2).to(self.dtype)
@@ -78,17 +78,17 @@ class Deployed(nn.Module):
 
 
 def chunk(network: nn.Module, image_size: int) -> int:
-    """Return how many photos may go through a network's blocks at a time for its largest map to stay in MAP_BYTES."""
+    """Return the number of images whose largest map in a network's blocks fits in MAP_BYTES."""
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     maps = [layer.out_channels * (image_size >> number) ** 2 for number, layer in enumerate(convolutions)]
     return max(1, MAP_BYTES // (4 * max(maps, default=3 * image_size**2)))
 
 
 class Stage(nn.Module):
-    """A block whose batch norm is one scale and one shift a channel.
+    """Block whose batch norm is one scale and one shift per channel.
 
-    It stands after the pool, so the convolution before it cannot take it in; the one after it could only with a border
-    of its own, as the zeros around its input are padded after the norm.
+    The norm stands after the pool, so it cannot be folded into the convolution before it; the next convolution could
+    take it only with a border of its own, as it pads with zeros after the norm.
     """
 
     scale: Tensor
@@ -118,9 +118,9 @@ class Stage(nn.Module):
 
 
 class Inference(nn.Module):
-    """A trained SmallCNN without what only training needs; in exact arithmetic the same function.
+    """Trained SmallCNN for inference: the same function in exact arithmetic.
 
-    The last batch norm is in the dense layer, the others are scale and shift; dropout is gone.
+    The last batch norm is folded into the dense layer, the others are scale and shift; dropout is gone.
     """
 
     def __init__(self, network: SmallCNN) -> None:
@@ -139,7 +139,7 @@ class Inference(nn.Module):
 
 
 def scale_and_shift(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Return what a batch norm multiplies by and adds once trained, (C,) float64; 1 and 0 where there is none."""
+    """Return scale and shift of a trained batch norm, (C,) float64 each; 1 and 0 where there is none."""
     if not isinstance(norm, BatchNorm):
         return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
@@ -147,9 +147,9 @@ def scale_and_shift(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_norm(dense: nn.Linear, block: Block) -> nn.Linear:
-    """Return the layer with the norm before it taken in: every input is of one channel, and nothing is padded."""
+    """Return the dense layer with the batch norm before it folded in."""
     scale, shift = scale_and_shift(block.norm, block.conv.out_channels)
-    inputs = dense.in_features // len(scale)  # of each channel, side by side
+    inputs = dense.in_features // len(scale)  # per channel, side by side
     scale, shift = scale.repeat_interleave(inputs), shift.repeat_interleave(inputs)
     weight = dense.weight.double()
     dense.bias = nn.Parameter((dense.bias.double() + weight @ shift).to(dense.bias.dtype), requires_grad=False)

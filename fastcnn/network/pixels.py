@@ -1,4 +1,4 @@
-"""Pixels as the network reads them: normalised, resized, and where a batch's photos lie."""
+"""Pixels as the network reads them: unread batches, resizing and normalisation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class UnreadBatch(NamedTuple):
-    """A batch that was not read yet: where its photos lie."""
+    """Image indices and moves for a kernel to apply while it loads."""
 
     images: Tensor
     """(M, size, size, 3) uint8."""
     photos: Tensor | None
-    """(N,) int64 which of them; None is all."""
+    """(N,) int64 indices into `images`; None: all."""
     moves: Tensor | None
-    """(N, 3) int32 of each: 1, or -1 where it is mirrored, then what column and row stand in the first; None is none.
+    """(N, 3) int32 per image: 1, or -1 where it is mirrored, then the column and row of its first pixel; None: none.
 
-    Column x is column `clamp(mirror * x + start)` of the photo: what lies outside is the nearest inside.
+    Column x of the batch is column `clamp(mirror * x + first)` of the image: the edge is repeated.
     """
 
     def read(self) -> Tensor:
-        """Return the batch (N, size, size, 3)."""
+        """Return the batch, (N, size, size, 3) uint8."""
         images, side = self.images, self.images.shape[1]
         photos = torch.arange(len(images), device=images.device) if self.photos is None else self.photos
         if self.moves is None:
@@ -37,7 +37,7 @@ class UnreadBatch(NamedTuple):
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Return (N, size, size, 3) uint8: what evaluation and an exported model make of larger cached photos."""
+    """Return images (N, H, W, 3) uint8 resized bilinearly to (N, size, size, 3) uint8, as evaluation and export do."""
     if images.shape[1] == size:
         return images
     pixels = images.permute(0, 3, 1, 2).float()
@@ -56,7 +56,7 @@ def normalisation(mean: Sequence[float], std: Sequence[float], image_size: int) 
 
 
 class Normalise:
-    """uint8 photos to the network's input: (N, H, W, 3) to (N, 3, H, W) channels_last, float."""
+    """Normalisation of uint8 images (N, H, W, 3) to network input (N, 3, H, W), channels_last, of `dtype`."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class Normalise:
     ) -> None:
         self.scale, self.shift = (row.to(device) for row in normalisation(mean, std, image_size))
         self.dtype, self.image_size = dtype, image_size
-        # The same in a form that 16 bits hold: whole numbers to subtract, scales, and what is left to add.
+        # For 16-bit kernels: integers to subtract, scales, and remainders to add.
         middle = [min(max(round(255 * m), 0), 255) for m in mean]
         rest = [(c / 255 - m) / s for c, m, s in zip(middle, mean, std, strict=True)]
         self.colours = torch.tensor([middle, [1 / (255 * s) for s in std], rest], device=device)  # (3, 3) fp32
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the normalised images. The arithmetic is fp32; the result is rounded once."""
+        """Return the normalised images. Arithmetic is fp32; the result is rounded once."""
         rows = images.flatten(2)  # (N, H, W * 3)
         return torch.addcmul(self.shift, rows, self.scale).to(self.dtype).view(images.shape).permute(0, 3, 1, 2)

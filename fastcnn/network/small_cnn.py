@@ -1,4 +1,4 @@
-"""SmallCNN: five blocks of convolution, activation, max pool and batch norm; a dense layer; an output layer."""
+"""SmallCNN: five blocks of convolution, activation, max pooling and batch norm, a dense layer and an output layer."""
 
 # No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
@@ -30,7 +30,7 @@ MONOTONE = frozenset({"relu", "elu", "leaky_relu", "selu", "tanh"})
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over (N, H, W) as nn.BatchNorm2d, without its count of batches: a kernel a layer that nobody reads.
+    """Batch norm over (N, H, W) as nn.BatchNorm2d, without `num_batches_tracked`, which costs a kernel per layer.
 
     S. Ioffe and C. Szegedy, "Batch Normalization", arXiv:1502.03167.
     """
@@ -47,7 +47,7 @@ class BatchNorm(nn.Module):
         self.momentum, self.eps = momentum, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape; training uses and records the batch's own statistics."""
+        """(N, C, H, W) -> (N, C, H, W); in training mode by the batch's statistics, which are recorded."""
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
@@ -56,7 +56,7 @@ class BatchNorm(nn.Module):
 class Block(nn.Module):
     """Convolution (same padding), activation, 2x2 max pool, and batch norm where asked for.
 
-    `pool_first` pools before the activation; left out, wherever that changes nothing (`MONOTONE`).
+    pool_first: pool before the activation; None: where that gives the same values (`MONOTONE`).
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Block(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Return the maxima of 2x2 windows."""
+        """(N, C, H, W) -> (N, C, H // 2, W // 2): the maxima of 2x2 windows."""
         if not is_scripting():  # noqa: SIM102
             if torch.compiler.is_compiling():
                 return cpu_max_pool.compilable_max_pool(x)
@@ -116,6 +116,7 @@ class SmallCNN(nn.Module):
     def __init__(
         self,
         num_classes: int,
+        *,
         filters: Sequence[int] = (32, 32, 32, 32, 32),
         kernel_size: int = 3,
         activation: str = "relu",
@@ -172,9 +173,10 @@ class SmallCNN(nn.Module):
 
 
 def restore(state: dict[str, Any]) -> SmallCNN:
-    """Return the network of a checkpoint, with its weights, ready to be evaluated.
+    """Return the network of a checkpoint, with its weights, in evaluation mode.
 
-    Raises FastCNNError where it and its weights are not of one network; nothing of any size is made before that.
+    Raises FastCNNError where configuration, classes and weights do not describe one network; that is checked before
+    anything large is allocated.
     """
     network, config = state["network"], {**state["config"], "num_classes": len(state["classes"])}
     try:

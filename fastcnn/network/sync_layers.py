@@ -1,4 +1,4 @@
-"""What a network on several ranks computes of the whole batch: statistics of batch norm and masks of dropout."""
+"""Layers that see the whole batch of several ranks: batch norm by its statistics, dropout by its mask."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastcnn.system.ranks import Ranks, detecting_lost_ranks
 
 
 def convert(model: SmallCNN, ranks: Ranks, *, batch_norm: bool) -> None:
-    """Let a model on a rank's share of a batch compute what one process computes on the whole.
+    """Replace layers of a model, so that ranks on parts of a batch compute what one process computes on all of it.
 
-    batch_norm: whether its statistics are those of all ranks; else each rank's are its own.
+    batch_norm: normalise by the statistics of the whole batch; False: each rank by those of its part.
     """
     if ranks.count == 1:
         return
@@ -29,9 +29,9 @@ def convert(model: SmallCNN, ranks: Ranks, *, batch_norm: bool) -> None:
 
 
 class SharedDropout(nn.Dropout):
-    """Dropout by this rank's rows of the mask that one process draws for the whole batch.
+    """Dropout by this rank's rows of a mask that is drawn for the whole batch.
 
-    On a CPU these are the masks of nn.Dropout there; a GPU draws its own for shapes of its own.
+    On a CPU the mask is that of nn.Dropout in one process; a GPU draws other numbers for other shapes.
     """
 
     def __init__(self, p: float, ranks: Ranks) -> None:
@@ -47,10 +47,10 @@ class SharedDropout(nn.Dropout):
 
 
 class SyncBatchNorm(BatchNorm):
-    """Batch norm over the batches of all ranks, which are of one size.
+    """Batch norm over the batches of all ranks, which have one size.
 
-    torch's own SyncBatchNorm refuses CPUs. This takes torch's kernels for known statistics, and adds what they leave
-    out of the gradient: that the statistics depend on the input.
+    torch's own SyncBatchNorm refuses CPUs. This one uses torch's kernels for given statistics and adds the part of the
+    gradient that they leave out: the dependence of the statistics on the input.
     """
 
     def __init__(self, norm: BatchNorm, ranks: Ranks) -> None:
@@ -77,7 +77,7 @@ class _SyncNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         variance, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
-        # As Chan, Golub and LeVeque (1979) combine parts of one size: nothing cancels.
+        # Chan, Golub and LeVeque (1979): parts of equal size are combined without cancellation.
         every = torch.ops.fastcnn.every_rank(torch.stack([mean, variance]), count)  # (ranks, 2, C)
         mean, variance = every[:, 0].mean(0), every[:, 1].mean(0) + every[:, 0].var(0, correction=0)
         ctx.save_for_backward(x, weight, mean, variance)
@@ -101,7 +101,7 @@ class _SyncNorm(torch.autograd.Function):
 
 @functools.cache
 def operators() -> None:
-    """Register the collectives as operators, which torch.compile leaves alone."""
+    """Register the collectives as custom operators, which torch.compile does not trace into."""
 
     @torch.library.custom_op("fastcnn::every_rank", mutates_args=())
     def every_rank(part: Tensor, count: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Random changes to a batch of photos, on the device, by numbers drawn for the whole epoch before it begins.
+"""Augmentation of a batch on the device, by random numbers drawn for the whole epoch before it begins.
 
-What moves pixels (`GEOMETRY`) says together where each pixel of the batch comes from, so that a batch is read once,
-however many of them there are. What changes colours (`PIXELS`) follows, and what mixes two photos and their labels
-(`MIXES`) comes last. What a photo's numbers are depends on seed, epoch and its place in the epoch's order alone: not on
-the device, nor on how many ranks share a batch, nor on where a run was resumed.
+Geometric changes (`GEOMETRY`) are composed into one mapping from output to input pixels, so that a batch is read once,
+however many of them there are. Changes of colour (`PIXELS`) follow; mixing of two images and their labels (`MIXES`)
+comes last. The random numbers of an image depend on seed, epoch and its position in the epoch's order alone: not on
+the device, the number of ranks or the step at which a run was resumed.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from fastcnn.network.pixels import UnreadBatch
 
 
 class Batch(NamedTuple):
-    """Photos and what they are labelled with."""
+    """Images and labels of one step."""
 
     images: Tensor | UnreadBatch
-    """(N, size, size, 3) uint8, or where they lie, for what reads them itself."""
+    """(N, size, size, 3) uint8, or an unread batch for a kernel that reads images itself."""
     labels: Tensor
     """(N,) int64."""
     others: Tensor | None = None
-    """(N,) int64 label of what was mixed in; None where nothing is."""
+    """(N,) int64 label of the image that was mixed in; None: nothing was."""
     share: Tensor | None = None
-    """(N,) what the first label counts for; the other counts for the rest."""
+    """(N,) weight of the first label; the other label has the rest."""
 
 
 class View:
-    """Where the pixels of a batch come from: each part (N,), in pixels and radians, from the photo's centre."""
+    """Geometric mapping of a batch: offsets in pixels and an angle in radians about the image centre, (N,) each."""
 
     def __init__(self, count: int, side: int, device: torch.device) -> None:
         self.side = side
         self.x = self.y = self.angle = torch.zeros(count, device=device)
-        self.width = self.height = torch.ones(count, device=device)  # share of the photo's; mirrored where negative
+        self.width = self.height = torch.ones(count, device=device)  # fraction of the image; negative: mirrored
 
 
 def flip(view: View, draws: Tensor, probability: float) -> None:
-    """Mirror photos left to right."""
+    """Mirror images left to right."""
     view.width = torch.where(draws[0] < probability, -view.width, view.width)
 
 
 def shift(view: View, draws: Tensor, share: float) -> None:
-    """Move photos by up to a share of the side both ways, whole pixels; the edge fills what comes free."""
+    """Shift images by whole pixels, up to a fraction of the side; the edge is repeated."""
     x, y = ((draws * 2 - 1) * (share * view.side)).round()
     view.x, view.y = view.x + x, view.y + y
 
 
 def crop(view: View, draws: Tensor, least: float) -> None:
-    """Show a part of the photo, `least` of its area or more, 3:4 to 4:3, stretched to the whole.
+    """Crop at least the fraction `least` of the area, aspect ratio 3:4 to 4:3, and stretch it to the full size.
 
     C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842.
     """
@@ -66,12 +66,12 @@ def crop(view: View, draws: Tensor, least: float) -> None:
 
 
 def rotate(view: View, draws: Tensor, degrees: float) -> None:
-    """Turn photos by up to some degrees either way; the edge fills what comes free."""
+    """Rotate images by up to `degrees` either way; the edge is repeated."""
     view.angle = view.angle + (draws[0] * 2 - 1) * math.radians(degrees)
 
 
 def colour(images: Tensor, draws: Tensor, strength: float) -> Tensor:
-    """Change brightness, contrast and saturation, each by a factor between 1 - strength and 1 + strength."""
+    """Scale brightness, contrast and saturation, each by a factor between 1 - strength and 1 + strength."""
     brightness, contrast, saturation = (1 + (draws * 2 - 1) * strength).view(3, -1, 1, 1)
     channels = [channel.float() for channel in images.unbind(3)]  # (N, H, W): apart, as threes are slow to broadcast
     grey = LUMA[0] * channels[0] + LUMA[1] * channels[1] + LUMA[2] * channels[2]
@@ -88,7 +88,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
-    """Grey out a square, `share` of the side, around a random point.
+    """Grey out a square around a random point, its side a fraction `share` of the image's.
 
     T. DeVries and G. W. Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
     arXiv:1708.04552.
@@ -102,19 +102,19 @@ GREY = 128
 
 
 def mixup(images: Tensor, draws: Tensor, pairs: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend photos with others, `pairs` (N,), where `chosen` (N,): images and what is left of each photo (N,).
+    """Blend images with others, `pairs` (N,), where `chosen` (N,); return them and the weight of each image (N,).
 
     H. Zhang et al., "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412.
     """
     share = torch.where(chosen, draws[0], 1.0)
-    share = torch.maximum(share, 1 - share)  # a photo stays mostly what it was, so that its own label leads
+    share = torch.maximum(share, 1 - share)  # the image itself keeps the larger weight
     pixels = images.flatten(1).float()
     mixed = torch.lerp(pixels.index_select(0, pairs), pixels, share[:, None])
     return mixed.round().to(torch.uint8).view(images.shape), share
 
 
 def cutmix(images: Tensor, draws: Tensor, pairs: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Paste a box of others, `pairs` (N,), into photos where `chosen` (N,): images and what is left of each photo (N,).
+    """Paste a box of others, `pairs` (N,), where `chosen` (N,); return images and the weight of each image (N,).
 
     S. Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features",
     arXiv:1905.04899.
@@ -126,7 +126,7 @@ def cutmix(images: Tensor, draws: Tensor, pairs: Tensor, chosen: Tensor) -> tupl
 
 
 class Kind(NamedTuple):
-    """A change, and how many random numbers a photo it takes."""
+    """Augmentation function, and the random numbers that it takes per image."""
 
     apply: Callable[..., object]
     draws: int
@@ -146,16 +146,16 @@ MIXES: dict[str, Kind] = {
     "mixup": Kind(mixup, 1),
     "cutmix": Kind(cutmix, 3),
 }
-"""The first of their random numbers is from Beta(strength, strength)."""
+"""Mixing functions: the first of their random numbers is drawn from Beta(strength, strength)."""
 AUGMENTATIONS = (*GEOMETRY, *PIXELS, *MIXES)
-WHOLE_PIXELS = {"flip", "shift"}  # what moves pixels without making new ones
+WHOLE_PIXELS = {"flip", "shift"}  # move pixels without interpolation
 
 
 class Augment:
-    """Reads a batch out of a feed's photos and changes it.
+    """Gathers a batch from a feed's images and augments it.
 
-    strengths: name in `AUGMENTATIONS` -> strength, in the order in which they are applied within their group.
-    size: side of what comes out; another than the photos' own is resized to on the way.
+    strengths: (name in `AUGMENTATIONS`, strength), applied in this order within each group.
+    size: side of the result in pixels; images of another size are resized on the way.
     """
 
     def __init__(self, strengths: Sequence[tuple[str, float]], size: int) -> None:
@@ -165,16 +165,16 @@ class Augment:
         self.mixes = [(MIXES[name], strength) for name, strength in strengths if name in MIXES]
         self.whole_pixels = {name for name, _ in strengths if name in GEOMETRY} <= WHOLE_PIXELS
         counts = [kind.draws for kind, _ in self.geometry + self.pixels + self.mixes]
-        # Where there are several mixes, each photo takes one of them: the last number says which.
+        # With several mixes each image takes one of them: the last random number chooses.
         self.counts = [*counts, 1] if len(self.mixes) > 1 else counts
 
     @property
     def num_draws(self) -> int:
-        """Random numbers that a photo takes."""
+        """Random numbers per image."""
         return sum(self.counts)
 
     def draw(self, count: int, epoch: tuple[int, int]) -> Tensor:
-        """Return (num_draws, count) random numbers on the CPU: those of each place in the order of (seed, epoch)."""
+        """Return (num_draws, count) random numbers, on the CPU, for an epoch given as (seed, epoch)."""
         generator = np.random.default_rng([*epoch, 1])  # [seed, epoch] is the order's
         draws = generator.random((self.num_draws, count), np.float32)
         row = sum(kind.draws for kind, _ in self.geometry + self.pixels)
@@ -184,12 +184,13 @@ class Augment:
         return torch.from_numpy(draws)
 
     def __call__(
-        self, images: Tensor, photos: Tensor, labels: Tensor, draws: Tensor | None = None, places: bool = False
+        self, images: Tensor, photos: Tensor, labels: Tensor, draws: Tensor | None = None, unread: bool = False
     ) -> Batch:
-        """Return the photos at positions `photos` (N,) of `images` (M, H, H, 3) uint8, with `labels` (N,), changed.
+        """Return the augmented batch of the images at indices `photos` (N,) of `images` (M, H, H, 3) uint8.
 
-        draws: (num_draws, N), from `draw`; None where there are none.
-        With `places` they are not read where their pixels only move: the batch says where they lie.
+        labels: (N,) int64.
+        draws: (num_draws, N) from `draw`; None where no augmentation needs any.
+        unread: return an `UnreadBatch` of images where pixels are only moved, for a kernel to apply while it loads.
         """
         numbers = iter(() if draws is None else draws.split(self.counts))
         view = View(len(photos), images.shape[1], images.device)
@@ -197,7 +198,7 @@ class Augment:
             kind.apply(view, next(numbers), strength)
         if self.whole_pixels and view.side == self.size:
             found = UnreadBatch(images, photos, _moves(view) if self.geometry else None)
-            if places and not self.pixels and not self.mixes:
+            if unread and not self.pixels and not self.mixes:
                 return Batch(found, labels)
             batch = found.read()
         else:
@@ -210,7 +211,7 @@ class Augment:
         if not self.mixes:
             return Batch(batch, labels)
         line = torch.arange(len(labels), device=labels.device)
-        pairs = torch.where(line == len(labels) // 2 * 2, line, line ^ 1)  # neighbours; an odd one out with itself
+        pairs = torch.where(line == len(labels) // 2 * 2, line, line ^ 1)  # neighbours; a last odd one with itself
         share = torch.ones(len(labels), device=labels.device)
         for number, ((kind, _), own) in enumerate(zip(self.mixes, draws, strict=False)):
             chosen = (draws[-1][0] * len(self.mixes)).long() == number if len(self.mixes) > 1 else line >= 0
@@ -221,14 +222,14 @@ class Augment:
 
 
 def _moves(view: View) -> Tensor:
-    """Return the moves of a view that is made of whole pixels."""
+    """Return (N, 3) int32 moves, as `UnreadBatch` has them, of a view of whole pixels."""
     mirror, end = view.width.sign(), view.side - 1
     start = torch.where(mirror < 0, end, 0)
     return torch.stack([mirror, start + view.x, view.y], 1).round().int()
 
 
 def _sampled(images: Tensor, view: View, size: int) -> Tensor:
-    """Return a view of photos (N, H, H, 3) by bilinear interpolation, as (N, size, size, 3) uint8."""
+    """Return (N, size, size, 3) uint8: a view of images (N, H, H, 3), interpolated bilinearly."""
     # In halves of the side from the centre, as grid_sample counts.
     line = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
     across, down = line * view.width[:, None], line * view.height[:, None]  # (N, size)
@@ -242,9 +243,9 @@ def _sampled(images: Tensor, view: View, size: int) -> Tensor:
 
 
 def _boxes(images: Tensor, x: Tensor, y: Tensor, half_width: Tensor, half_height: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (N, H, W * 3) whether a value lies in its photo's box, and (N,) the box's share of the photo.
+    """Return (N, H, W * 3) whether a value lies in its image's box, and (N,) the box's fraction of the area.
 
-    x, y: (N,) centres, half_width, half_height: (N,), all in shares of the side; clipped at the edges.
+    x, y: (N,) centres; half_width, half_height: (N,); all as fractions of the side, clipped at the edges.
     """
     line = (torch.arange(images.shape[1], device=images.device) + 0.5) / images.shape[1]
     columns = (line - x[:, None]).abs() < half_width[:, None]  # (N, W)

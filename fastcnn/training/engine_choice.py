@@ -37,7 +37,7 @@ def choose(
     are what an earlier run of the same `signature` measured (a second compilation is cheaper: inductor and triton keep
     their results on disk), else those of `PRIOR`. What was built stays where it is the fastest.
 
-    slowest: what all ranks make of a time of theirs, so that they choose alike.
+    slowest: a time of this rank -> the longest of all ranks, so that all choose the same.
     """
     device = step.state()[0].device
     if device.type != "cuda":
@@ -71,15 +71,15 @@ PRIOR = {  # DESIGN's estimates; not measured yet
     "fused+compiled+graphed": {"build_seconds": 60.0, "saving": 0.8},
     "compiled+graphed": {"build_seconds": 60.0, "saving": 0.4},
 }
-"""What to try after the graphed engine: seconds to build it, and the share of the graphed step that it saves."""
+"""Engines to try after the graphed one: seconds to build each, and the fraction of the graphed step that it saves."""
 
 
 def worth_building(
     name: str, num_steps: int, best: float, prediction: dict[str, float], seconds: float | None = None
 ) -> tuple[bool, str]:
-    """Return whether an engine pays over the run, and the sum in words.
+    """Return whether building an engine pays over the run, and the calculation in words.
 
-    best: seconds of a step by the best engine so far; seconds: by the one that the prediction's saving is of.
+    best: seconds per step of the best engine so far; seconds: of the one that the predicted saving refers to.
     """
     predicted = (best if seconds is None else seconds) * (1 - prediction["saving"])
     cost, saving = prediction["build_seconds"], num_steps * (best - predicted)

@@ -1,4 +1,4 @@
-"""How a step is run: as it is, compiled, with its blocks fused, captured whole in a CUDA graph and replayed, or mixed.
+"""Engines: a step run as it is, compiled, with fused blocks, or captured in a CUDA graph and replayed.
 
 An engine is a builder of a step's functions and a way to run them. It takes a step, whose tensors stand in
 `step.state()`, builds its functions from the plain ones and runs the step by them a number of times. Making one runs
@@ -23,7 +23,7 @@ from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.training.step import StepFunctions
 
 FUNCTIONS = ("read", "forward", "collect", "update")  # of StepFunctions, in turn
-REHEARSALS = 3  # cudnn tries its algorithms, the compiler compiles, allocators fill: all before a capture
+REHEARSALS = 3  # before a capture: cudnn tries its algorithms, the compiler compiles, allocators fill
 
 
 class Step(Protocol):
@@ -44,7 +44,7 @@ class Step(Protocol):
         """Do one step, by these functions or the plain ones."""
 
     def state(self) -> list[Tensor]:
-        """Return every tensor that outlives a call and is changed by it."""
+        """Return every tensor that a call changes and the next one reads."""
 
 
 class Engine(Protocol):
@@ -89,7 +89,7 @@ def direct_call(steps: Callable[[], None]) -> Callable[[], None]:
 
 
 class Graphed:
-    """The step captured whole and replayed; `steps_per_replay` of them in one graph, one by one what is left over."""
+    """The step captured whole and replayed; `steps_per_replay` of them per graph; the rest are replayed one by one."""
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class Graphed:
 
 @contextlib.contextmanager
 def rehearsal(step: Step) -> Iterator[None]:
-    """Put back whatever the steps inside change: their tensors and the random number generators.
+    """Restore on leaving what the steps inside change: their tensors and the random number generators.
 
-    On a GPU they run on a stream of their own, as what precedes a capture must.
+    On a GPU they run on a side stream, as CUDA asks of a warm-up before a capture.
     """
     state = step.state()
     device = state[0].device
@@ -263,7 +263,7 @@ def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
 
 
 def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
-    """Return the seconds that an engine takes for a step, leaving everything as it was."""
+    """Return the seconds per step of an engine; the step's state is restored."""
     num_steps = min(num_steps, step.num_steps)
     device = step.state()[0].device
 

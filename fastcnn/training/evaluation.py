@@ -1,4 +1,4 @@
-"""A model's score on a Feed: every photo counted once, whatever the batch size."""
+"""Score of a model on a Feed: every image counts once, whatever the batch size."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score and what it was made of."""
+    """Score of a model, with its prediction for each image."""
 
     score: Score
     predicted: Tensor
-    """(M,) int64 most probable class of each photo, on the device, in the order of the feed's permutation; of several
-    ranks each has its own photos', and all photos' where probabilities were asked for."""
+    """(M,) int64 most probable class of each image, on the device, in the order of the feed's permutation. With several
+    ranks M counts this rank's images, or all images where probabilities were asked for."""
     probabilities: Tensor
     """(M, num_classes) fp32 in the same order; (M, 0) where none were asked for."""
 
 
 class EvaluationStep:
-    """One batch of an evaluation, as a function of device tensors like the training step.
+    """Evaluation of one batch, as a function of device tensors like the training step.
 
-    Every batch has the same shape: the last is filled up with the last photo, whose repeats weigh nothing. With
-    `num_classes`, the width of the network's output, every photo's probabilities are kept too.
+    Every batch has the same shape: the last one is padded with the last image, whose repeats have weight 0. With
+    `num_classes`, the width of the network's output, the probabilities of every image are kept too.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class EvaluationStep:
         self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
         self.num_steps = -(-count // batch_size)
         self.offsets = torch.arange(batch_size, device=device)
-        self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last takes the repeats
+        self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # padding is written to the last
         self.probabilities = torch.zeros(count + 1, num_classes, device=device)
         self.sums = Sums(device)
 
@@ -90,9 +90,9 @@ class EvaluationStep:
 
 
 class Evaluator:
-    """Scores a model on a feed as often as asked, by one engine.
+    """Scores a model on a feed, again and again, by one engine.
 
-    Of several ranks each has a feed of its own, every count-th photo, and all of them learn what the whole set scores.
+    With several ranks each has a feed of its own, every count-th image, and all of them return the score of the whole.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Evaluator:
             self.engine = engine(self.step) if len(feed) else Eager(self.step)
 
     def __call__(self) -> Evaluation:
-        """Return the model's score on all photos of the feed."""
+        """Return the model's score on all images of the feed."""
         step = self.step
         step.sums.reset()
         with evaluation_mode(step.model), step.feed.start_in_order() as feed:
@@ -117,7 +117,7 @@ class Evaluator:
         self.ranks.sum_(step.sums.values)
         score = step.sums.read()
         kept = step.predicted[:-1].clone(), step.probabilities[:-1].clone()
-        if step.probabilities.size(1):  # else nobody asks for what became of each photo
+        if step.probabilities.size(1):  # else nobody needs the other ranks' predictions
             kept = (
                 self.ranks.gather_interleaved(kept[0], score.count),
                 self.ranks.gather_interleaved(kept[1], score.count),

@@ -1,4 +1,4 @@
-"""Sums on the device, turned into loss, accuracy and a confusion matrix when they are read."""
+"""Metric sums on the device, turned into loss and accuracy when they are read."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a model got on a set of photos."""
+    """Loss and accuracy of a model on a set of images."""
 
     loss: float
     """Mean cross-entropy, nats."""
     accuracy: float
-    """Share of photos whose most probable class is the right one."""
+    """Fraction of images whose most probable class is their label."""
     count: int
-    """Photos."""
+    """Number of images."""
 
 
 class Sums:
-    """Loss, right answers and photos of the steps so far, summed on the device: reading them is the only sync."""
+    """Sums of loss, correct predictions and images so far, on the device: reading them is the only sync."""
 
     def __init__(self, device: torch.device) -> None:
-        # Summed loss, right answers, photos: counts are exact up to 2^53. Metal has no doubles.
+        # Loss, correct predictions, images: counts are exact up to 2^53. Metal has no doubles.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.values = torch.zeros(3, dtype=dtype, device=device)
 
-    def add(self, losses: Tensor, right: Tensor, weights: Tensor) -> None:
-        """Add a batch: per-photo loss, whether it was right, and weight (0 leaves a photo out), each (N,)."""
+    def add(self, losses: Tensor, correct: Tensor, weights: Tensor) -> None:
+        """Add a batch: losses, correct predictions and weights (0 leaves an image out), each (N,)."""
         weights = weights.to(self.values.dtype)
-        self.values += torch.stack([(losses * weights).sum(), (right * weights).sum(), weights.sum()])
+        self.values += torch.stack([(losses * weights).sum(), (correct * weights).sum(), weights.sum()])
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set the sums to zero."""
         self.values.zero_()
 
     def read(self) -> Score:
@@ -43,15 +43,15 @@ class Sums:
 
 
 def _score(values: Tensor) -> Score:
-    loss, right, count = values.tolist()
-    return Score(loss=loss / max(count, 1), accuracy=right / max(count, 1), count=int(count))
+    loss, correct, count = values.tolist()
+    return Score(loss=loss / max(count, 1), accuracy=correct / max(count, 1), count=int(count))
 
 
 class Live:
-    """Sums as they were a little while ago, without waiting for the device but to keep its queue short.
+    """Recent score of running steps, without a sync: what progress lines show.
 
-    On a GPU each mark is a copy into pinned memory and an event. At most three marks are under way: before a fourth,
-    `mark` waits for the oldest.
+    On a GPU each mark is a copy into pinned memory and an event. At most three marks are pending: a fourth waits for
+    the oldest, which keeps the device's queue short.
     """
 
     def __init__(self, sums: Sums) -> None:
@@ -63,7 +63,7 @@ class Live:
         )
 
     def mark(self) -> None:
-        """Note what the sums are after the steps queued so far; `score` is what they were at an earlier mark."""
+        """Record the sums after the steps queued so far; `score` becomes that of an earlier mark."""
         if not self._slots:
             self.score = self.sums.read()
             return

@@ -1,4 +1,4 @@
-"""Adam over one flat buffer: a model's parameters as views of it, one kernel an update, one an all-reduce."""
+"""Optimizers over one flat buffer of parameters: one kernel per update."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastcnn.training.parameters import FlatParameters
 
 
 class Optimizer:
-    """Updates flat parameters. All it reads and writes are device tensors, allocated once.
+    """Updates flat parameters. Everything it reads and writes is a device tensor, allocated once.
 
-    It calls torch's own fused kernels by their functional form: torch.optim's classes would make their state in the
-    first step, inside a capture, and their constructors import dynamo, a second of every start.
+    It calls torch's own fused kernels in their functional form: torch.optim's classes create their state in the first
+    step, inside a capture, and their constructors import dynamo, which costs every start a second.
 
-    weight_decay: of the weights of convolutions and dense layers; biases and batch norms are left alone.
+    weight_decay: applied to the weights of convolutions and dense layers, not to biases and batch norms.
     """
 
     decoupled = False
@@ -30,7 +30,7 @@ class Optimizer:
         self.num_updates = torch.zeros((), device=values.device)
 
     def step(self, skip: Tensor) -> None:
-        """Update the parameters by their gradient; not where `skip` () is 1."""
+        """Update the parameters by their gradient, unless `skip` () is 1."""
         values, gradient = self.parameters.values, self.parameters.gradient
         if self.decay is not None and self.decoupled:
             values.addcmul_(values, self.decay * (self.lr * (skip - 1)))
@@ -42,11 +42,11 @@ class Optimizer:
             self._update(skip)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint needs to go on."""
+        """Return the tensors that a checkpoint needs to resume."""
         return {"lr": self.lr, "num_updates": self.num_updates, **self._moments()}
 
     def _update_compiled(self, skip: Tensor) -> None:
-        """Update by torch's plain form: a compiler refuses the fused one, and makes one kernel of this."""
+        """Update by torch's plain form, which a compiler turns into one kernel; it refuses the fused form."""
         tensors = [self.parameters.values, self.num_updates, *self._moments().values()]
         before = [tensor.clone() for tensor in tensors]
         self._update(None)
@@ -54,7 +54,7 @@ class Optimizer:
             tensor.copy_(torch.where(skip > 0, old, tensor))
 
     def _update(self, skip: Tensor | None) -> None:
-        """Update by torch's fused form, not where `skip` () is 1; by its plain form where it is None."""
+        """Update by torch's fused form unless `skip` () is 1, or by its plain form where `skip` is None."""
         raise NotImplementedError
 
     def _moments(self) -> dict[str, Tensor]:
@@ -133,10 +133,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": S
 
 
 class LossScale:
-    """The factor that keeps fp16 gradients from vanishing: halved on overflow, doubled after `interval` good steps.
+    """Loss scale for fp16 gradients: halved on overflow, doubled after `interval` good steps.
 
-    P. Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740. On the device, unlike torch.amp.GradScaler,
-    whose `.item()` waits for it.
+    P. Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740. It stays on the device; torch.amp.GradScaler
+    calls `.item()`, which waits for it.
     """
 
     def __init__(self, device: torch.device, interval: int = 2000) -> None:
@@ -145,7 +145,7 @@ class LossScale:
         self.interval = interval
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a step changes."""
+        """Return the tensors that a step changes."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def update(self, overflow: Tensor) -> None:

@@ -13,7 +13,7 @@ from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 
 
 class FlatParameters:
-    """A model's parameters as views of one flat fp32 tensor, with one flat gradient beside it.
+    """Parameters of a model as views of one flat fp32 tensor, with one flat gradient beside it.
 
     Each parameter keeps its shape and strides (channels_last weights stay so); its elements lie in the buffer in
     the order of its memory. Loading a state_dict into the model writes into the buffer.
@@ -28,7 +28,7 @@ class FlatParameters:
         named = ordered(model)
         self._sizes = [p.numel() for _, p in named]
         self.values = torch.cat([_in_memory_order(p.detach()) for _, p in named])  # (P,) fp32
-        # Beside the gradient the loss, so that one all-reduce brings both.
+        # The loss stands behind the gradient, so that one all-reduce brings both.
         self.reduced = self.values.new_zeros(len(self.values) + 1)
         self.gradient, self.loss = self.reduced[:-1], self.reduced[-1]
         for (_, p), piece in zip(named, torch.split(self.values, self._sizes), strict=True):
@@ -36,13 +36,13 @@ class FlatParameters:
         self.values_16bit = None if dtype == self.values.dtype else self.values.to(dtype)
         self.compute = model if self.values_16bit is None else self._copy_16bit(self.values_16bit)
         self.inputs = [p for _, p in ordered(self.compute)]
-        """What the loss is differentiated by, in the buffer's order."""
+        """Parameters that the loss is differentiated by, in the buffer's order."""
         self._num_16bit = sum(p.dtype != self.values.dtype for p in self.inputs)
 
     def set_gradients(self, gradients: Sequence[Tensor], loss: Tensor | None = None) -> None:
-        """Copy a gradient a parameter, in the order of `inputs`, into the flat gradient, and a loss () behind it.
+        """Copy the gradients, in the order of `inputs`, into the flat gradient, and a loss () behind it.
 
-        One `cat` for each type: of mixed types a GPU would copy tensor by tensor.
+        One `cat` for each dtype: a GPU copies mixed dtypes tensor by tensor.
         """
         pieces = [_in_memory_order(g.to(memory_format=torch.channels_last) if g.dim() == 4 else g) for g in gradients]
         split = sum(self._sizes[: self._num_16bit])
@@ -65,7 +65,7 @@ class FlatParameters:
 
     @contextmanager
     def holding(self, values: Tensor) -> Iterator[None]:
-        """Let the model hold other values (P,) for a while, such as their moving average."""
+        """Give the model other values (P,) for a while, such as their moving average."""
         own = self.values.clone()
         self.values.copy_(values)
         self.refresh()
@@ -91,12 +91,12 @@ class FlatParameters:
 
 
 def ordered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return a model's named parameters in the buffer's order: those of batch norms, which stay fp32, last."""
+    """Return a model's named parameters in the buffer's order: batch norms, which stay fp32, come last."""
     norms = {id(p) for module in model.modules() if isinstance(module, BatchNorm) for p in module.parameters()}
     return sorted(model.named_parameters(), key=lambda named: id(named[1]) in norms)
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Return a dense tensor's elements as (numel,), in the order in which they lie in memory."""
+    """Return the elements of a dense tensor as (numel,), in memory order."""
     strides = tensor.stride()
     return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d])).reshape(-1)

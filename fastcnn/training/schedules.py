@@ -1,4 +1,4 @@
-"""Learning rate by step, and the weights' moving average."""
+"""Learning-rate schedules, and the weights of a moving average of the parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def scaled_lr(lr: float, rule: str, batch_size: int) -> float:
-    """Return the learning rate for a batch size, from that for 32: by their ratio, its root or not at all.
+    """Return the learning rate for a batch size, given the one for 32: scaled by the ratio, its square root, or not.
 
     linear: P. Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677. sqrt, which suits Adam: S. Malladi et
     al., "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", arXiv:2205.10287.
@@ -28,9 +28,9 @@ def schedule(
     decay_steps: int | None = None,
     decay_rate: float = 0.1,
 ) -> Tensor:
-    """Return (num_steps,) learning rates: those of `SCHEDULES`, after a linear rise over `warmup_steps`.
+    """Return (num_steps,) fp32 learning rates of a schedule in `SCHEDULES`, after a linear warm-up of `warmup_steps`.
 
-    decay_steps, decay_rate: how often, and to what share, "step" drops; None is a third of the run.
+    decay_steps, decay_rate: steps between two drops of "step" (None: a third of the run) and the factor of each.
     """
     rise = [(i + 1) / (warmup_steps + 1) for i in range(min(warmup_steps, num_steps))]
     rest = num_steps - len(rise)
@@ -69,13 +69,13 @@ SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
     "step": _step,
     "onecycle": _onecycle,
 }
-"""(step, steps of the run, steps between two drops, what a drop leaves) -> share of the learning rate."""
+"""(step, steps of the run, steps between two drops, factor of a drop) -> fraction of the learning rate."""
 
 
 def average_weights(decay: float, num_steps: int) -> Tensor:
-    """Return (num_steps,): the weight of each step's values in their moving average.
+    """Return (num_steps,) weight of each step's values in their moving average.
 
-    The average's decay is min(decay, (1 + i) / (10 + i)), so that a short run does not average its first weights in.
+    The decay at step i is min(decay, (1 + i) / (10 + i)), so that a short run forgets its initial weights.
     """
     return torch.tensor([1 - min(decay, (1 + i) / (10 + i)) for i in range(num_steps)])
 

@@ -27,9 +27,9 @@ def forward(
     label_smoothing: float = 0.0,
     class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (N,) cross-entropy and (N,) most probable class of a uint8 batch. This is what is compiled.
+    """Return (N,) cross-entropy losses and (N,) most probable classes of a uint8 batch.
 
-    targets: (N,) int64 labels, or (N, num_classes) what each class counts for.
+    targets: (N,) int64 labels, or (N, num_classes) class probabilities.
     """
     logits = model(normalise(images))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -65,20 +65,20 @@ class TrainingStep:
     It calls its `StepFunctions` in turn. Between `collect` and `update` the ranks add their gradients.
 
     Args:
-        parameters: the network's.
-        optimizer: what updates them.
-        feed: the photos.
-        normalise: pixels to input; its dtype is the arithmetic's.
-        batch_size: photos a step, on all ranks together.
+        parameters: those of the network.
+        optimizer: updates the parameters.
+        feed: training images and labels.
+        normalise: uint8 pixels to network input; its dtype is that of the arithmetic.
+        batch_size: images per step, on all ranks together.
         lr_schedule: (T,) learning rate of each step of the run.
-        augment: reads a batch and changes it; None reads it as it is.
-        label_smoothing: share of each label that is spread over all classes.
-        class_weights: (num_classes,) what the classes' losses count for, on average 1; None is 1 for all.
-        limit: steps an epoch at most; None is all.
-        clip_norm: the gradient's largest norm; None leaves it.
-        skip_nan: leave a step whose loss is no finite number out and go on; False updates nothing from it on.
-        average: (T,) weight of each step's values in their moving average; None keeps none.
-        ranks: the processes that take a step together, each its share of the batch.
+        augment: gathers and augments a batch; None gathers it unchanged.
+        label_smoothing: fraction of each label that is spread over all classes.
+        class_weights: (num_classes,) weights of the losses, 1 on average; None: all 1.
+        limit: most steps per epoch; None: all.
+        clip_norm: largest norm of the gradient; None: no limit.
+        skip_nan: skip a step whose loss is not finite and go on; False: update nothing from that step on.
+        average: (T,) weight of each step's values in their moving average; None: no average.
+        ranks: processes that take each step together, each with its part of the batch.
     """
 
     def __init__(
@@ -110,21 +110,21 @@ class TrainingStep:
         self.average_weights = None if average is None else average.to(parameters.values)
         self.average = None if average is None else parameters.values.clone()
         self.loss_scale = LossScale(device) if normalise.dtype == torch.float16 else None
-        # An epoch's: the permutation's tail is dropped.
+        # The tail of an epoch's permutation, shorter than a batch, is dropped.
         self.num_steps = min(len(feed) // batch_size, limit or len(feed))
-        share = batch_size // ranks.count
-        self.offsets = torch.arange(ranks.rank * share, (ranks.rank + 1) * share, device=device)
+        batch_per_rank = batch_size // ranks.count
+        self.offsets = ranks.rank * batch_per_rank + torch.arange(batch_per_rank, device=device)
         self.sums = Sums(device)
-        self.weights = self.sums.values.new_ones(share)
-        self.shares = torch.full((share,), 1 / batch_size, dtype=wide, device=device)  # of each loss in the mean
-        self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # of each place in the epoch's order
+        self.weights = self.sums.values.new_ones(batch_per_rank)
+        self.loss_weights = torch.full((batch_per_rank,), 1 / batch_size, dtype=wide, device=device)  # in their mean
+        self.draws = torch.zeros(self.augment.num_draws, len(feed), device=device)  # one column per image of the epoch
         self.one_hot = torch.eye(parameters.model.output.out_features, dtype=wide, device=device)
         self.step_count = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
-        # Steps that updated nothing, as a loss was no finite number: each such, or all from the first.
+        # Steps that updated nothing because a loss was not finite: each of them, or all from the first on.
         self.skipped = torch.zeros((), device=device)
 
     def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: SamplingWeights | None = None) -> Feed:
-        """Return the feed at an epoch's beginning, or `done` steps from it: see `Feed.start_epoch`."""
+        """Return the feed at the start of an epoch, or `done` steps into it: see `Feed.start_epoch`."""
         if len(self.draws):
             self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
         return self.feed.start_epoch(seed, epoch, done * self.batch_size, chances)
@@ -146,9 +146,9 @@ class TrainingStep:
         losses, predictions = functions.forward(
             compute, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
         )
-        # By their shares: their mean, differentiated, would be two kernels more, in fp16 three.
-        shares = self.shares if self.loss_scale is None else self.shares * self.loss_scale.scale
-        functions.collect(torch.autograd.grad(losses, self.parameters.inputs, shares), losses.detach())
+        # Weighted losses instead of their mean: its derivative would take two more kernels, in fp16 three.
+        loss_weights = self.loss_weights if self.loss_scale is None else self.loss_weights * self.loss_scale.scale
+        functions.collect(torch.autograd.grad(losses, self.parameters.inputs, loss_weights), losses.detach())
         self.ranks.sum_(self.parameters.reduced)
         functions.update(losses.detach(), predictions, batch.labels, buffers)
 
@@ -161,20 +161,20 @@ class TrainingStep:
         return batch, self._targets(batch)
 
     def collect(self, gradients: Sequence[Tensor], losses: Tensor) -> None:
-        """Put the gradients into the flat one, and behind it, for the ranks to add, the sum of the losses."""
+        """Copy gradients (one per parameter) into the flat gradient, and the sum of the losses (N,) behind it."""
         self.parameters.set_gradients(gradients, losses.sum() if self.ranks.joined else None)
 
     def update(self, losses: Tensor, predictions: Tensor, labels: Tensor, buffers: Sequence[Tensor]) -> None:
-        """Update the weights by the flat gradient, add to the sums, and move on.
+        """Update the weights by the flat gradient, add losses and predictions (N,) to the sums, and advance the cursor.
 
-        buffers: the network's as they were before the batch, where a step may be left out because of its loss.
+        buffers: the network's buffers before the batch, restored where the step is skipped; empty unless `skip_nan`.
         """
         skip = self._update(self.parameters.loss if self.ranks.joined else losses.sum())
         weights = self.weights
         if self.skip_nan:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
             for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
-                buffer.copy_(torch.where(skip > 0, before, buffer))  # else batch norms never recover
+                buffer.copy_(torch.where(skip > 0, before, buffer))  # running statistics would stay NaN
         self.sums.add(losses, predictions == labels, weights)
         self.feed.cursor.add_(self.batch_size)
         self.step_count.add_(1)
@@ -185,7 +185,7 @@ class TrainingStep:
         return self.parameters.compute
 
     def state(self) -> list[Tensor]:
-        """Return every tensor that outlives a call and is changed by it."""
+        """Return every tensor that a call changes and the next one reads."""
         parameters, optimizer = self.parameters, self.optimizer
         tensors = [
             parameters.values,
@@ -209,15 +209,15 @@ class TrainingStep:
         return torch.lerp(other, own, batch.share[:, None].to(own.dtype))
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Update the weights; return 1 where the step is left out because of its loss, else 0."""
+        """Update the weights; return () 1 where the step is skipped because of its loss, else 0."""
         parameters, optimizer, gradient = self.parameters, self.optimizer, self.parameters.gradient
         if self.skip_nan and self.loss_scale is None:
-            loss = loss + 0 * gradient.sum()  # a gradient that overflows would spoil the weights for good
-        left_out = torch.ne(loss - loss, 0).to(self.skipped.dtype)
+            loss = loss + 0 * gradient.sum()  # an overflowed gradient would make the weights NaN for good
+        skipped_now = torch.ne(loss - loss, 0).to(self.skipped.dtype)
         if not self.skip_nan:
-            left_out = torch.maximum(left_out, self.skipped.clamp(max=1))
-        self.skipped.add_(left_out)
-        skip = left_out
+            skipped_now = torch.maximum(skipped_now, self.skipped.clamp(max=1))
+        self.skipped.add_(skipped_now)
+        skip = skipped_now
         if self.loss_scale is not None:
             gradient.div_(self.loss_scale.scale)
             overflow = (~gradient.isfinite().all()).to(skip.dtype)
@@ -230,4 +230,4 @@ class TrainingStep:
         parameters.refresh()
         if self.average is not None and self.average_weights is not None:
             self.average.lerp_(parameters.values, self.average_weights.index_select(0, self.step_count))
-        return left_out
+        return skipped_now

@@ -117,7 +117,9 @@ def test_the_inference_form_is_the_same_function() -> None:
     torch.manual_seed(0)
     for activation in ACTIVATIONS:
         for batch_norm in (True, False):
-            network = SmallCNN(5, (8, 6, 8, 6, 8), activation=activation, batch_norm=batch_norm, image_size=64).double()
+            network = SmallCNN(
+                5, filters=(8, 6, 8, 6, 8), activation=activation, batch_norm=batch_norm, image_size=64
+            ).double()
             for name, buffer in network.named_buffers():
                 buffer.copy_(torch.rand_like(buffer) + ("var" in name))
             for parameter in network.parameters():

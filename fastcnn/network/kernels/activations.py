@@ -1,4 +1,4 @@
-"""The activations in Triton, beside those of `fastcnn.network.small_cnn.ACTIVATIONS`."""
+"""Activations in Triton, one for each of `fastcnn.network.small_cnn.ACTIVATIONS`."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def mish_slope(x):
 
 
 class Activation(NamedTuple):
-    """An activation and its derivative, both of fp32 tiles."""
+    """Activation and its derivative, both functions of fp32 tiles."""
 
     value: Any
     slope: Any
     monotone: bool
-    """Non-decreasing: the maximum of a window is taken first."""
+    """Non-decreasing: the window's maximum is taken before the activation."""
     saved: bool
-    """Whether the slope is one of the argument, and kept; else it is made from the value, which must not lose it."""
+    """Whether the slope is computed from the argument and saved; else it is computed from the value."""
 
 
 ACTIVATIONS: dict[str, Activation] = {

@@ -1,4 +1,4 @@
-"""How the fused kernels are started: tiles, how many programs, and which tiles were the fastest on this GPU."""
+"""Launches of the fused kernels: grids, tile sizes, and the fastest tiles found on this GPU."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from fastcnn.network.kernels import tiles as geometry
+from fastcnn.network.kernels.tiles import INTERPRETED
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
 
 
 class Maps(NamedTuple):
-    """The shapes of a block: its photos, and height and width of what it has pooled."""
+    """Shapes of a block: images, and height and width of its pooled maps."""
 
     photos: int
     height: int
     width: int
     into: int
-    """Channels of its input."""
+    """Input channels."""
     out: int
-    """Channels of its output."""
+    """Output channels."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program works on at a time."""
+    """Tile of pooled pixels and channels that a program computes at a time."""
 
     rows: int
-    """Of pooled pixels."""
+    """Rows of pooled pixels."""
     columns: int
     channels: int
-    """Of what is computed."""
+    """Channels of the result."""
     chunk: int
-    """Channels of the other side, of inputs or gradients, at a time."""
+    """Channels of the operand that are loaded at a time."""
     warps: int = 4
     stages: int = 3
-    """Iterations of a loop that are loaded ahead."""
+    """Loop iterations that are loaded ahead."""
 
     def num_tiles(self, maps: Maps) -> int:
-        """Return how many of them cover the pooled maps."""
+        """Return the number of tiles that cover the pooled maps."""
         return -(-maps.photos * maps.height // self.rows) * -(-maps.width // self.columns)
 
     def num_programs(self, maps: Maps, most: int) -> int:
-        """Return how many programs share them, `most` or fewer, so that none has nothing to do."""
+        """Return the number of programs that share the tiles, `most` or fewer, none of them idle."""
         num_tiles = self.num_tiles(maps)
         return -(-num_tiles // -(-num_tiles // most))
 
     def covering(self, maps: Maps, most: int) -> dict[str, int]:
-        """Return the arguments by which `most` programs at most cover the pooled maps, each its own run of tiles."""
+        """Return the kernel arguments by which at most `most` programs cover the pooled maps, each a run of tiles."""
         num_tiles = self.num_tiles(maps)
         return {
             "num_rows": maps.photos * maps.height,
@@ -71,7 +71,7 @@ class Tile:
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that it needs."""
+    """Kernel with its grid and arguments."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -80,7 +80,7 @@ class Launch(NamedTuple):
     stages: int = 3
 
     def run(self) -> None:
-        """Start it."""
+        """Launch the kernel, or record it: see `recording`."""
         if _records is None:
             self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
         else:
@@ -93,7 +93,7 @@ _record_every_tile = False
 
 @contextlib.contextmanager
 def recording(every_tile: bool = False) -> Iterator[list[Launch]]:
-    """Yield a list that what would be started is put into, or all that might be; nothing is started."""
+    """Yield a list that collects the launches, of every candidate tile if asked for; nothing is launched."""
     global _records, _record_every_tile
     _records, _record_every_tile = [], every_tile
     try:
@@ -103,7 +103,7 @@ def recording(every_tile: bool = False) -> Iterator[list[Launch]]:
 
 
 def run(kind: str, maps: Maps, dtype: torch.dtype, prepare: Callable[[Tile], Launch]) -> Launch:
-    """Start a kernel with the tile that is the fastest for these shapes on this GPU, and return what was started."""
+    """Launch a kernel with the fastest tile for these shapes on this GPU, and return the launch."""
     tiles = candidates(kind, maps, dtype)
     if _records is not None and _record_every_tile:
         _records.extend(prepare(tile) for tile in tiles[1:])
@@ -116,12 +116,12 @@ def run(kind: str, maps: Maps, dtype: torch.dtype, prepare: Callable[[Tile], Lau
 
 
 def candidates(kind: str, maps: Maps, dtype: torch.dtype) -> list[Tile]:
-    """Return the tiles to try, the one to use unmeasured first. None of them spills (`python -m bench.kernels`)."""
+    """Return candidate tiles, the default first. None of them spills registers (`python -m bench.kernels`)."""
     columns = min(8, triton.next_power_of_2(maps.width))
     computed, other = (maps.into, maps.out) if kind == "input_gradient" else (maps.out, maps.into)
     narrow, wide = (max(16, min(most, triton.next_power_of_2(computed))) for most in (32, 64))
     chunk = 32 if other % 32 == 0 else 16
-    if geometry.INTERPRETED:  # an operation takes it as long for many values as for one
+    if INTERPRETED:  # an operation takes the interpreter as long for many values as for one
         total = maps.photos * maps.height * maps.width
         return [Tile(max(2, triton.next_power_of_2(total // (3 * columns))), columns, narrow, chunk)]
     tiles = [
@@ -133,7 +133,7 @@ def candidates(kind: str, maps: Maps, dtype: torch.dtype) -> list[Tile]:
     return tiles
 
 
-# Windows, warps and stages.
+# (windows, warps, stages) of each kernel's candidates.
 SIZES_16 = {
     "first_forward": [(32, 4, 3), (16, 4, 3), (64, 8, 3)],
     "first_weight_gradient": [(16, 4, 2), (32, 8, 2), (16, 4, 1)],
@@ -151,23 +151,23 @@ SIZES_32 = {
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how products of this type are to be taken, as triton names it."""
+    """Return Triton's name for the precision of products of this dtype."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def most_programs(device: torch.device) -> int:
-    """Return how many programs of a forward fill the device."""
+    """Return the number of forward programs that fill the device."""
     return 4 * num_processors(device)
 
 
 def reducers(device: torch.device, maps: Maps) -> int:
-    """Return how many programs share a gradient of weights: each writes one of its own, so no more than useful."""
+    """Return the number of programs of a weight gradient; each writes a partial sum, so no more than useful."""
     return max(1, min(num_processors(device), maps.photos * maps.height * maps.width // 64))
 
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Return the device's multiprocessors; on a CPU, where programs are run one by one, a few."""
+    """Return the number of multiprocessors; on a CPU, where the interpreter runs programs one by one, 3."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 3
@@ -184,7 +184,7 @@ def _fastest(
     prepare: Callable[[Tile], Launch],
     device: torch.device,
 ) -> Tile:
-    """Return the fastest tile: what was found before, in this process or another, or measured now."""
+    """Return the fastest tile: as measured before, by this process or another, or now."""
     key = f"{kind} {tuple(maps)} {dtype}"
     path = _file(device)
     if not _known:
@@ -209,7 +209,7 @@ def _seconds(launch: Launch) -> float:
 
 @functools.cache
 def _file(device: torch.device) -> Path:
-    """Return where this GPU's tiles are kept: those of other kernels or another compiler are not theirs."""
+    """Return the file of this GPU's fastest tiles; kernels and compiler are part of its name."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     parts = torch.cuda.get_device_name(device), triton.__version__, hashlib.sha256(sources).hexdigest()
     return user_cache_folder() / "tiles" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"

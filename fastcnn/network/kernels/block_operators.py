@@ -1,4 +1,4 @@
-"""A block as one operator: convolution 3x3, activation, 2x2 max pool, statistics, and the batch norm before it.
+"""Fused blocks as operators: batch norm of the block before, 3x3 convolution, activation, 2x2 max pool, statistics.
 
 `block` reads what another block has pooled and normalises it while loading; `first_block` reads uint8 photos. Both
 write the pooled values and two bits for each that say where it came from, never a map of full size; their gradients
@@ -34,7 +34,7 @@ def block(
     statistics: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return pooled values, which of the four each was, slopes, their moments and unbiased variances.
+    """Return pooled values, indices of the window maxima, slopes, moments and unbiased variances.
 
     Args:
         x: (N, H, W, C) fp32, bf16 or fp16, contiguous, sides even, C a multiple of 16.
@@ -70,14 +70,13 @@ def first_block(
     statistics: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what `block` does, of photos: normalised, flipped and shifted while they are loaded.
+    """Return the outputs of `block` for uint8 images, which are normalised, mirrored and shifted while loading.
 
     Args:
         images: (M, H, W, 3) uint8, contiguous, sides even.
-        photos: (N,) int64 which of them; None takes all, in their order.
-        moves: (N, 3) int32 for each: 1, or -1 where it is mirrored, and the column and the row of `images` that stand
-            in column 0 and row 0; None leaves them. The edge fills what comes free.
-        colours: (3, 3) fp32; a row each of whole numbers that are subtracted, of scales, and of what is added then.
+        photos: (N,) int64 indices into `images`; None: all, in order.
+        moves: (N, 3) int32 as in `UnreadBatch`; None: none. The edge is repeated.
+        colours: (3, 3) fp32: rows of integers to subtract, of scales, and of offsets to add.
         weight, bias, activation, statistics, eps: see `block`.
     """
     count = len(images) if photos is None else len(photos)
@@ -98,7 +97,7 @@ def first_block(
 
 
 def _outputs(like: Tensor, maps: Maps, activation: str, statistics: bool) -> Outputs:
-    """Return what a block writes, empty: pooled, index, slopes, moments, variance."""
+    """Return empty outputs of a block: pooled, index, slopes, moments, variance."""
     shape = maps.photos, maps.height, maps.width, maps.out
     return (
         like.new_empty(shape),
@@ -192,7 +191,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save what the gradient needs. Nothing is differentiable but pooled values and moments."""
+    """Save the tensors of the gradient. Pooled values and moments alone are differentiable."""
     *tensors, activation, _, _ = inputs
     pooled, index, slopes, moments, variance = output
     ctx.mark_non_differentiable(index, slopes, variance)

@@ -26,12 +26,12 @@ NAMES = {torch.bfloat16: "pool_bf16", torch.float32: "pool_f32"}
 
 
 class NoKernel(Exception):
-    """The kernel cannot be built or loaded; the message says why."""
+    """The kernel cannot be built or loaded; the message gives the reason."""
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Return the library, building it where that was not done before. Raises NoKernel."""
+    """Return the compiled library, building it at the first use on this machine. Raises NoKernel."""
     if sys.platform != "linux":
         raise NoKernel(f"it is built on Linux only, not on {sys.platform}")
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -39,9 +39,8 @@ def load() -> ctypes.CDLL:
         raise NoKernel("there is no C compiler: install gcc")
     try:
         version = _run([compiler, "--version"])
-        known: dict[str, Any] = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # built with -march=native: not for another processor
+        # Built with -march=native: not for another processor.
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         key = hashlib.sha256(f"{SOURCE.read_text()}{version}{sorted(known.items())}".encode()).hexdigest()[:16]
         path = user_cache_folder() / "kernels" / f"pool-{key}.so"
         if not path.exists():
@@ -128,7 +127,7 @@ class _CompilableMaxPool(torch.autograd.Function):
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile to `path`, under another name first: several runs may do so at once."""
+    """Compile to `path`, under a temporary name first: several runs may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     objects = temporary.with_suffix(f".{os.getpid()}.o")

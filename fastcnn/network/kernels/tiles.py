@@ -1,4 +1,4 @@
-"""What the kernels share: where a tile's pixels lie, products of tiles, and the traps of Triton's interpreter."""
+"""Helpers of all kernels: pixel positions of a tile, products of tiles, and workarounds for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def windows(tile, num_rows, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return of a tile of pooling windows: photo, row and column of each among the pooled, and whether it is one.
+    """Return photo, row, column and validity of each pooling window of a tile, in pooled coordinates.
 
-    Tiles lie over the pooled maps below each other as one tall map, so that small maps fill a tile together.
+    The pooled maps are stacked into one tall map that tiles cover, so that small maps share a tile.
     """
     return _placed(tile, tl.arange(0, ROWS * COLUMNS), num_rows, height, width, ROWS, COLUMNS)
 
 
 @triton.jit
 def pixels(tile, num_rows, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the same of the pixels in the windows, rows and columns being those of the full-size map.
+    """Return photo, row, column and validity of each pixel of a tile's windows, in full-size coordinates.
 
-    First come the upper left pixels of all windows, then the upper right, the lower left and the lower right ones: so
-    the four of a window are multiplied by the same thread and meet in its registers.
+    The upper left pixels of all windows come first, then the upper right, lower left and lower right ones: the four
+    of a window are then computed by one thread and meet in its registers.
     """
     number = tl.arange(0, 4 * ROWS * COLUMNS)
     corner = number // (ROWS * COLUMNS)
