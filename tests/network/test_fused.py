@@ -434,15 +434,15 @@ def test_blocks_compile_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("names", [(), ("flip",), ("flip", "shift")])
-def test_places_say_what_is_read(names: tuple[str, ...]) -> None:
+def test_an_unread_batch_is_what_is_read(names: tuple[str, ...]) -> None:
     feed, photos = make_feed(9), torch.tensor([3, 3, 8, 0])
     batch = feed.images, photos, feed.labels[photos]
     augment, more = make_augment(names), make_augment((*names, "cutout"))
     read = augment(*batch, augment.draw(4, (2, 1)))
-    unread = augment(*batch, augment.draw(4, (2, 1)), places=True)
+    unread = augment(*batch, augment.draw(4, (2, 1)), unread=True)
     assert isinstance(unread.images, UnreadBatch)
     assert torch.equal(unread.images.read(), read.images)  # type: ignore[arg-type]
-    changed = more(*batch, more.draw(4, (2, 1)), places=True)
+    changed = more(*batch, more.draw(4, (2, 1)), unread=True)
     assert isinstance(changed.images, Tensor)
 
 
