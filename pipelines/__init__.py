@@ -1,6 +1,6 @@
-"""Photos to pixels: paths, parts of files or bytes in, (n, size, size, 3) uint8 out, and a verdict for every source.
+"""Decoders: paths, parts of files or bytes in, (n, size, size, 3) uint8 pixels out, and a verdict on every source.
 
-A decoder is one module with `decode` and `identity` (and `close`, where it keeps something) and one line in `BACKENDS`.
+A decoder is one module with `decode` and `identity` (and `close`, if it keeps state) and one line in `BACKENDS`.
 """
 
 import functools
@@ -24,16 +24,16 @@ BACKENDS = {
     "turbo": "pipelines.turbo",
     "pillow": "pipelines.pillow",
 }
-"""Decoder name -> the module that holds it, imported when it is first asked for."""
+"""Decoder -> its module, imported on first use."""
 
 Boxes = np.ndarray | Callable[[int, int, int], np.ndarray]
-"""(n, 4) left, top, right, bottom; or what gives a source's four from its position and its upright width and height."""
+"""(n, 4) left, top, right, bottom; or a function (position, upright width, upright height) -> (4,)."""
 
 _imported: dict[str, ModuleType] = {}
 
 
 class DecoderUnavailable(RuntimeError):
-    """The decoder `name` cannot be used here; the message says why and what to install."""
+    """The decoder `name` cannot be used here; the message says why and how to install it."""
 
     def __init__(self, name: str, why: str) -> None:
         self.name, self.why = name, why
@@ -41,7 +41,7 @@ class DecoderUnavailable(RuntimeError):
 
 
 def choose(decoder: str, *, gpu: bool) -> tuple[str, str]:
-    """Return (name, note): the decoder that `decoder` ("auto" or a name) means here, and why not a better one.
+    """Return (name, note): the decoder that `decoder` ("auto" or a name) means here, and why it is not a better one.
 
     "auto" is DALI where `gpu` is true, else turbo, else Pillow. The note is "" where the preferred one can be used.
     Raises DecoderUnavailable for a named decoder that cannot be imported, ValueError for an unknown name.
@@ -71,21 +71,23 @@ def decode(
     gpu: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Verdict]:
-    """Write the pixels of each usable source into its row of `out`; return a verdict a source, in their order.
+    """Write the pixels of each usable source into its row of `out`; return the verdict on each source, in their order.
 
-    sources: n paths, encoded photos as bytes, or parts of files (`Member`).
-    out: (n, size, size, 3) uint8, C-contiguous. The photo upright, RGB, squashed to size x size (bilinear,
-        antialiased). Rows of unusable sources are zeroed.
-    boxes: (n, 4) float: left, top, right, bottom in pixels of the upright photo. What the row shows; None: all of it.
-        Clipped to the photo, so that rounding cannot push one off its edge. Or a function (position, width, height) ->
-        (4,), asked in a decoding thread once the photo's size is known: no file is read twice for it.
-    decoder: a name in BACKENDS ("auto" is for `choose`, whose answer belongs into cache keys).
-    workers: decoding threads; None: one for each core this process may use.
-    gpu: index of the device on which DALI decodes; None: the CPU. The other decoders ignore it.
-    max_pixels: a photo whose header claims more is "too large" and is not decoded. More than the default also raises
-        Pillow's own limit in this process.
+    Args:
+        sources: n paths, encoded photos as bytes, or parts of files (`Member`).
+        size: side of the decoded photos in pixels.
+        out: (n, size, size, 3) uint8, C-contiguous. Each photo upright, in RGB, squashed to size x size (bilinear,
+            antialiased). Rows of unusable sources are zeroed.
+        boxes: (n, 4) float, the part of each upright photo to show: left, top, right, bottom in pixels, clipped to the
+            photo; None shows all. Or a function (position, width, height) -> (4,), called in a decoding thread once the
+            photo's size is known, so that no file is read twice.
+        decoder: a name in BACKENDS ("auto" is for `choose`, whose answer belongs into cache keys).
+        workers: decoding threads; None is one for each core that this process may use.
+        gpu: index of the device on which DALI decodes; None is the CPU. The other decoders ignore it.
+        max_pixels: a photo whose header claims more is "too large" and is not decoded. A value above the default also
+            raises Pillow's own limit in this process.
 
-    Raises DecoderUnavailable, and ValueError for arrays of the wrong shape or type and for boxes without area in the
+    Raises DecoderUnavailable, and ValueError for arrays of a wrong shape or type and for boxes without area in the
     photo. A bad photo never raises: it gets a verdict.
     """
     if out.shape != (len(sources), size, size, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
@@ -107,9 +109,9 @@ def decode(
 
 
 def decode_whole(source: Source, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, Verdict]:
-    """Return (height, width, 3) uint8, the photo as Pillow decodes it, upright and in RGB, and its verdict.
+    """Return the photo as Pillow decodes it, (height, width, 3) uint8, upright and in RGB, and its verdict.
 
-    A bad photo has no pixels.
+    The pixels of a bad photo are (0, 0, 3).
     """
     whole = _backend("pillow").whole
     result: tuple[np.ndarray, Verdict] = whole(source, max_pixels)
@@ -117,14 +119,14 @@ def decode_whole(source: Source, *, max_pixels: int = MAX_PIXELS) -> tuple[np.nd
 
 
 def close() -> None:
-    """Release what decoders keep between calls (DALI's pipelines). No decoding work is in flight afterwards."""
+    """Release the state of decoders (DALI's pipelines). No decoding is in flight afterwards."""
     for backend in _imported.values():
         if hasattr(backend, "close"):
             backend.close()
 
 
 def identity(decoder: str, gpu: int | None) -> str:
-    """Return what determines the pixels, for cache keys: "turbo-1", "dali-gpu-1"... The number changes with them."""
+    """Return the version of a decoder's pixels, for cache keys, such as "turbo-2" or "dali-gpu-2"."""
     answer: str = _backend(decoder).identity(gpu)
     return answer
 
@@ -154,5 +156,5 @@ def _note(notes: list[str], used: str) -> str:
 
 
 def num_cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

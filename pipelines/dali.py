@@ -1,4 +1,4 @@
-"""NVIDIA DALI, on a GPU or without one: one graph for both. Whatever is no plain JPEG goes to Pillow."""
+"""NVIDIA DALI, on a GPU or a CPU with one graph for both. Everything but plain JPEGs is decoded by Pillow."""
 
 import importlib
 import threading
@@ -15,8 +15,8 @@ from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixe
 # Not an import statement, because DALI's type hints lack half of its names.
 _dali: Any = importlib.import_module("nvidia.dali")
 
-# DALI 2.2 to 2.4 segfaults where a header fails to parse in a batch of 32 or more; up to 31 it raised in 456 tries.
-# Headers are checked before, so this is the second fence. On a GPU a batch must fill the device.
+# DALI 2.2 to 2.4 segfaults on a header that fails to parse in a batch of 32 or more; up to 31 it raised in 456 tries.
+# Headers are checked before, so this is a second safeguard. On a GPU a batch must fill the device.
 _CPU_BATCH = 24
 _GPU_BATCH = 128
 
@@ -49,14 +49,14 @@ def decode(
         verdicts[index] = pillow.one(data, size, out[index], box, max_pixels)
 
     def prepare(index: int) -> _Photo | None:
-        """Return the photo if DALI may have it; anything else is settled here, in a reading thread."""
+        """Return the photo if DALI may decode it; anything else is decoded here, in a reading thread."""
         box = None if boxes is None else boxes[index]
         try:
             data = read(sources[index])
             head = header(data)
             if head is not None:
                 check_pixels(head.width, head.height, max_pixels)
-                # Damaged ones are Pillow's to judge: DALI decodes what is there, or fails the whole batch.
+                # Damaged photos are left to Pillow: DALI decodes the part that is there, or fails the whole batch.
                 if _complete(data, head) and not damage(data):
                     return _Photo(index, data, box, _region(head, box))
             with_pillow(index, data, box)
@@ -71,7 +71,7 @@ def decode(
             if len(batch) == 1:
                 with_pillow(batch[0].row, batch[0].data, batch[0].box)
                 return
-            # Singly, so that a photo's pixels do not depend on its neighbours'. The pipeline carries on (exec_dynamic).
+            # One at a time, so that pixels do not depend on a photo's neighbours. The pipeline goes on (exec_dynamic).
             for photo in batch:
                 run([photo])
         else:
@@ -92,7 +92,7 @@ def identity(gpu: int | None) -> str:
 
 
 def close() -> None:
-    """See `pipelines.close`. Waits for a decode that is under way."""
+    """See `pipelines.close`. Waits for a decode in progress."""
     with _lock:
         _pipelines.clear()
 
@@ -100,7 +100,7 @@ def close() -> None:
 def _batches(
     pool: ThreadPoolExecutor, prepare: Callable[[int], _Photo | None], num: int, batch_size: int
 ) -> Iterator[list[_Photo]]:
-    """Yield batches of what DALI may have; each is read while DALI works on the one before it."""
+    """Yield batches of photos for DALI; each is read while DALI decodes the one before it."""
     pending = pool.map(prepare, range(min(batch_size, num)))
     for start in range(0, num, batch_size):
         following = pool.map(prepare, range(start + batch_size, min(start + 2 * batch_size, num)))
@@ -111,7 +111,7 @@ def _batches(
 
 
 def _complete(data: bytes, head: Header) -> bool:
-    """Whether the file has its end marker. Without it Pillow says "truncated", and DALI fails the whole batch."""
+    """Return whether the file has its end marker. Without it Pillow says "truncated" and DALI fails the whole batch."""
     return data.rfind(b"\xff\xd9", max(head.scan, len(data) - 1024)) >= 0
 
 
@@ -129,7 +129,7 @@ def _run(pipe: Any, batch: list[_Photo]) -> np.ndarray:
 
 
 def _pipeline(size: int, workers: int, gpu: int | None) -> Any:
-    """Return the pipeline, built on its first use and kept (building takes 0.15 s)."""
+    """Return the pipeline, built on first use and kept (building takes 0.15 s)."""
     key = size, workers, gpu
     if key not in _pipelines:
         _pipelines.clear()  # one at a time: each holds threads and, on a GPU, memory

@@ -1,4 +1,4 @@
-"""What a photo's file is, without its pixels; and a small picture of it."""
+"""Facts about a photo's file without its pixels: format, size, orientation; and thumbnails."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pipelines.verdict import EXTENSIONS, MAX_PIXELS, Source, Unusable, image_fo
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A file's format (by content) and what its header says; size 0x0 where it cannot be read."""
+    """Format of a file, by its content, and the values in its header; size 0x0 where that cannot be read."""
 
     format: str = ""
     mode: str = ""
-    """Pillow's name of how pixels are stored: RGB, L (grey), P (palette), RGBA, CMYK, I;16..."""
+    """Pillow's mode: RGB, L (grey), P (palette), RGBA, CMYK, I;16..."""
     width: int = 0
     height: int = 0
     orientation: int = 1
@@ -26,9 +26,9 @@ class Facts:
 
 
 def facts(source: Source, *, header: bool = True) -> Facts:
-    """Return the facts of a file. Never raises for a bad one: what cannot be read is left out.
+    """Return the facts about a file, without those that cannot be read. Never raises for a bad file.
 
-    Without `header` the format alone is told, and no decoder's code meets the file: one of which decoders die.
+    Without `header` they are the format alone, and no decoder reads the file, for files that crash decoders.
     """
     try:
         data = read(source)
@@ -47,13 +47,13 @@ def facts(source: Source, *, header: bool = True) -> Facts:
 
 
 def misnamed(path: str, format: str) -> bool:
-    """Whether a file's name claims another format than its content has. No extension claims nothing."""
+    """Return whether a file's extension, if it has one, is of another format than its content."""
     extension = Path(path).suffix[1:].lower()
     return bool(format) and bool(extension) and extension not in EXTENSIONS[format]
 
 
 def thumbnail(source: Source, side: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Return a JPEG of at most side x side, upright, in the photo's own proportions. Raises whatever is wrong."""
+    """Return a JPEG of at most side x side pixels, upright, in the photo's proportions. Raises on a bad photo."""
     pillow.prepare(max_pixels)
     image = pillow.load(read(source), max_pixels)
     image.thumbnail((side, side), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""What libjpeg-turbo needs to be asked: the header of a plain JPEG, its pixels decoded strictly, and its damage."""
+"""Plain JPEGs: their header, their pixels decoded strictly by libjpeg-turbo, and their damage."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ import numpy as np
 
 try:
     from simplejpeg import decode_jpeg
-except ImportError:  # then nothing is decoded strictly, and damage is not noticed
+except ImportError:  # without it nothing is decoded strictly, and damage is not noticed
     decode_jpeg = None
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Size as stored, EXIF orientation (1 to 8), and where the first scan starts."""
+    """Size as stored, EXIF orientation (1 to 8), and the position of the first scan."""
 
     width: int
     height: int
@@ -21,10 +21,10 @@ class Header:
 
 
 def header(data: bytes) -> Header | None:
-    """Return the header of a plain JPEG, None for anything else: that goes to Pillow, whose word counts.
+    """Return the header of a plain JPEG, None for any other file, which is left to Pillow.
 
-    Plain: 8 bits, grey or YCbCr, baseline or progressive Huffman coding, every segment whole up to the first scan, an
-    EXIF orientation that cannot be read in two ways. It takes 5 us (a Pillow `open` takes 60).
+    A plain JPEG has 8 bits, grey or YCbCr, baseline or progressive Huffman coding, whole segments up to the first scan,
+    and an unambiguous EXIF orientation. Reading it takes 5 us (a Pillow `open` takes 60).
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -51,7 +51,7 @@ def header(data: bytes) -> Header | None:
                 exif, orientation = True, _orientation(data[body + 6 : at])
                 if orientation is None:
                     return None
-            # Pillow takes XMP's word where EXIF has none; DALI does not.
+            # Pillow uses XMP's orientation where EXIF has none; DALI does not.
             xmp = xmp or data.find(b"tiff:Orientation", body, at) >= 0
         elif marker == 0xEE:
             if data.startswith(b"Adobe", body) and (length < 14 or data[body + 11] != 1) and components != 1:
@@ -65,14 +65,14 @@ def header(data: bytes) -> Header | None:
 
 
 def upright_size(head: Header) -> tuple[int, int]:
-    """Return (width, height) once the orientation is applied."""
+    """Return (width, height) after the orientation is applied."""
     return (head.height, head.width) if head.orientation >= 5 else (head.width, head.height)
 
 
 def strict(data: bytes) -> np.ndarray | None:
-    """Return (H, W, 3) uint8 of a plain JPEG as stored, None where libjpeg has anything to say against it.
+    """Return the pixels of a plain JPEG as stored, (H, W, 3) uint8, None where libjpeg warns of anything.
 
-    The pixels are Pillow's to the bit: the same library with the same settings.
+    They are bit-identical to Pillow's: the same library with the same settings.
     """
     if decode_jpeg is None:
         return None
@@ -84,9 +84,9 @@ def strict(data: bytes) -> np.ndarray | None:
 
 
 def damage(data: bytes) -> str:
-    """Return what libjpeg has to say against a JPEG of any kind that it decodes all the same; else "".
+    """Return libjpeg's warning about a JPEG of any kind that it decodes all the same; "" where there is none.
 
-    The whole file is read, at an eighth of its size: a quarter of what decoding it takes.
+    The whole file is decoded, at an eighth of its size, in a quarter of the time of a full decode.
     """
     if decode_jpeg is None:
         return ""
@@ -94,11 +94,11 @@ def damage(data: bytes) -> str:
         decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=1, fastdct=True)
     except ValueError as error:
         message = str(error)
-        return message if message.startswith(_DAMAGE) else ""  # else it cannot decode this, which is no fault
+        return message if message.startswith(_DAMAGE) else ""  # a kind that it cannot decode is no damage
     return ""
 
 
-# libjpeg's warnings (jerror.h) that say that data is missing or wrong.
+# Warnings of libjpeg (jerror.h) about missing or wrong data.
 _DAMAGE = (
     "Corrupt JPEG data",
     "Premature end of JPEG file",
@@ -108,7 +108,7 @@ _DAMAGE = (
 
 
 def _orientation(tiff: bytes) -> int | None:
-    """Return the orientation in an EXIF block: 0 where it says none, None where it is not what the standard allows."""
+    """Return the orientation in an EXIF block: 0 where there is none, None where it violates the standard."""
     order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
     if order is None:
         return None

@@ -1,6 +1,6 @@
-"""The reference decoder: whatever Pillow reads, everywhere Python runs.
+"""Pillow, the reference decoder: every format that Pillow reads, on every system.
 
-The others send it what they cannot read, so that a file has the same verdict whichever decoder was asked.
+The other decoders pass on the files that they cannot read, so that a file has the same verdict with any decoder.
 """
 
 import io
@@ -48,9 +48,9 @@ def identity(gpu: int | None) -> str:
 
 
 def prepare(max_pixels: int) -> None:
-    """Silence Pillow's own warnings, as verdicts say it, and raise its limit where `max_pixels` is above.
+    """Silence Pillow's own warnings, which verdicts replace, and raise its limit to `max_pixels` where that is above.
 
-    For good: neither is any thread's own to put back.
+    Both stay so: they belong to the process, and no thread can restore them.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if max_pixels > MAX_PIXELS:
@@ -58,7 +58,7 @@ def prepare(max_pixels: int) -> None:
 
 
 def one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:
-    """Write the photo in `data` into `row` (size, size, 3) uint8; return its verdict. `prepare` was called before."""
+    """Write the photo in `data` into `row` (size, size, 3) uint8; return its verdict. Call `prepare` before."""
     try:
         image = load(data, max_pixels)
     except Exception as error:  # plugins raise whatever a damaged file makes them trip over
@@ -69,7 +69,7 @@ def one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: in
 
 
 def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: int) -> Verdict:
-    """`one`, where plain JPEGs are decoded strictly: the same pixels, and no second look for damage."""
+    """As `one`, with plain JPEGs decoded strictly: the same pixels without a second pass for damage."""
     head = header(data)
     if head is not None:
         check_pixels(head.width, head.height, max_pixels)
@@ -91,24 +91,24 @@ def whole(source: Source, max_pixels: int) -> tuple[np.ndarray, Verdict]:
 
 
 def resize(image: Image.Image, size: int, box: tuple[float, float, float, float] | None) -> np.ndarray:
-    """Return the box of an RGB image (None: all of it), squashed to (size, size, 3) uint8."""
+    """Return the box of an RGB image (None for all of it), squashed to (size, size, 3) uint8."""
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def load(data: bytes, max_pixels: int) -> Image.Image:
-    """Return the photo upright and in RGB, the first frame where there are several. Raises whatever is wrong."""
+    """Return the photo, or its first frame, upright and in RGB. Raises Unusable, or an error of Pillow's plugins."""
     image = open_image(data, image_format(data), max_pixels)
     image.load()
-    # Orientation is asked for after loading: TIFF has turned the pixels by then, PNG may say it at the end.
+    # Orientation is read after loading: TIFF has turned the pixels by then, PNG may have it at the end.
     return _upright(_rgb(image), orientation(image))
 
 
 def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """Return the photo, of a format that `image_format` named, with its header read and no pixel allocated."""
-    if name == "WEBP":  # Pillow allocates its pixels on opening it
+    """Return the photo, of a format named by `image_format`, with its header read and no pixels allocated."""
+    if name == "WEBP":  # Pillow allocates its pixels on opening
         check_pixels(*webp_size(data), max_pixels)
     try:
-        # Only the format that the content shows: Pillow would try 40 others, PostScript among them.
+        # Only the format of the content: Pillow would try 40 others, PostScript among them.
         image: Image.Image = Image.open(io.BytesIO(data), formats=_PLUGINS.get(name, (name,)))
     except UnidentifiedImageError as error:
         if name in _OPTIONAL and not features.check(_OPTIONAL[name]):
@@ -119,7 +119,7 @@ def open_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
 
 
 def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float, float]:
-    """Return the box (all of the photo for None) cut to the photo. Raises ValueError where nothing is left."""
+    """Return the box (None is the whole photo) cut to the photo. Raises ValueError where nothing is left."""
     if box is None:
         return 0, 0, width, height
     if callable(box):
@@ -132,7 +132,7 @@ def clip(box: Box | None, width: int, height: int) -> tuple[float, float, float,
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8 as a rule; 1 where there is none."""
+    """Return the EXIF orientation, usually 1 to 8; 1 where there is none."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF is no reason to refuse the photo
@@ -169,7 +169,7 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
-    """Return grey values of any type as (H, W) uint8, on the scale that their range shows: 1, 255 or 65535 is white."""
+    """Return grey values of any type as (H, W) uint8; by their range, white is 1, 255 or 65535."""
     lowest, highest = values.min(), values.max()
     if not (lowest >= 0 and highest <= 65535):  # so also for NaN
         raise Unusable("unsupported format", f"grey values from {lowest} to {highest}")

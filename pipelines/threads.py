@@ -1,4 +1,4 @@
-"""One function over all photos, in threads."""
+"""Threads that decode photos one by one."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +14,13 @@ One = Callable[[bytes, np.ndarray, Box | None], Verdict]
 def each(
     one: One, sources: Sequence[Source], out: np.ndarray, boxes: Sequence[Box] | None, workers: int
 ) -> list[Verdict]:
-    """Return the verdict of `one` on every source, in their order; rows of unusable ones are zeroed."""
+    """Return the verdict of `one` on every source, in their order; rows of unusable sources are zeroed."""
 
     def chunk(start: int) -> list[Verdict]:
         stop = min(start + step, len(sources))
         return [_guarded(one, sources[i], out[i], None if boxes is None else boxes[i]) for i in range(start, stop)]
 
-    # Chunks, because handing over a single photo costs; several a worker, so that none waits long for the last.
+    # Chunks, as handing over single photos costs time; several a thread, so that none waits long for the last.
     step = max(1, min(16, len(sources) // (4 * workers)))
     starts = range(0, len(sources), step)
     if workers == 1 or len(starts) <= 1:

@@ -1,4 +1,4 @@
-"""libjpeg-turbo's scaled decoding in threads: the fastest on a CPU. Whatever is no plain JPEG goes to Pillow."""
+"""libjpeg-turbo's scaled decoding in threads: the fastest on a CPU. All but plain JPEGs is decoded by Pillow."""
 
 from collections.abc import Sequence
 
@@ -39,10 +39,10 @@ def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: i
     check_pixels(head.width, head.height, max_pixels)
     part = _stored(box, head)
     scale = _scale(part, size)
-    # Colours, stored at half the size as a rule, may be spread roughly where they shrink again: 0.86 for 0.99 ms of CPU
-    # a photo, 0.10 for 0.01 levels from Pillow. Where they do not shrink it was above 3. (fastdct gained nothing more.)
+    # Colours, usually stored at half the size, are upsampled roughly where they shrink again: 0.86 instead of 0.99 ms
+    # of CPU a photo, 0.10 instead of 0.01 levels from Pillow. Without shrinking: above 3. (fastdct gained nothing.)
     fast = min(part[2] - part[0], part[3] - part[1]) >= 2 * size
-    # Rounded up as libjpeg does, so that exactly this scale is taken.
+    # Rounded up as libjpeg does, so that exactly this scale is used.
     height, width = -(-head.height // scale), -(-head.width // scale)
     try:
         pixels = decode_jpeg(data, "RGB", fastupsample=fast, min_height=height, min_width=width)
@@ -54,20 +54,20 @@ def _one(data: bytes, size: int, row: np.ndarray, box: Box | None, max_pixels: i
         across, down = width / head.width, height / head.height
         scaled = part[0] * across, part[1] * down, min(part[2] * across, width), min(part[3] * down, height)
         resized = pillow.resize(Image.fromarray(pixels), size, scaled)
-    # A squash to a square and a turn can change places: the small one is cheaper to turn.
+    # The squash to a square and the turn commute: the small photo is cheaper to turn.
     row[...] = _upright(resized, head.orientation)
     return USABLE
 
 
 def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Return (size, size, 3) uint8, to a level what Pillow's resize gives.
+    """Return (size, size, 3) uint8, within one level of Pillow's resize.
 
-    torch took 0.21 ms for 400 x 533 pixels where Pillow took 1.1 (it stores 4 bytes a pixel and has no AVX2): all of
-    turbo is more than twice as fast for it. Without AVX2 torch's is the slower one.
+    torch took 0.21 ms for 400 x 533 pixels where Pillow took 1.1 (it stores 4 bytes a pixel and has no AVX2), which
+    makes turbo more than twice as fast. Without AVX2 torch is the slower one.
     """
     if not _AVX2:
         return pillow.resize(Image.fromarray(pixels), size, None)
-    # These strides torch knows as channels_last: what comes out is then interleaved, too.
+    # torch sees these strides as channels_last, so the result is interleaved, too.
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
@@ -85,7 +85,7 @@ def _scale(part: tuple[float, float, float, float], size: int) -> int:
 
 
 def _stored(box: Box | None, head: Header) -> tuple[float, float, float, float]:
-    """Return the box, which is in the upright photo's pixels, in those of the photo as stored."""
+    """Return a box of the upright photo in pixels of the photo as stored."""
     left, top, right, bottom = pillow.clip(box, *upright_size(head))
     if head.orientation >= 5:
         left, top, right, bottom = top, left, bottom, right
@@ -106,6 +106,6 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 _AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
-# An EXIF orientation is a mirroring left to right, one top to bottom, then (5 to 8) an exchange of the axes.
+# An EXIF orientation is a flip left to right, a flip top to bottom, then (5 to 8) a transposition.
 _MIRRORED = {2, 3, 7, 8}
 _FLIPPED = {3, 4, 6, 7}

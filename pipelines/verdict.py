@@ -1,4 +1,4 @@
-"""Is this file a usable photo? One answer, whichever decoder then reads it."""
+"""Verdict on a file: whether it is a usable photo, the same for all decoders."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Member(NamedTuple):
-    """A photo that is a part of a file, as in a tar archive: `size` bytes from `offset` on."""
+    """A photo that is part of a file, as in a tar archive: `size` bytes from `offset` on."""
 
     archive: str
     offset: int
@@ -20,10 +20,10 @@ class Member(NamedTuple):
 
 
 Source = str | os.PathLike[str] | bytes | Member
-"""A path (str or PathLike), the encoded photo itself (bytes), or the part of a file that holds it."""
+"""A path (str or PathLike), an encoded photo (bytes), or part of a file."""
 
 Box = np.ndarray | Callable[[int, int], np.ndarray]
-"""(4,) left, top, right, bottom in pixels of the upright photo, or what gives them from its width and height."""
+"""(4,) left, top, right, bottom in pixels of the upright photo, or a function (width, height) -> (4,)."""
 
 Reason = Literal[
     "",
@@ -37,24 +37,24 @@ Reason = Literal[
     "decoder crash",
     "decoder killed",
 ]
-"""Why a photo cannot be used. In a worker process also that the decoder dies of it, or that the system ended it."""
+"""Why a photo cannot be used. The last two: in a worker process the decoder crashed, or the system killed it."""
 
 MAX_PIXELS = 178_956_970
-"""Where Pillow refuses, too; no camera makes more in one shot (the largest sensor: 151 million)."""
+"""Pillow's own limit, too; no camera makes more in one shot (the largest sensor has 151 million)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one source: usable (`reason` is ""), or why not."""
+    """Result of decoding one source: usable (`reason` is ""), or why not."""
 
     reason: Reason = ""
     detail: str = ""
     warning: str = ""
-    """What is wrong with a usable one: a JPEG whose data is damaged and decodes all the same."""
+    """Damage of a usable photo: a JPEG with wrong or missing data that decodes all the same."""
 
     @property
     def ok(self) -> bool:
-        """Whether its pixels were written."""
+        """Whether the pixels were written."""
         return not self.reason
 
 
@@ -62,7 +62,7 @@ USABLE = Verdict()
 
 
 class Unusable(Exception):
-    """Raised inside the package where a source turns out to be unusable."""
+    """A source is unusable; raised inside this package."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         self.verdict = Verdict(reason, detail)
@@ -80,7 +80,7 @@ def read(source: Source) -> bytes:
             info = os.stat(path)  # noqa: PTH116 - 3 us less than Path.stat
             if not stat.S_ISREG(info.st_mode):
                 raise Unusable("unreadable", "a folder" if Path(path).is_dir() else "not a regular file")
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - likewise
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - for the same reason
                 data = _part(file, source, info.st_size) if isinstance(source, Member) else file.readall()
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             raise Unusable("unreadable", getattr(error, "strerror", None) or str(error)) from error
@@ -90,7 +90,7 @@ def read(source: Source) -> bytes:
 
 
 def _part(file: FileIO, member: Member, length: int) -> bytes:
-    """Return a part of a file of this length: beyond its end no memory is asked for."""
+    """Return part of a file of this length; no memory is allocated for bytes beyond its end."""
     data = b""
     if member.offset + member.size <= length:
         file.seek(member.offset)
@@ -102,7 +102,7 @@ def _part(file: FileIO, member: Member, length: int) -> bytes:
 
 
 def image_format(data: bytes) -> str:
-    """Return Pillow's name of the format, from the content. Raises Unusable: "not an image", "unsupported format"."""
+    """Return Pillow's name of the content's format. Raises Unusable: "not an image", "unsupported format"."""
     for magic, name in _MAGIC.items():
         if data.startswith(magic):
             return name
@@ -145,7 +145,7 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def explain(error: Exception) -> Verdict:
-    """Translate what Pillow raised while reading an image whose format was recognised."""
+    """Return the verdict for an error that Pillow raised on an image of a known format."""
     if isinstance(error, Unusable):
         return error.verdict
     detail = str(error) or type(error).__name__
@@ -190,7 +190,7 @@ _MAGIC = {
     b"P6\n": "PPM",
 }
 
-# Images that we refuse. Pillow would hand EPS to Ghostscript, a program that the file itself writes.
+# Images that are refused. Pillow would have Ghostscript execute an EPS file, which is a program.
 _UNSUPPORTED = {
     b"8BPS": "Photoshop",
     b"%!PS": "PostScript",
