@@ -121,44 +121,18 @@ def compared(runs: dict[str, list[dict[str, float]]], data: str) -> list[Row]:
             pairs = [a - one["accuracy"] for a, one in zip(accuracies, runs[first], strict=True)]
             speed = [a / one["images_per_second"] for a, one in zip(rates, runs[first], strict=True)]
             info |= {"over": first, "difference": interval(pairs), "speed": statistics.median(speed)}
-        row = {"group": "recipes", "name": Path(recipe).stem, "n": len(found), "extra_info": info}
-        rows.append(
-            {
-                **row,
-                "median_seconds": statistics.median(seconds),
-                "min_seconds": min(seconds),
-                "max_seconds": max(seconds),
-            }
-        )
+        times = {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
+        rows.append({"group": "recipes", "name": Path(recipe).stem, "n": len(found), **times, "extra_info": info})
     return rows
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Return the mean of values and its 95% interval, by Student's t."""
+    from scipy.stats import t  # takes a second to import
+
     mean, n = statistics.mean(values), len(values)
-    half = T_975[min(n, len(T_975)) - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-# Student's t for a two-sided 95% interval of n pairs, from n = 1 on.
-T_975 = [
-    math.inf,
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ FULL: dict[str, Any] = {
     "growth_batches": [32, 128, 512, 2048],
     "infer_rounds": {1: 200, 64: 30},
     "per_group": None,
+    "slice_seconds": 0.5,
 }
 LITTLE = {
     "networks": NETWORKS[:1],
@@ -39,7 +40,14 @@ QUICK = FULL | LITTLE | {"rounds": 5, "num_photos": 1000, "batches": [32]}
 QUICK |= {"growth_photos": [1000, 3000], "growth_batches": [32, 256]}
 SMOKE = QUICK | {"rounds": 2, "image_size": 32, "num_photos": 200, "decode_photos": 100, "networks": [(8,) * 5]}
 SMOKE |= {"batches": [8], "growth_photos": [60, 120], "growth_batches": [8, 16], "infer_rounds": {1: 2, 64: 2}}
-TINY = SMOKE | {"num_photos": 160, "decode_photos": 40, "baselines": ["seed"], "per_group": 1}
+TINY = SMOKE | {
+    "rounds": 1,
+    "num_photos": 60,
+    "decode_photos": 40,
+    "baselines": [],
+    "per_group": 1,
+    "slice_seconds": 0.02,
+}
 SCALES = {"full": FULL, "quick": QUICK, "smoke": SMOKE, "tiny": TINY}
 """Sizes of each form. The last two show to tests that the parts work; `per_group` is the most benchmarks of a group."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from bench.harness.timing import Clocked, clocked
 from fastcnn.data.feeds import Feed
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.device import DTYPES
 from fastcnn.system.ranks import ALONE, Ranks
+from fastcnn.training import engines
 from fastcnn.training.augment import Augment
 from fastcnn.training.engines import Engine
 from fastcnn.training.optimizers import Adam
@@ -64,6 +67,11 @@ def make_step(
     return step
 
 
+def default_engine(step: TrainingStep) -> Engine:
+    """Return the engine that a run takes on the step's device unless told otherwise."""
+    return engines.build("graphed" if step.feed.images.device.type == "cuda" else "eager", step)[0]
+
+
 def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:
     """Run a number of steps, over as many epochs as they take."""
     while num_steps:
@@ -71,3 +79,20 @@ def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:
         portion = min(num_steps, step.num_steps)
         engine.run(portion)
         num_steps -= portion
+
+
+def steps_a_slice(step: TrainingStep, engine: Engine, seconds: float) -> int:
+    """Return how many steps take so many seconds, after a warm-up; 3 at least."""
+    run_steps(step, engine, 3)
+    took = clocked(lambda: run_steps(step, engine, 3), step.feed.images.device)()
+    return max(3, math.ceil(3 * seconds / took))
+
+
+def timed_steps(step: TrainingStep, engine: Engine, num_steps: int) -> Clocked:
+    """Return a function that runs a number of steps, checks the loss and returns the seconds."""
+
+    def run() -> None:
+        run_steps(step, engine, num_steps)
+        assert math.isfinite(step.sums.read().loss)
+
+    return clocked(run, step.feed.images.device)

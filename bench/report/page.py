@@ -6,8 +6,7 @@ import functools
 from pathlib import Path
 
 from bench.report import tables
-from bench.report.growth import MEMORY_WITHIN, SECONDS_WITHIN
-from bench.report.record import Record
+from bench.report.record import MEMORY_WITHIN, SECONDS_WITHIN, Record
 from bench.report.tables import TABLES, Table, markdown, rates
 
 

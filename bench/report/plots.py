@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report.growth import GROWING
-from bench.report.record import Record, Row
+from bench.report.record import GROWING, Record, Row
 from bench.report.tables import STAGES, grown, machine, rate
 
 OURS, THEIRS = "#1f5fa8", "#b4b4b4"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from bench.harness.race import Race
-from bench.harness.step_setup import make_step, random_feed, run_steps
-from bench.harness.timing import Clocked, clocked
+from bench.harness.step_setup import default_engine, make_step, random_feed, run_steps, steps_a_slice, timed_steps
 from fastcnn.config import PRESETS, STRENGTHS, Config, read_recipe, recipe_names, resolve
 from fastcnn.system.device import pick_precision
-from fastcnn.training import engines
+from fastcnn.training.engines import Engine
+from fastcnn.training.step import TrainingStep
 
 LISTS: dict[str, tuple[str, ...]] = {
     **{str(name): (name,) for name in STRENGTHS},
@@ -27,21 +25,13 @@ def bench_augmentation(race: Race, name: str) -> None:
     precision = pick_precision("auto", device, deterministic=False, strict=False)
     feed = random_feed(device, max(512, 2 * batch), size)
 
-    def runner(names: tuple[str, ...]) -> tuple[Clocked, int]:
-        strengths = Config(augment=names).augmentations
-        step = make_step(feed, race.scale["networks"][0], batch, precision, strengths)
-        engine, _ = engines.build("graphed" if device.type == "cuda" else "eager", step)
-        run_steps(step, engine, 3)
-        seconds = clocked(lambda: run_steps(step, engine, 3), device)() / 3
-        num_steps = max(3, math.ceil(0.5 / seconds)) if not names else count
+    def prepared(names: tuple[str, ...]) -> tuple[TrainingStep, Engine]:
+        step = make_step(feed, race.scale["networks"][0], batch, precision, Config(augment=names).augmentations)
+        return step, default_engine(step)
 
-        def run() -> None:
-            run_steps(step, engine, num_steps)
-            assert math.isfinite(step.sums.read().loss)
-
-        return clocked(run, device), num_steps
-
-    plain, count = runner(())
-    changed, _ = runner(LISTS[name])
+    plain, changed = prepared(()), prepared(LISTS[name])
+    count = steps_a_slice(*plain, race.scale["slice_seconds"])
+    run_steps(*changed, 3)
     strengths = ",".join(Config(augment=LISTS[name]).augment)
-    race(name, changed, {"no augmentation": plain}, images=batch * count, augment=strengths, batch=batch)
+    baselines = {"no augmentation": timed_steps(*plain, count)}
+    race(name, timed_steps(*changed, count), baselines, images=batch * count, augment=strengths, batch=batch)

@@ -11,7 +11,7 @@ import pytest
 
 from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs, stages
-from bench.report.growth import photo_seconds
+from bench.report.record import photo_seconds
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Iterator
 
 import pytest
 
 from bench.harness.race import Race
-from bench.harness.step_setup import make_step, random_feed, run_steps
-from bench.harness.timing import Clocked, clocked
+from bench.harness.step_setup import default_engine, make_step, random_feed, run_steps, steps_a_slice, timed_steps
 from fastcnn.network.small_cnn import BatchNorm, Block
 from fastcnn.network.sync_layers import SyncBatchNorm, operators
 from fastcnn.system import ranks
 from fastcnn.system.device import pick_precision
-from fastcnn.training import engines
+from fastcnn.training.engines import Engine
+from fastcnn.training.step import TrainingStep
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def bench_group_of_one(race: Race, group: ranks.Ranks, norm: str) -> None:
     precision = pick_precision("auto", device, deterministic=False, strict=False)
     feed = random_feed(device, max(512, 2 * batch), size)
 
-    def runner(joined: ranks.Ranks) -> tuple[Clocked, int]:
+    def prepared(joined: ranks.Ranks) -> tuple[TrainingStep, Engine]:
         step = make_step(feed, race.scale["networks"][0], batch, precision, ranks=joined)
         if joined.joined and norm != "its own batch norm":
             operators()
@@ -46,17 +45,10 @@ def bench_group_of_one(race: Race, group: ranks.Ranks, norm: str) -> None:
                 assert isinstance(block, Block)
                 assert isinstance(block.norm, BatchNorm)
                 block.norm = SyncBatchNorm(block.norm, joined)
-        engine, _ = engines.build("graphed" if device.type == "cuda" else "eager", step)
-        run_steps(step, engine, 3)
-        seconds = clocked(lambda: run_steps(step, engine, 3), device)() / 3
-        num_steps = max(3, math.ceil(0.5 / seconds)) if not joined.joined else count
+        return step, default_engine(step)
 
-        def run() -> None:
-            run_steps(step, engine, num_steps)
-            assert math.isfinite(step.sums.read().loss)
-
-        return clocked(run, device), num_steps
-
-    alone, count = runner(ranks.ALONE)
-    grouped, _ = runner(group)
-    race(f"group of one, {norm}", grouped, {"alone": alone}, images=batch * count, batch=batch)
+    alone, grouped = prepared(ranks.ALONE), prepared(group)
+    count = steps_a_slice(*alone, race.scale["slice_seconds"])
+    run_steps(*grouped, 3)
+    baselines = {"alone": timed_steps(*alone, count)}
+    race(f"group of one, {norm}", timed_steps(*grouped, count), baselines, images=batch * count, batch=batch)

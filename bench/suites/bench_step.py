@@ -23,7 +23,7 @@ from bench.harness import machine
 from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, fused_passes, passes
-from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_steps
+from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_steps, steps_a_slice
 from bench.harness.timing import Apart, clocked
 from fastcnn.network import fused_forward
 from fastcnn.network.pixels import Normalise
@@ -111,8 +111,7 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     except engines.NoEngine as error:
         pytest.skip(str(error))
     build_seconds = time.perf_counter() - start
-    run_steps(step, runner, 3)
-    num_steps = max(3, math.ceil(0.5 / (clocked(lambda: run_steps(step, runner, 3), device)() / 3)))
+    num_steps = steps_a_slice(step, runner, race.scale["slice_seconds"])
     step.sums.reset()
     seconds = race(
         f"{engine}, {precision}, {','.join(map(str, filters))}, batch {batch}",

@@ -84,17 +84,17 @@ def test_the_command_writes_results_pictures_and_a_report(written: Path) -> None
         assert 0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
         assert row["extra_info"]["images_per_second"] > 0
         assert row["extra_info"]["over"].keys() == row["extra_info"]["baseline_seconds"].keys()
+    report, printed = (written / "report.md").read_text(), (written / "stdout.txt").read_text()
     (run,) = record.of("train")
     assert run["extra_info"]["stages"]["warm"]["decode"] < run["extra_info"]["stages"]["cold"]["decode"]
     assert [name.partition(".")[0] for name in run["extra_info"]["over"]] == record.settings["baselines"]
     if scale == "smoke":
+        assert "from the second epoch on" in printed
         assert record.growth
         assert len(record.growth["points"]) == 2
     for name in ("throughput.png", "stages.png", "roofline.png", "growth.png"):
         assert (written / name).stat().st_size > 1000
-    report, printed = (written / "report.md").read_text(), (written / "stdout.txt").read_text()
     assert all(row["name"] in report for row in record.rows if row["group"] in ("decode", "step", "infer"))
-    assert "from the second epoch on" in printed
     assert "OPS" not in printed  # pytest-benchmark's own table
     for text in (path.read_text(), report):
         for secret in (socket.gethostname(), str(ROOT), str(Path.home()), tempfile.gettempdir() + "/"):
@@ -187,7 +187,7 @@ def grown(num_photos: int, milliseconds: float, mib: float) -> dict[str, Any]:
 
 def test_growth_of_hand_worked_cases() -> None:
     """1,024 photos more are 48 MiB by their sizes."""
-    from bench.report.growth import growth, photo_seconds
+    from bench.report.record import growth, photo_seconds
 
     assert growth([grown(1024, 3, 400)]) is None
     fine = growth([grown(2048, 3.5, 455), grown(1024, 3, 400)])
@@ -258,7 +258,7 @@ def test_recipes_are_compared_in_pairs() -> None:
     assert "difference" not in seed["extra_info"]
     info = strong["extra_info"]
     assert info["difference"]["mean"] == pytest.approx(0.04)
-    assert info["difference"]["high"] - 0.04 == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert info["difference"]["high"] - 0.04 == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
     assert info["speed"] == pytest.approx(0.8)
     assert info["standard_deviation"] == pytest.approx(0.09)
     assert strong["n"] == 3
