@@ -252,7 +252,7 @@ def evaluate(run: str, data: str | None, device: str, decoder: str | None, as_js
         click.echo(text)
         return
     click.echo(f"epoch {scores.best_epoch} of {scores.run_dir}, {scores.precision} on {scores.device}")
-    for name, card in scores.scorecards.items():
+    for name, card in scores.by_split.items():
         where = f"{scores.data}, the photos that the run held out" if data is None else str(scores.data)
         click.echo(f"\n{name} photos of {where}\n{card.table()}")
 

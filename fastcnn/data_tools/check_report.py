@@ -1,39 +1,36 @@
-"""The page of `fastcnn data check`: its findings with small pictures of the photos, in one HTML file."""
+"""Page of `fastcnn data check`: its findings, with thumbnails of the photos, in one HTML file."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
 from fastcnn.errors import FastCNNError
-from fastcnn.reporting import html as pages
+from fastcnn.reporting.run_report import data_url
+from fastcnn.system.templates import render
 from pipelines.facts import thumbnail
 
 SIDE = 160  # pixels of a thumbnail
-NUM_SAMPLES = 8  # of each class
-NUM_CLASSES = 100  # whose samples are shown
-NUM_GROUPS = 60  # of the same photos
-NUM_ROWS = 1_000  # of a list
+NUM_SAMPLES = 8  # per class
+NUM_CLASSES = 100  # with samples
+NUM_GROUPS = 60  # of duplicates
+NUM_ROWS = 1_000  # per list
 
-_STYLE = """
-ul.problems { margin: 0; padding-left: 1.2rem; }
-ul.problems li { margin: .2rem 0; overflow-wrap: anywhere; }
-h3 { font-size: .95rem; font-weight: 600; margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
-.photos { display: flex; flex-wrap: wrap; gap: .6rem; padding-bottom: .6rem; border-bottom: 1px solid var(--line); }
-.photos:last-child { border-bottom: 0; padding-bottom: 0; }
-figure { margin: 0; width: 7.5rem; }
-figure img { display: block; width: 100%; height: 7.5rem; object-fit: contain; background: var(--page);
-  border-radius: .3rem; }
-figcaption { font-size: .75rem; line-height: 1.3; color: var(--dim); overflow-wrap: anywhere; margin-top: .2rem; }
-.mark { color: #b35900; font-weight: 600; }
-@media (prefers-color-scheme: dark) { .mark { color: #ffa657; } }
-@media (max-width: 34rem) { figure { width: 6rem; } figure img { height: 6rem; } }
-"""
+
+class Figure(NamedTuple):
+    """Photo on the page."""
+
+    path: str
+    picture: str
+    """Data URL of the thumbnail; "" where the file has gone since it was checked."""
+    size: str
+    note: str
+    """Class and split, where the photos of a group differ in them."""
 
 
 def write(path: Path, findings: Findings) -> None:
@@ -47,35 +44,40 @@ def write(path: Path, findings: Findings) -> None:
 
 
 def page(findings: Findings) -> str:
-    """Return the page."""
-    index, bad = findings.index, findings.bad
-    shown = _shown(findings)
-    with ThreadPoolExecutor() as pool:
-        pictures = dict(zip(shown, pool.map(lambda i: _picture(findings, i), shown), strict=True))
-
-    def figures(photos: Iterable[int], notes: Callable[[int], str]) -> str:
-        return f'<div class="photos">{"".join(_figure(findings, i, pictures[i], notes(i)) for i in photos)}</div>'
-
+    """Return the page as HTML."""
+    index, figures = findings.index, _figures(findings)
     heads, rows = class_rows(findings)
     kinds = [(name, counted(each)) for name, each in findings.kinds().items() if each]
-    reasons = [(path, f"{verdict.reason}{detail(verdict.detail)}") for path, verdict in bad.items()]
-    sections = [
-        pages.headline(_headline(findings)),
-        pages.section("To look at", _problems(findings.problems())),
-        pages.section("Classes", pages.table(heads, rows, last="sum"), "Photos that can be used, by split."),
-        _groups("The same file", findings, findings.exact, figures),
-        _groups("Look the same", findings, findings.near, figures, "Told by a perceptual hash: see for yourself."),
-        _list("Cannot be used", ("photo", "reason"), reasons),
-        _list("Damaged, and used as far as they can be read", ("photo", "damage"), findings.damaged.items()),
-        _list("Named as another format", ("photo", "format"), findings.misnamed.items()),
-        _list("In no class folder", ("file", ""), [(path, "") for path in findings.outside]),
-        pages.section("Kinds", pages.table(("", ""), kinds)) if kinds else "",
-        pages.section("Photos", "".join(_samples(findings, figures)), f"Up to {NUM_SAMPLES} of each class."),
-    ]
-    return pages.page(f"{index.root.resolve().name}: data check", filter(None, sections), _STYLE)
+    reasons = [(path, f"{verdict.reason}{detail(verdict.detail)}") for path, verdict in findings.bad.items()]
+    hashed = "Told by a perceptual hash: see for yourself."
+    return render(
+        ["fastcnn.data_tools", "fastcnn.reporting"],
+        "check_report.html",
+        title=f"{index.root.resolve().name}: data check",
+        figures=_headline(findings),
+        problems=findings.problems(),
+        heads=heads,
+        rows=rows,
+        duplicates=[
+            _duplicates("The same file", "", findings.exact, figures),
+            _duplicates("Look the same", hashed, findings.near, figures),
+        ],
+        lists=[
+            _list("Cannot be used", ("photo", "reason"), reasons),
+            _list("Damaged, and used as far as they can be read", ("photo", "damage"), findings.damaged.items()),
+            _list("Named as another format", ("photo", "format"), findings.misnamed.items()),
+            _list("In no class folder", ("file", ""), [(path, "") for path in findings.outside]),
+            _list("Kinds", ("", ""), kinds),
+        ],
+        samples=[
+            (name, [figures(i, None) for i in _chosen(findings, label)])
+            for label, name in list(enumerate(index.classes))[:NUM_CLASSES]
+        ],
+        num_samples=NUM_SAMPLES,
+    )
 
 
-def _headline(findings: Findings) -> list[tuple[str, object]]:
+def _headline(findings: Findings) -> list[tuple[str, str]]:
     index, imbalance = findings.index, findings.imbalance
     return [
         ("photos", f"{len(index):,}"),
@@ -87,50 +89,25 @@ def _headline(findings: Findings) -> list[tuple[str, object]]:
     ]
 
 
-def _problems(problems: Sequence[str]) -> str:
-    if not problems:
-        return "<p>Nothing is wrong.</p>"
-    return f'<ul class="problems">{"".join(f"<li>{pages.text(line)}</li>" for line in problems)}</ul>'
-
-
-def _groups(
-    title: str,
-    findings: Findings,
-    groups: Sequence[Group],
-    figures: Callable[[Iterable[int], Callable[[int], str]], str],
-    note: str = "",
-) -> str:
-    """Return a section of groups of photos, "" for none. Where they differ in class or split, that is marked."""
-    if not groups:
-        return ""
-    index = findings.index
-
-    def notes(group: Group) -> Callable[[int], str]:
-        def words(i: int) -> str:
-            name, split = index.classes[index.labels[i]], str(index.folders[i])
-            marks = [name] * (len(group.classes) > 1) + [split] * (len(group.splits) > 1)
-            return f'<span class="mark">{pages.text(", ".join(marks))}</span><br>' if marks else ""
-
-        return words
-
-    parts = [figures(group.photos[:NUM_SAMPLES], notes(group)) for group in groups[:NUM_GROUPS]]
+def _duplicates(
+    title: str, note: str, groups: Sequence[Group], figures: Callable[[int, Group | None], Figure]
+) -> tuple[str, str, list[list[Figure]]]:
+    """Return title, note and figures of a section of groups of duplicates."""
     more = f" The first {NUM_GROUPS} of {len(groups):,}; --json lists all." if len(groups) > NUM_GROUPS else ""
-    return pages.section(title, "".join(parts), note + more)
+    return (
+        title,
+        note + more,
+        [[figures(i, group) for i in group.photos[:NUM_SAMPLES]] for group in groups[:NUM_GROUPS]],
+    )
 
 
-def _list(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _list(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]
+) -> tuple[str, str, Sequence[str], list[Sequence[str]]]:
+    """Return title, note, heads and rows of a section that lists files."""
     rows = list(rows)
-    if not rows:
-        return ""
     more = f"The first {NUM_ROWS:,} of {len(rows):,}; --json lists all." if len(rows) > NUM_ROWS else ""
-    return pages.section(title, pages.table(heads, rows[:NUM_ROWS]), more)
-
-
-def _samples(findings: Findings, figures: Callable[[Iterable[int], Callable[[int], str]], str]) -> Iterable[str]:
-    for label, name in list(enumerate(findings.index.classes))[:NUM_CLASSES]:
-        if name:
-            yield f"<h3>{pages.text(name)}</h3>"
-        yield figures(_chosen(findings, label), lambda i: "")
+    return title, more, heads, rows[:NUM_ROWS]
 
 
 def _chosen(findings: Findings, label: int) -> list[int]:
@@ -139,24 +116,28 @@ def _chosen(findings: Findings, label: int) -> list[int]:
     return [int(i) for i in mine[np.linspace(0, len(mine) - 1, min(NUM_SAMPLES, len(mine))).astype(int)]]
 
 
-def _shown(findings: Findings) -> list[int]:
-    """Return the photos that the page has pictures of."""
-    groups = [*findings.exact[:NUM_GROUPS], *findings.near[:NUM_GROUPS]]
-    photos = {i for group in groups for i in group.photos[:NUM_SAMPLES]}
-    classes = range(min(len(findings.index.classes), NUM_CLASSES))
-    return sorted(photos.union(*(_chosen(findings, label) for label in classes)))
+def _figures(findings: Findings) -> Callable[[int, Group | None], Figure]:
+    """Return a function that gives the figure of a photo, in a group or by itself; all thumbnails are made here."""
+    index = findings.index
+    photos = {
+        i for group in (*findings.exact[:NUM_GROUPS], *findings.near[:NUM_GROUPS]) for i in group.photos[:NUM_SAMPLES]
+    }
+    shown = sorted(photos.union(*(_chosen(findings, label) for label in range(min(len(index.classes), NUM_CLASSES)))))
+    with ThreadPoolExecutor() as pool:
+        pictures = dict(zip(shown, pool.map(lambda i: _picture(findings, i), shown), strict=True))
+
+    def figure(photo: int, group: Group | None) -> Figure:
+        known = findings.facts[photo]
+        marks = [index.classes[index.labels[photo]]] if group and len(group.classes) > 1 else []
+        marks += [str(index.folders[photo])] if group and len(group.splits) > 1 else []
+        size = f"{known.width}x{known.height}" if known.width else ""
+        return Figure(index.paths[photo], pictures[photo], size, ", ".join(marks))
+
+    return figure
 
 
 def _picture(findings: Findings, photo: int) -> str:
-    """Return a photo as a data URL, "" where it has gone since it was checked."""
     try:
-        content = thumbnail(findings.index.source(photo), SIDE, findings.max_pixels)
-    except Exception:  # whatever its decoder makes of a file that is changed meanwhile
+        return data_url("image/jpeg", thumbnail(findings.index.source(photo), SIDE, findings.max_pixels))
+    except Exception:  # whatever a decoder raises for a file that has changed meanwhile
         return ""
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
-
-
-def _figure(findings: Findings, photo: int, picture: str, note: str) -> str:
-    path, known = pages.text(findings.index.paths[photo]), findings.facts[photo]
-    size = f"<br>{known.width}x{known.height}" if known.width else ""
-    return f'<figure><img alt="{path}" src="{picture}"><figcaption>{note}{path}{size}</figcaption></figure>'

@@ -14,7 +14,7 @@ from fastcnn.training.metrics import Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scorecard:
+class ClassScores:
     """Figures of a set of photos. What is not defined, as the recall of a class without photos, is no number.
 
     A class that has photos and is never predicted has precision and F1 0. Means are over the classes with photos.
@@ -92,15 +92,15 @@ class Scorecard:
         return "\n".join(lines)
 
 
-def make(
+def score_classes(
     classes: Sequence[str],
     score: Score,
     labels: npt.NDArray[np.int64],
     predicted: npt.NDArray[np.int64],
     probabilities: npt.NDArray[np.float32],
-) -> Scorecard:
-    """Return the scorecard of M photos: labels (M,), predicted (M,), probabilities (M, K)."""
-    return Scorecard(
+) -> ClassScores:
+    """Return the class scores of M photos: labels (M,), predicted (M,), probabilities (M, K)."""
+    return ClassScores(
         classes=tuple(classes),
         score=score,
         top5=top_k_accuracy(labels, probabilities, 5),

@@ -1,4 +1,4 @@
-"""A run's page: its figures, pictures and configuration in one HTML file that needs nothing else."""
+"""Report of a run: figures, plots and configuration in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -14,42 +14,41 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.config import Config, option_name
-from fastcnn.reporting import html as pages
-from fastcnn.reporting import plots as pictures
-from fastcnn.reporting.class_scores import Scorecard, number
+from fastcnn.reporting import plots
+from fastcnn.reporting.class_scores import ClassScores, number
 from fastcnn.reporting.outcome import Sample
-from fastcnn.system.text import printable
+from fastcnn.system.templates import render
 
-NUM_BAD = 20  # bad photos that the page lists
+NUM_BAD = 20  # unusable photos that the page lists
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report tells of."""
+    """Content of a run's report."""
 
     rows: Sequence[Mapping[str, float]]
-    """A row an epoch, as in metrics.csv."""
+    """One row per epoch, as in metrics.csv."""
     best_epoch: int
     judged: str
-    """The split of the photos below: test where there is one, else val."""
-    scorecard: Scorecard
+    """Split that the scores and samples are of: test where there is one, else val."""
+    class_scores: ClassScores
     samples: Sequence[Sample]
     filters: npt.NDArray[np.float32]
     """(F, 3, k, k) weights of the first layer."""
     split: Mapping[str, npt.NDArray[np.int64]]
-    """(K,) photos of each class, by split."""
+    """(K,) number of photos of each class, by split."""
     bad: Mapping[str, str]
     """Path -> reason of the photos left out."""
 
 
 def draw(report: Report) -> dict[str, bytes]:
-    """Return the pictures by file name."""
-    scorecard = report.scorecard
+    """Return the plots as PNG files, by file name."""
+    scores = report.class_scores
     return {
-        "curves.png": pictures.curves(report.rows, report.best_epoch),
-        "confusion_matrix.png": pictures.confusion_matrix(scorecard.confusion, scorecard.classes),
-        "predictions.png": pictures.predictions(report.samples),
-        "filters.png": pictures.filters(report.filters),
+        "curves.png": plots.curves(report.rows, report.best_epoch),
+        "confusion_matrix.png": plots.confusion_matrix(scores.confusion, scores.classes),
+        "predictions.png": plots.predictions(report.samples),
+        "filters.png": plots.filters(report.filters),
     }
 
 
@@ -60,13 +59,13 @@ def write(
     summary: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> None:
-    """Write the pictures (`files`) and `report.html`.
+    """Write the plots (`files`) and `report.html`.
 
     Args:
         folder: the run folder.
-        report: what the pictures were drawn from.
-        files: what `draw` returned.
-        summary: what result.json holds.
+        report: content of the report.
+        files: plots, as `draw` returns them.
+        summary: content of result.json.
         config: the run's configuration, as in config.yaml.
     """
     for name, content in files.items():
@@ -77,35 +76,36 @@ def write(
 def page(
     folder: Path, report: Report, files: Mapping[str, bytes], summary: Mapping[str, Any], config: Mapping[str, Any]
 ) -> str:
-    """Return the page; the arguments are those of `write`."""
-    scorecard, split = report.scorecard, "test" if report.judged == "test" else "validation"
-    name = printable(folder.resolve().name)
-    sections = [
-        _headline(report, summary),
-        pages.section("Curves", _picture(files, "curves.png", "Loss, accuracy and learning rate by epoch")),
-        pages.section(
-            "Predictions",
-            _picture(files, "predictions.png", "Photos with their true and predicted class"),
-            f"{split.capitalize()} photos: the most confident mistakes first, then right ones.",
-        ),
-        pages.section("Confusion matrix", _picture(files, "confusion_matrix.png", f"Confusion matrix, {split} photos")),
-        pages.section("Classes", _class_table(scorecard), f"On the {scorecard.score.count:,} {split} photos."),
-        pages.section("Filters", _picture(files, "filters.png", "The first layer's filters")),
-        pages.section("Time", _stages(summary["seconds"])),
-        pages.section("Photos", _split_table(report) + _bad(report.bad)),
-        pages.section("Configuration", _config_table(config), "Bold: not the default."),
-        pages.section("Machine", pages.table(("", ""), _machine(summary))),
-        pages.section(
-            "Train it again",
-            f"<pre>fastcnn train --config {pages.text(shlex.quote(str(folder / 'config.yaml')))}</pre>"
-            f"<p>or, without that file,</p><pre>{pages.text(command(config))}</pre>",
-        ),
-    ]
-    return pages.page(name, sections)
+    """Return the page as HTML; the arguments are those of `write`."""
+    defaults = Config().to_dict()
+    return render(
+        ["fastcnn.reporting"],
+        "run_report.html",
+        title=folder.resolve().name,
+        figures=_headline(report, summary),
+        pictures={name.removesuffix(".png"): data_url("image/png", content) for name, content in files.items()},
+        split="test" if report.judged == "test" else "validation",
+        num_photos=f"{report.class_scores.score.count:,}",
+        class_rows=[
+            (name, f"{photos:,}", *(number(figure, 3) for figure in figures))
+            for name, photos, figures in report.class_scores.rows()
+        ],
+        stages=_stages(summary["seconds"]),
+        total=summary["seconds"]["total"],
+        splits=_splits(report),
+        bad=list(report.bad.items()),
+        reasons=", ".join(f"{count:,} {reason}" for reason, count in Counter(report.bad.values()).most_common()),
+        num_bad=NUM_BAD,
+        options=[(field, _shown(value)) for field, value in config.items()],
+        marks=["" if value == defaults.get(field) else "changed" for field, value in config.items()],
+        machine=_machine(summary),
+        config_path=shlex.quote(str(folder / "config.yaml")),
+        command=command(config),
+    )
 
 
 def command(config: Mapping[str, Any]) -> str:
-    """Return the command that trains with a configuration: the data folder and an option for all that is no default."""
+    """Return the command that trains with a configuration, with an option for each value that is not the default."""
     defaults = Config().to_dict()
     words = ["fastcnn", "train", shlex.quote(str(config["data"]))]
     for field, value in config.items():
@@ -121,73 +121,49 @@ def command(config: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def _headline(report: Report, summary: Mapping[str, Any]) -> str:
-    score, seconds = report.scorecard.score, summary["seconds"]["total"]
+def _headline(report: Report, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    scores, split = report.class_scores, report.judged
     figures = [
-        (f"{report.judged} accuracy", number(score.accuracy)),
-        (f"{report.judged} loss", number(score.loss)),
+        (f"{split} accuracy", number(scores.score.accuracy)),
+        (f"{split} loss", number(scores.score.loss)),
         ("images/s", f"{summary['images_per_second']:,.0f}"),
-        ("seconds in all", f"{seconds:,.1f}"),
+        ("seconds in all", f"{summary['seconds']['total']:,.1f}"),
         ("engine", f"{summary['engine']}, {summary['precision']}"),
         ("device", summary["hardware"].get("gpu", summary["device"])),
     ]
-    if len(report.scorecard.classes) > 5:
-        figures.insert(1, (f"{report.judged} top-5", number(report.scorecard.top5)))
-    if report.judged == "test":
+    if len(scores.classes) > 5:
+        figures.insert(1, (f"{split} top-5", number(scores.top5)))
+    if split == "test":
         figures.insert(0, ("val accuracy", number(summary["val_accuracy"])))
-    return pages.headline(figures)
+    return figures
 
 
-def _class_table(scorecard: Scorecard) -> str:
-    rows = [
-        (name, f"{photos:,}", *(number(figure, 3) for figure in figures)) for name, photos, figures in scorecard.rows()
+def _stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return name, seconds, share of the whole and colour of each stage of the run."""
+    spent = {name: value for name, value in seconds.items() if name != "total" and value >= 0.005}
+    spent["other"] = max(0.0, seconds["total"] - sum(spent.values()))
+    return [
+        {
+            "name": name,
+            "seconds": value,
+            "share": value / max(seconds["total"], 1e-9),
+            "color": f"hsl({(210 + 47 * i) % 360} 55% 50%)",
+        }
+        for i, (name, value) in enumerate(spent.items())
     ]
-    return pages.table(("class", "photos", "precision", "recall", "F1"), rows, last="sum")
 
 
-def _split_table(report: Report) -> str:
+def _splits(report: Report) -> dict[str, Any]:
+    """Return heads and rows of a table of the photos of each class and split, the sums last."""
     counts = np.array(list(report.split.values())).T  # (K, splits)
-    rows = [
-        (name, *(f"{count:,}" for count in row)) for name, row in zip(report.scorecard.classes, counts, strict=True)
-    ]
-    total = ("all", *(f"{count:,}" for count in counts.sum(0)))
-    return pages.table(("class", *report.split), [*rows, total], last="sum")
+    names = [*report.class_scores.classes, "all"]
+    rows = [(name, *(f"{n:,}" for n in row)) for name, row in zip(names, [*counts, counts.sum(0)], strict=True)]
+    return {"heads": ("class", *report.split), "rows": rows}
 
 
-def _bad(bad: Mapping[str, str]) -> str:
-    if not bad:
-        return "<p>Every photo could be used.</p>"
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(bad.values()).most_common())
-    text = f"<p>{len(bad):,} could not be used and were left out: {pages.text(reasons)}.</p>"
-    rows = list(bad.items())[:NUM_BAD]
-    more = f"<p>The first {NUM_BAD}; all are in bad_images.csv.</p>" if len(bad) > NUM_BAD else ""
-    return text + pages.table(("photo", "reason"), rows) + more
-
-
-def _stages(seconds: Mapping[str, float]) -> str:
-    """Return a bar of the run's stages, with a table that says the same in numbers."""
-    stages = {name: spent for name, spent in seconds.items() if name != "total" and spent >= 0.005}
-    total = seconds["total"]
-    stages["other"] = max(0.0, total - sum(stages.values()))
-    parts, rows = [], []
-    for i, (name, spent) in enumerate(stages.items()):
-        color = f"background:hsl({(210 + 47 * i) % 360} 55% 50%)"
-        parts.append(f'<span style="flex:{spent:.3f};{color}" title="{pages.text(name)}: {spent:.2f} s"></span>')
-        label = f'<i style="{color}"></i>{pages.text(name)}'
-        rows.append(f"<tr><th>{label}</th><td>{spent:,.2f}</td><td>{spent / max(total, 1e-9):.0%}</td></tr>")
-    rows.append(f'<tr class="sum"><th>all</th><td>{total:,.2f}</td><td>100%</td></tr>')
-    head = "<tr><th>stage</th><th>seconds</th><th>share</th></tr>"
-    return f'<div class="bar">{"".join(parts)}</div><div class="box"><table>{head}{"".join(rows)}</table></div>'
-
-
-def _config_table(config: Mapping[str, Any]) -> str:
-    defaults = Config().to_dict()
-    rows = []
-    for field, value in config.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        shown = "none" if shown in (None, "") else shown
-        rows.append((field, shown, "" if value == defaults.get(field) else "changed"))
-    return pages.table(("option", "value"), [row[:2] for row in rows], marks=[row[2] for row in rows])
+def _shown(value: object) -> object:
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return "none" if shown in (None, "") else shown
 
 
 def _machine(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -196,9 +172,6 @@ def _machine(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [*summary["hardware"].items(), *summary["versions"].items(), engine, memory]
 
 
-def _picture(files: Mapping[str, bytes], name: str, alt: str) -> str:
-    data = base64.b64encode(files[name]).decode()
-    kind = name.removesuffix(".png")
-    image = f'<img alt="{pages.text(alt)}" src="data:image/png;base64,{data}">'
-    hint = "" if kind == "filters" else '<p class="narrow">Scroll the picture sideways to see all of it.</p>'
-    return f'{hint}<div class="box picture {kind}">{image}</div>'
+def data_url(media_type: str, content: bytes) -> str:
+    """Return a file as a URL that holds it, so that a page needs nothing else."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

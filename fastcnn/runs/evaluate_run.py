@@ -16,8 +16,7 @@ from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError, FastCNNError, warn
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import restore
-from fastcnn.reporting import class_scores
-from fastcnn.reporting.class_scores import Scorecard
+from fastcnn.reporting.class_scores import ClassScores, score_classes
 from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision, torch_settings
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
@@ -34,7 +33,7 @@ class Scores:
     best_epoch: int
     device: str
     precision: str
-    scorecards: dict[str, Scorecard]
+    by_split: dict[str, ClassScores]
     """By split: val and test, as the run or the folders split the images; else train, or all."""
     bad: dict[str, str]
     """Path -> reason, of the images that cannot be used."""
@@ -47,7 +46,7 @@ class Scores:
             "best_epoch": self.best_epoch,
             "device": self.device,
             "precision": self.precision,
-            "sets": {name: card.to_dict() for name, card in self.scorecards.items()},
+            "sets": {name: card.to_dict() for name, card in self.by_split.items()},
             "bad": self.bad,
         }
 
@@ -81,15 +80,15 @@ def evaluate_run(
     threads, tf32 = min(config["threads"] or num_cores(), num_cores()), config["precision"] == "tf32"
     with torch_settings(place, threads=threads, deterministic=config["deterministic"], tf32=tf32):
         splits = ("val", "test") if data is None else ("val", "test", "train", "all")
-        scorecards = _score(saved, images, splits, place, precision)
-    _check_found(images, saved["classes"], scorecards)
+        by_split = _score(saved, images, splits, place, precision)
+    _check_found(images, saved["classes"], by_split)
     return Scores(
         run_dir=run_dir,
         data=images.index.root,
         best_epoch=saved["epoch"],
         device=str(place),
         precision=precision,
-        scorecards=scorecards,
+        by_split=by_split,
         bad=images.bad,
     )
 
@@ -127,13 +126,13 @@ def _prepare(
 
 def _score(
     saved: dict[str, Any], data: Dataset, splits: tuple[str, ...], device: torch.device, precision: Precision
-) -> dict[str, Scorecard]:
-    """Return the scorecard of each split that has images."""
+) -> dict[str, ClassScores]:
+    """Return the class scores of each split that has images."""
     config, classes, dtype = saved["config"], saved["classes"], DTYPES[precision]
     model = FlatParameters(restore(saved).to(device), dtype).compute
     normalise = Normalise(config["mean"], config["std"], config["image_size"], dtype, device)
     options = Options(device=device, batch_size=BATCH_SIZE, decoder=data.decoder, max_pixels=data.max_pixels)
-    scorecards = {}
+    by_split = {}
     for name in splits:
         photos = data.photos(name)
         if len(photos):
@@ -141,14 +140,14 @@ def _score(
             found = Evaluator(model, feed, normalise, num_classes=len(classes))()
             predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
             labels = data.index.labels[photos]
-            scorecards[name] = class_scores.make(classes, found.score, labels, predicted, probabilities)
-    return scorecards
+            by_split[name] = score_classes(classes, found.score, labels, predicted, probabilities)
+    return by_split
 
 
-def _check_found(data: Dataset, classes: list[str], scorecards: dict[str, Scorecard]) -> None:
+def _check_found(data: Dataset, classes: list[str], by_split: dict[str, ClassScores]) -> None:
     """Raise DataError if there are no usable images; warn of classes without any."""
-    if not scorecards:
+    if not by_split:
         raise DataError(f"no usable photos in {data.index.root}: {len(data.bad)} cannot be used")
-    missing = [name for i, name in enumerate(classes) if not any(card.photos[i] for card in scorecards.values())]
+    missing = [name for i, name in enumerate(classes) if not any(card.photos[i] for card in by_split.values())]
     if missing:
         warn(f"{data.index.root} has no photos of: {', '.join(missing)}")

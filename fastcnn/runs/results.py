@@ -12,7 +12,8 @@ import numpy as np
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed
 from fastcnn.errors import FastCNNError, first_line, warn
-from fastcnn.reporting import class_scores, plots, run_report
+from fastcnn.reporting import plots, run_report
+from fastcnn.reporting.class_scores import score_classes
 from fastcnn.reporting.outcome import Outcome, Sample
 from fastcnn.runs import trackers as tracking
 from fastcnn.runs.build import Training
@@ -58,7 +59,7 @@ def finish(run: RunContext, training: Training, trackers: Sequence[Tracker]) -> 
     outcome = Outcome(
         summary=summary,
         classes=state.classes,
-        confusion=report.scorecard.confusion if report else None,
+        confusion=report.class_scores.confusion if report else None,
         samples=report.samples if report else (),
         exported=exported,
     )
@@ -156,7 +157,7 @@ def _make_report(state: RunState, data: Dataset, split: str, evaluation: Evaluat
         rows=state.rows,
         best_epoch=int(state.best["epoch"]),
         judged=split,
-        scorecard=class_scores.make(classes, evaluation.score, labels, predicted, probabilities),
+        class_scores=score_classes(classes, evaluation.score, labels, predicted, probabilities),
         samples=samples,
         filters=state.model.get_parameter("blocks.0.conv.weight").detach().cpu().numpy(),
         split={

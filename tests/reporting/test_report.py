@@ -1,4 +1,4 @@
-"""Pictures and page of a run: there for any number of classes, whatever they are called, and safe to open."""
+"""Plots and report of a run: for any number of classes, whatever they are called, and safe to open."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from PIL import Image
 
 from fastcnn import Config, fit
 from fastcnn.errors import FastCNNWarning
-from fastcnn.reporting import plots as pictures
-from fastcnn.reporting import run_report as report
-from fastcnn.reporting.class_scores import make
+from fastcnn.reporting import plots, run_report
+from fastcnn.reporting.class_scores import score_classes
 from fastcnn.reporting.outcome import Sample
 from fastcnn.reporting.run_report import Report
 from fastcnn.training.metrics import Score
@@ -37,7 +36,7 @@ def row(epoch: int, loss: float = 1.0) -> dict[str, float]:
 
 
 def story(classes: list[str], **changes: Any) -> Report:
-    """A report of 60 made-up photos, ten of them right."""
+    """Report of 60 made-up photos, about a class's share of them correct."""
     rng = np.random.default_rng(0)
     labels, probabilities = rng.integers(0, len(classes), 60), rng.dirichlet(np.ones(len(classes)), 60)
     predicted = probabilities.argmax(1)
@@ -47,7 +46,7 @@ def story(classes: list[str], **changes: Any) -> Report:
         "rows": [row(1), row(2)],
         "best_epoch": 2,
         "judged": "val",
-        "scorecard": make(classes, score, labels, predicted, probabilities.astype(np.float32)),
+        "class_scores": score_classes(classes, score, labels, predicted, probabilities.astype(np.float32)),
         "samples": [
             Sample(path=f"{name}/1.jpg", image=image, label=name, predicted=classes[0], probability=0.9)
             for name in classes[:30]
@@ -94,20 +93,20 @@ def test_a_confusion_matrix_of_any_number_of_classes(num_classes: int) -> None:
     names = [f"{ODD[i % len(ODD)]} {i}" for i in range(num_classes)]
     counts = np.eye(num_classes, dtype=np.int64) * 7
     counts[0] = 0  # a class without photos
-    width, height = size(pictures.confusion_matrix(counts, names))
+    width, height = size(plots.confusion_matrix(counts, names))
     assert 300 < height <= width < 2500
 
 
 @pytest.mark.parametrize("losses", [[1.0], [1.0, float("nan"), 0.5], [float("nan")] * 2, [float("inf"), 1.0]])
 def test_curves_of_any_losses(losses: list[float]) -> None:
-    assert size(pictures.curves([row(i, loss) for i, loss in enumerate(losses, 1)], 1)) == (990, 605)
+    assert size(plots.curves([row(i, loss) for i, loss in enumerate(losses, 1)], 1)) == (990, 605)
 
 
 @pytest.mark.parametrize(("count", "side"), [(1, 3), (8, 1), (32, 3), (100, 11)])
 def test_filters_of_any_number_and_size(count: int, side: int) -> None:
     weights = np.random.default_rng(0).normal(size=(count, 3, side, side)).astype(np.float32)
     weights[0] = 0  # constant: nothing to scale by
-    width, height = size(pictures.filters(weights))
+    width, height = size(plots.filters(weights))
     assert 500 < width <= 1000
     assert height < 2 * width
 
@@ -115,7 +114,7 @@ def test_filters_of_any_number_and_size(count: int, side: int) -> None:
 @pytest.mark.parametrize("count", [1, 4, 30])
 def test_predictions_of_any_number_of_photos(count: int) -> None:
     samples = list(story([f"{name} {i}" for i in range(4) for name in ODD]).samples[:count])
-    width, height = size(pictures.predictions(samples))
+    width, height = size(plots.predictions(samples))
     assert width == 363 * min(count, 3)
     assert height == pytest.approx(132 * -(-count // 3), abs=20)
 
@@ -124,16 +123,16 @@ def test_the_most_confident_mistakes_come_first() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2])
     predicted = np.array([0, 1, 1, 0, 2, 0])
     confidence = np.array([0.9, 0.5, 0.8, 0.7, 0.6, 0.4], np.float32)
-    assert pictures.choose_samples(labels, predicted, confidence, 2).tolist() == [3, 1]
-    assert pictures.choose_samples(labels, predicted, confidence, 5).tolist() == [3, 1, 5, 0, 4]
-    assert pictures.choose_samples(labels, predicted, confidence).tolist() == [3, 1, 5, 0, 2, 4]
+    assert plots.choose_samples(labels, predicted, confidence, 2).tolist() == [3, 1]
+    assert plots.choose_samples(labels, predicted, confidence, 5).tolist() == [3, 1, 5, 0, 4]
+    assert plots.choose_samples(labels, predicted, confidence).tolist() == [3, 1, 5, 0, 2, 4]
 
 
 def test_drawing_leaves_no_state_and_takes_none() -> None:
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True, "font.family": "nothing like it"}):
-        pictures.curves([row(1)], 1)
+        plots.curves([row(1)], 1)
         assert matplotlib.rcParams["text.usetex"]
 
 
@@ -158,7 +157,7 @@ def test_names_are_text_whatever_they_are(run_dir: Path, tmp_path: Path) -> None
     result, config = summary(run_dir), Config(data=evil, batch_norm=False, split="it's").to_dict()
     folder = tmp_path / "<i>run"
     folder.mkdir()
-    report.write(folder, told, report.draw(told), result, config)
+    run_report.write(folder, told, run_report.draw(told), result, config)
     page = Reader((folder / "report.html").read_text(encoding="utf-8"))
     assert {"script", "b", "em"}.isdisjoint(page.tags)
     assert evil in page.text
@@ -169,15 +168,15 @@ def test_names_are_text_whatever_they_are(run_dir: Path, tmp_path: Path) -> None
 
 def test_the_command_trains_it_again() -> None:
     config = Config(data="my photos", epochs=3, filters=(8,), batch_norm=False, augment=("flip", "shift"), lr=0.01)
-    assert report.command(config.to_dict()) == (
-        "fastcnn train 'my photos' --epochs 3 --lr 0.01 --augment flip=0.5,shift=0.0625 "
-        "--filters 8,8,8,8,8 --no-batch-norm"
+    assert run_report.command(config.to_dict()) == (
+        "fastcnn train 'my photos' --augment flip=0.5,shift=0.0625 --filters 8,8,8,8,8 --no-batch-norm "
+        "--epochs 3 --lr 0.01"
     )
 
 
 def test_bad_photos_are_counted_and_the_first_are_named(run_dir: Path, tmp_path: Path) -> None:
     told = story(["a", "b"], bad={f"a/{i}.jpg": "empty" for i in range(50)})
-    page = report.page(tmp_path, told, report.draw(told), summary(run_dir), Config(data="x").to_dict())
+    page = run_report.page(tmp_path, told, run_report.draw(told), summary(run_dir), Config(data="x").to_dict())
     assert "50 could not be used" in page
     assert "a/19.jpg" in page
     assert "a/20.jpg" not in page
@@ -193,8 +192,8 @@ def test_a_picture_that_fails_is_a_warning(photos: Path, monkeypatch: pytest.Mon
     def fail(*arguments: object) -> bytes:
         raise RuntimeError("no fonts\nat all")
 
-    monkeypatch.setattr(pictures, "curves", fail)
-    with pytest.warns(FastCNNWarning, match="the run is finished, but its pictures cannot be drawn: no fonts$"):
+    monkeypatch.setattr(plots, "curves", fail)
+    with pytest.warns(FastCNNWarning, match="the run is finished, but its plots cannot be drawn: no fonts$"):
         run = fit(Config(data=str(photos), **SMALL))
     assert (run.run_dir / "result.json").is_file()
     assert not (run.run_dir / "report.html").exists()

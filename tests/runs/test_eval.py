@@ -12,7 +12,7 @@ import pytest
 from fastcnn import Config, evaluate_run, fit
 from fastcnn.cli import main
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
-from fastcnn.reporting.class_scores import Scorecard, make, top_k_accuracy
+from fastcnn.reporting.class_scores import ClassScores, score_classes, top_k_accuracy
 from fastcnn.training.metrics import Score
 
 CLASSES = ("cat", "dog", "eel", "fox")
@@ -25,12 +25,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
     return int(stopped.value.code or 0), out, err
 
 
-def card() -> Scorecard:
+def card() -> ClassScores:
     """Worked by hand: 5 cats of which 3 are found, 3 dogs of which 2, an eel that is never predicted, no fox."""
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 1, 2])
     predicted = np.array([0, 0, 0, 1, 3, 1, 1, 0, 0])
     probabilities = np.eye(4, dtype=np.float32)[predicted]
-    return make(CLASSES, Score(loss=float("nan"), accuracy=5 / 9, count=9), labels, predicted, probabilities)
+    return score_classes(CLASSES, Score(loss=float("nan"), accuracy=5 / 9, count=9), labels, predicted, probabilities)
 
 
 def test_figures_by_class() -> None:
@@ -64,11 +64,11 @@ def test_top_k() -> None:
 def test_it_is_what_the_run_reported(run_dir: Path) -> None:
     result = json.loads((run_dir / "result.json").read_text())
     scores = evaluate_run(run_dir, device="cpu")
-    assert list(scores.scorecards) == ["val"]
-    assert scores.scorecards["val"].score.count == result["num_val"]
+    assert list(scores.by_split) == ["val"]
+    assert scores.by_split["val"].score.count == result["num_val"]
     if result["device"] == "cpu":
-        assert scores.scorecards["val"].score.accuracy == result["val_accuracy"]
-        assert scores.scorecards["val"].score.loss == result["val_loss"]
+        assert scores.by_split["val"].score.accuracy == result["val_accuracy"]
+        assert scores.by_split["val"].score.loss == result["val_loss"]
     assert scores.to_dict() == evaluate_run(run_dir, device="cpu").to_dict()
 
 
@@ -78,7 +78,7 @@ def test_the_test_set_and_the_moving_average(photos: Path, tmp_path: Path) -> No
     shutil.copytree(data / "train", data / "test")
     config = Config(data=str(data), epochs=1, image_size=32, filters=(8,), batch_size=16, ema=0.9, device="cpu")
     trained = fit(config)
-    scores = evaluate_run(trained.run_dir, device="cpu").scorecards
+    scores = evaluate_run(trained.run_dir, device="cpu").by_split
     assert scores["val"].score.accuracy == trained.summary["val_accuracy"]
     assert scores["test"].score.accuracy == trained.summary["test_accuracy"]
     assert scores["test"].confusion.sum() == 120
@@ -90,8 +90,8 @@ def test_other_photos_need_the_checkpoint_alone(run_dir: Path, photos: Path, tmp
     for name in ("best.pt", "config.yaml"):
         shutil.copy(run_dir / name, copy)
     scores = evaluate_run(copy, photos)
-    assert list(scores.scorecards) == ["all"]
-    assert scores.scorecards["all"].photos.tolist() == [30] * 4
+    assert list(scores.by_split) == ["all"]
+    assert scores.by_split["all"].photos.tolist() == [30] * 4
     with pytest.raises(FastCNNError, match=r"no split\.csv"):
         evaluate_run(copy)
 
@@ -106,8 +106,8 @@ def test_held_out_folders_are_used_where_there_are_any(
     for folder in folders:
         shutil.copytree(photos, tmp_path / "data" / folder)
     scores = evaluate_run(run_dir, tmp_path / "data")
-    assert list(scores.scorecards) == used
-    assert all(card.score.count == 120 for card in scores.scorecards.values())
+    assert list(scores.by_split) == used
+    assert all(card.score.count == 120 for card in scores.by_split.values())
 
 
 def test_classes_that_do_not_fit(run_dir: Path, photos: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_classes_that_do_not_fit(run_dir: Path, photos: Path, tmp_path: Path) ->
         shutil.rmtree(data / name)
     with pytest.warns(FastCNNWarning, match=f"no photos of: {', '.join(names[1:])}"):
         scores = evaluate_run(run_dir, data)
-    assert scores.scorecards["all"].photos.tolist() == [30, 0, 0, 0]
+    assert scores.by_split["all"].photos.tolist() == [30, 0, 0, 0]
     (data / "dragon").mkdir()
     with pytest.raises(DataError, match="dragon is a class that the model does not know"):
         evaluate_run(run_dir, data)
