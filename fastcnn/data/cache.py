@@ -50,6 +50,7 @@ from fastcnn.data.cache_files import (
     read_row,
 )
 from fastcnn.data.index import Index
+from fastcnn.data.shards import forget
 from fastcnn.errors import FastCNNError, fall_back
 from fastcnn.storage.files import check_space, free_bytes
 from fastcnn.storage.locks import locked
@@ -263,6 +264,9 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
                     shutil.rmtree(folder)
             except OSError as error:
                 raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
+    if key is None:
+        with contextlib.suppress(OSError):
+            freed += forget(default_folder(cache_dir))
     return freed
 
 

@@ -16,7 +16,7 @@ import torch
 import pipelines
 from fastcnn.config import DataConfig, Decoder, Loader
 from fastcnn.data import loaders
-from fastcnn.data.cache import Cache, build, fits_on_disk
+from fastcnn.data.cache import Cache, build, default_folder, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
 from fastcnn.data.split import draw_split, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
@@ -93,7 +93,10 @@ def prepare(
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        index = ranks.broadcast(lambda: scan(config.data) if classes is None else scan_held_out(config.data, classes))
+        memory = default_folder(config.cache_dir)
+        index = ranks.broadcast(
+            lambda: scan(config.data, memory) if classes is None else scan_held_out(config.data, classes, memory)
+        )
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
     config = dataclasses.replace(config, decoder=_choose_decoder(config.decoder, gpu, strict))

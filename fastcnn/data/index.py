@@ -67,10 +67,12 @@ class Index:
         return Index(**{**vars(self), "paths": tuple(compress(self.paths, keep)), **columns})
 
 
-def scan(root: str | Path) -> Index:
+def scan(root: str | Path, memory: Path | None = None) -> Index:
     """Return the index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
     Shards, see `shards`, may stand in the place of class folders: root/000000.tar, or root/train/000000.tar.
+    `memory` is a folder for remembered scans of their archives.
+
     Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
     have a class that the training folder lacks.
     """
@@ -78,7 +80,7 @@ def scan(root: str | Path) -> Index:
     _check_folder(root)
     split_folders = _split_folders(root) or {"train": root}
     train_folder = split_folders["train"]
-    found = _read_shards(root, split_folders)
+    found = _read_shards(root, split_folders, memory)
     classes = found["train"].classes() if "train" in found else tuple(_class_names(train_folder))
     if not classes:
         raise DataError(
@@ -92,11 +94,11 @@ def scan(root: str | Path) -> Index:
     return index
 
 
-def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
+def scan_held_out(root: str | Path, classes: Sequence[str], memory: Path | None = None) -> Index:
     """Return the index of the photos in a folder on which a model of these classes is scored.
 
     They are the photos of its val and test folders; without those, of its train folder; without that, of root/<class>.
-    `folders` says which: val, test, train or all. Labels are positions in `classes`.
+    `folders` says which: val, test, train or all. Labels are positions in `classes`. `memory` as for `scan`.
 
     Raises DataError for a folder that is missing or empty, or has a class that is not among `classes`; a class
     without photos is a warning.
@@ -115,7 +117,7 @@ def scan_held_out(root: str | Path, classes: Sequence[str]) -> Index:
                     f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
                 )
     places = found or {"all": root}
-    index = _read(root, places, known, _read_shards(root, places))
+    index = _read(root, places, known, _read_shards(root, places, memory))
     if not len(index):
         raise DataError(
             f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
@@ -226,9 +228,11 @@ def _holds_shards(folder: Path) -> bool:
     return not _class_names(folder) and bool(shards.archives(folder))
 
 
-def _read_shards(root: Path, split_folders: Mapping[str, Path]) -> dict[str, Shards]:
+def _read_shards(root: Path, split_folders: Mapping[str, Path], memory: Path | None) -> dict[str, Shards]:
     """Return the content of the split folders that hold archives and no folders."""
-    return {split: shards.read(root, folder) for split, folder in split_folders.items() if _holds_shards(folder)}
+    return {
+        split: shards.read(root, folder, memory) for split, folder in split_folders.items() if _holds_shards(folder)
+    }
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -3,20 +3,27 @@
 Files of an archive that share folder and name up to the first dot are one sample: 000012.jpg is its photo, 000012.cls
 its label, a whole number in ASCII. Files with other extensions are ignored. `classes.txt` beside the archives names the
 classes, one a line, from number 0 on.
+
+A scan of an archive is remembered in the cache folder, by the archive's size and modification time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastcnn.data import tar
 from fastcnn.errors import DataError, warn
+from fastcnn.storage import files
 from fastcnn.system.text import printable
 from pipelines.verdict import EXTENSIONS
 
@@ -25,6 +32,8 @@ ORIGINALS = "paths.csv"
 """File in which `fastcnn data shard` lists each photo's path in the original folder."""
 PHOTO_EXTENSIONS = frozenset(chain(*EXTENSIONS.values()))
 
+FORMAT = 1  # of remembered scans
+SCANS = "shards-{}.json"  # their file, by the hash of the shards' folder
 THREADS = 4  # archives read at once: half the time on a slow disk, none lost on a fast one
 
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|lzma|Z))$", re.IGNORECASE)
@@ -112,21 +121,19 @@ def archive_of(path: str) -> str:
     return path[: path.index(".tar/") + len(".tar")]
 
 
-def read(root: Path, folder: Path) -> Shards:
-    """Return the photos of the archives in `folder`, which is `root` or in it; paths are below `root`.
+def read(root: Path, folder: Path, memory: Path | None = None) -> Shards:
+    """Return the photos of the archives in `folder`, which is `root` or in it; paths are relative to `root`.
 
+    `memory` is a folder of remembered scans: archives that have not changed since are not scanned again.
     Raises DataError where an archive is damaged or no archive, or a photo has no label or several.
     """
-    photos: list[Photo] = []
-    unlabelled: list[str] = []
-    alone: list[str] = []
-    num_hidden = 0
-    with ThreadPoolExecutor(THREADS) as pool:
-        for found in pool.map(lambda path: _read(path, path.relative_to(root).as_posix()), archives(folder)):
-            photos += found.photos
-            unlabelled += found.unlabelled
-            alone += found.alone
-            num_hidden += found.num_hidden
+    scans = _scans(folder, memory)
+    photos, unlabelled, alone = [], [], []
+    for path, scan in scans.items():
+        name, mtime = path.relative_to(root).as_posix(), scan.mtime
+        photos += [Photo(f"{name}/{file}", at, size, mtime + at, label) for file, at, size, label in scan.photos]
+        unlabelled += [f"{name}/{file}" for file in scan.unlabelled]
+        alone += [f"{name}/{file}" for file in scan.alone]
     if unlabelled:
         raise DataError(
             f"{_many(unlabelled, 'photo has', 'photos have')} no label: "
@@ -137,28 +144,94 @@ def read(root: Path, folder: Path) -> Shards:
             f"{_many(alone, 'label', 'labels')} in the shards of {printable(str(folder))} without a photo: "
             f"{printable(alone[0])}{', ...' if len(alone) > 1 else ''}"
         )
-    return Shards(photos=photos, names=_names(root, folder), num_hidden=num_hidden)
+    return Shards(photos=photos, names=_names(root, folder), num_hidden=sum(scan.num_hidden for scan in scans.values()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """What is in an archive."""
+def forget(memory: Path) -> int:
+    """Delete all remembered scans in a folder; return the bytes freed. Raises OSError."""
+    freed = 0
+    for path in memory.glob(SCANS.format("*")):
+        freed += path.stat().st_size
+        path.unlink()
+    return freed
 
-    photos: list[Photo]
+
+class _Scan(NamedTuple):
+    """Content of an archive."""
+
+    size: int
+    """Bytes of the archive."""
+    mtime: int
+    """Modification time of the archive in nanoseconds."""
+    photos: list[list[Any]]
+    """Name, offset, size and label of each photo."""
     unlabelled: list[str]
+    """Names of photos without a label."""
     alone: list[str]
+    """Names of labels without a photo."""
     num_hidden: int
 
 
-def _read(archive: Path, name: str) -> _Found:
+def _scans(folder: Path, memory: Path | None) -> dict[Path, _Scan]:
+    """Return the scan of each archive in a folder: the remembered one, or a new one that is remembered."""
+    paths = archives(folder)
+    file = memory and memory / SCANS.format(hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
+    known = _remembered(file) if file else {}
+
+    def scan(path: Path) -> _Scan:
+        try:
+            info = path.stat()
+        except OSError as error:
+            raise DataError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
+        old = known.get(path.name)
+        return old if old and old[:2] == (info.st_size, info.st_mtime_ns) else _scan(path, info)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        scans = dict(zip(paths, pool.map(scan, paths), strict=True))
+    found = {path.name: scan for path, scan in scans.items()}
+    if file and found != known:
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the next run scans again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write(file, json.dumps({"format": FORMAT, "archives": found}))
+    return scans
+
+
+def _remembered(file: Path) -> dict[str, _Scan]:
+    """Return archive -> remembered scan; {} where the file is missing or not as `_scans` writes it."""
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format"] != FORMAT:
+            return {}
+        known = {name: _Scan(*values) for name, values in content["archives"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+    return known if all(map(_is_whole, known.values())) else {}
+
+
+def _is_whole(scan: _Scan) -> bool:
+    """Return whether a remembered scan is plain data of the right kinds, with all photos inside the archive."""
+    lists = (scan.photos, scan.unlabelled, scan.alone)
+    if not all(type(number) is int for number in (scan.size, scan.mtime, scan.num_hidden)):
+        return False
+    if not all(type(each) is list for each in lists) or not all(type(name) is str for name in chain(*lists[1:])):
+        return False
+    return all(
+        type(photo) is list
+        and list(map(type, photo)) == [str, int, int, int]
+        and min(photo[1:]) >= 0
+        and photo[1] + photo[2] <= scan.size
+        for photo in scan.photos
+    )
+
+
+def _scan(archive: Path, info: os.stat_result) -> _Scan:
     shown = printable(str(archive))
     photos: dict[str, tar.Entry] = {}
     labels: dict[str, int] = {}
     num_hidden = 0
     try:
         with archive.open("rb") as file:
-            mtime = archive.stat().st_mtime_ns
-            for entry in tar.entries(file):
+            for entry in tar.entries(archive):
                 if (entry.name.startswith(".") or "/." in entry.name) and _is_hidden(entry.name):
                     num_hidden += 1
                     continue
@@ -181,14 +254,12 @@ def _read(archive: Path, name: str) -> _Found:
         raise DataError(f"{shown} cannot be used as a shard: {why}; make or download it again") from None
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from None
-    return _Found(
-        photos=[
-            Photo(f"{name}/{entry.name}", entry.offset, entry.size, mtime + entry.offset, labels[sample])
-            for sample, entry in photos.items()
-            if sample in labels
-        ],
-        unlabelled=[f"{name}/{entry.name}" for sample, entry in photos.items() if sample not in labels],
-        alone=[f"{name}/{sample}.cls" for sample in labels if sample not in photos],
+    return _Scan(
+        size=info.st_size,
+        mtime=info.st_mtime_ns,
+        photos=[[entry.name, entry.offset, entry.size, labels[s]] for s, entry in photos.items() if s in labels],
+        unlabelled=[entry.name for sample, entry in photos.items() if sample not in labels],
+        alone=[f"{sample}.cls" for sample in labels if sample not in photos],
         num_hidden=num_hidden,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -17,7 +18,7 @@ import torch
 import pipelines
 from fastcnn import Config, evaluate_run, fit
 from fastcnn.config import DataConfig
-from fastcnn.data import cache, dataset, index, split
+from fastcnn.data import cache, dataset, index, split, tar
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.data_tools import check, write_shards
@@ -361,3 +362,57 @@ def test_prepared_like_any_folder(sharded: Path, tmp_path: Path) -> None:
     with pytest.warns(FastCNNWarning, match="cannot be used"):
         data = dataset.prepare(DataConfig(data=str(sharded), **options))
     assert data.pixels(np.arange(5)).any((1, 2, 3)).all()
+
+
+def test_scans_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, memory, scanned = tmp_path / "data", tmp_path / "memory", []
+    root.mkdir()
+    pack(root / "a.tar", samples(0, 1))
+    pack(root / "b.tar", {**samples(2, 3), ".hidden": b""})
+    plain = tar.entries
+    monkeypatch.setattr(tar, "entries", lambda path: scanned.append(path.name) or plain(path))
+    first = index.scan(root, memory)
+    assert sorted(scanned) == ["a.tar", "b.tar"]
+    assert_same(index.scan(root, memory), first)
+    assert len(scanned) == 2
+    pack(root / "b.tar", samples(5, 9))  # one that is written anew is scanned again, and no other
+    again = index.scan(root, memory)
+    assert scanned[2:] == ["b.tar"]
+    assert again.paths == index.scan(root).paths
+    (root / "b.tar").write_bytes((root / "b.tar").read_bytes()[:1200])
+    with pytest.raises(DataError, match=r"b.tar cannot be used as a shard: it is cut short"):
+        index.scan(root, memory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"{",
+        lambda content: b"[" * 100_000,
+        lambda content: json.dumps({**content, "format": 0}).encode(),
+        lambda content: json.dumps({**content, "archives": []}).encode(),
+        lambda content: json.dumps({**content, "archives": {"a.tar": [1, 2]}}).encode(),
+        lambda content: json.dumps(content).replace("512", "-512").encode(),
+        lambda content: json.dumps(content).replace("512", "51200000").encode(),
+        lambda content: json.dumps(content).replace("512", '"512"').encode(),
+    ],
+)
+def test_a_damaged_memory_is_scanned_again(change: Any, tmp_path: Path) -> None:
+    root, memory = tmp_path / "data", tmp_path / "memory"
+    root.mkdir()
+    pack(root / "a.tar", samples(0, 1))
+    expected = index.scan(root, memory)
+    file = next(memory.iterdir())
+    whole = file.read_bytes()
+    file.write_bytes(change(json.loads(whole)))
+    assert file.read_bytes() != whole
+    assert_same(index.scan(root, memory), expected)
+    assert file.read_bytes() == whole
+    assert cache.clear(memory) == len(whole)
+    assert not list(memory.iterdir())
+    assert_same(index.scan(root, file / "nowhere"), expected)
+
+
+def assert_same(found: index.Index, expected: index.Index) -> None:
+    for name, value in vars(expected).items():
+        assert np.array_equal(getattr(found, name), value), name
