@@ -1,4 +1,4 @@
-"""What a model got on a set of photos, class by class, as plain data and as a table."""
+"""Scores of a model by class: precision, recall, F1 and the confusion matrix, as plain data and as a table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.system.text import printable
+from fastcnn.system.text import printable, table
 from fastcnn.training.metrics import Score
+
+COLUMNS = ("class", "photos", "precision", "recall", "F1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """Figures of a set of photos. What is not defined, as the recall of a class without photos, is no number.
+    """Scores on a set of photos. An undefined score, such as the recall of a class without photos, is NaN.
 
     A class that has photos and is never predicted has precision and F1 0. Means are over the classes with photos.
     """
@@ -23,24 +25,24 @@ class ClassScores:
     classes: tuple[str, ...]
     score: Score
     top5: float
-    """Share of photos whose right class is among the five most probable ones."""
+    """Fraction of photos whose label is among the five most probable classes."""
     confusion: npt.NDArray[np.int64]
-    """(K, K) photos: a row a true class, a column a predicted one."""
+    """(K, K) counts of photos by true class (rows) and predicted class (columns)."""
 
     @property
     def photos(self) -> npt.NDArray[np.int64]:
-        """(K,) photos of each class."""
+        """(K,) number of photos of each class."""
         return np.asarray(self.confusion.sum(1))
 
     @property
     def precision(self) -> npt.NDArray[np.float64]:
-        """(K,) share of the photos predicted as a class that are of it."""
+        """(K,) fraction of the photos predicted as a class that belong to it."""
         precision = _ratio(self.confusion.diagonal(), self.confusion.sum(0))
         return np.where((self.photos > 0) & np.isnan(precision), 0.0, precision)
 
     @property
     def recall(self) -> npt.NDArray[np.float64]:
-        """(K,) share of the photos of a class that are predicted as it."""
+        """(K,) fraction of the photos of a class that are predicted as it."""
         return _ratio(self.confusion.diagonal(), self.confusion.sum(1))
 
     @property
@@ -49,7 +51,7 @@ class ClassScores:
         return _ratio(2 * self.confusion.diagonal(), self.confusion.sum(0) + self.confusion.sum(1))
 
     def rows(self) -> list[tuple[str, int, list[float]]]:
-        """Return name, photos and [precision, recall, F1] of each class, and last their plain means."""
+        """Return name, photos and [precision, recall, F1] of each class; the last row has their plain means."""
         columns = self.precision, self.recall, self.f1
         classes = [
             (name, int(count), [float(column[i]) for column in columns])
@@ -58,7 +60,7 @@ class ClassScores:
         return [*classes, ("mean", int(self.photos.sum()), [_mean(column[self.photos > 0]) for column in columns])]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data; what is no number is None."""
+        """Return all scores as plain data, None for NaN."""
         names = ("precision", "recall", "f1")
         *classes, mean = [
             {"class": name, "photos": photos, **dict(zip(names, map(_plain, figures), strict=True))}
@@ -75,21 +77,13 @@ class ClassScores:
         }
 
     def table(self) -> str:
-        """Return the figures as text for a terminal."""
-        from rich.cells import cell_len  # a letter may take two columns
-
-        lines = [
-            f"{self.score.count:,} photos  accuracy {self.score.accuracy:.4f}  loss {self.score.loss:.4f}  "
-            f"top-5 {self.top5:.4f}"
-        ]
-        rows = [(printable(name), photos, figures) for name, photos, figures in self.rows()]
-        width = max(len("class"), *(cell_len(name) for name, *_ in rows))
-        lines.append(f"{'class':{width}}  {'photos':>8}  {'precision':>9}  {'recall':>9}  {'F1':>9}")
-        for name, photos, figures in rows:
-            padding = " " * (width - cell_len(name))
-            shown = "  ".join(f"{number(figure):>9}" for figure in figures)
-            lines.append(f"{name}{padding}  {photos:>8,}  {shown}")
-        return "\n".join(lines)
+        """Return the scores as text for a terminal."""
+        score = self.score
+        rows = [(printable(name), f"{photos:,}", *map(number, figures)) for name, photos, figures in self.rows()]
+        return (
+            f"{score.count:,} photos  accuracy {score.accuracy:.4f}  loss {score.loss:.4f}  top-5 {self.top5:.4f}\n"
+            + table(COLUMNS, rows, right=COLUMNS[1:])
+        )
 
 
 def score_classes(
@@ -109,7 +103,7 @@ def score_classes(
 
 
 def top_k_accuracy(labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float32], k: int) -> float:
-    """Return the share of photos whose right class is among the k most probable; of equal ones the first come first."""
+    """Return the fraction of photos whose label is among the k most probable classes; ties go to the lower class."""
     if not len(labels):
         return float("nan")
     right = np.take_along_axis(probabilities, labels[:, None], 1)  # (M, 1)
@@ -119,7 +113,7 @@ def top_k_accuracy(labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Return a figure as text; "-" for what is no number."""
+    """Return a score as text, "-" for NaN."""
     return f"{value:.{digits}f}" if np.isfinite(value) else "-"
 
 
@@ -138,5 +132,5 @@ def _plain(value: Any) -> Any:
 def confusion_matrix(
     labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], num_classes: int
 ) -> npt.NDArray[np.int64]:
-    """Return (num_classes, num_classes) counts: a row a true class, a column a predicted one."""
+    """Return (num_classes, num_classes) counts of photos by true class (rows) and predicted class (columns)."""
     return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)

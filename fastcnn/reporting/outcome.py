@@ -1,4 +1,4 @@
-"""Outcome of a model on one split."""
+"""Outcome of a finished run, as trackers record it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A photo and what the model says of it, to be shown."""
+    """Photo with its label and the model's prediction, for a plot."""
 
     path: str
     image: npt.NDArray[np.uint8]
@@ -21,18 +21,18 @@ class Sample:
     label: str
     predicted: str
     probability: float
-    """The model's, for the class that it predicts."""
+    """Probability of the predicted class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished run leaves, for the trackers; what it does not have is left out."""
+    """Results of a finished run; a run without a report has no confusion matrix and no samples."""
 
     summary: Mapping[str, Any]
-    """What result.json holds."""
+    """Content of result.json."""
     classes: Sequence[str]
     confusion: npt.NDArray[np.int64] | None = None
-    """As `confusion_matrix` returns it."""
+    """(K, K), as `confusion_matrix` returns it."""
     samples: Sequence[Sample] = ()
     exported: Sequence[Path] = ()
-    """The exported model's files."""
+    """Files of the exported model."""

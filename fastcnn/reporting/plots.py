@@ -1,4 +1,4 @@
-"""The run folder's pictures, as PNG files in memory, drawn from plain data."""
+"""Plots of a run, as PNG files in memory, drawn from plain data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FALLBACK_FONTS = (
 
 
 def curves(rows: Sequence[Mapping[str, float]], best_epoch: int) -> bytes:
-    """Return loss, accuracy and learning rate by epoch; a loss that is no finite number leaves a gap."""
+    """Return a plot of loss, accuracy and learning rate by epoch; a loss that is not finite leaves a gap."""
     epochs = [row["epoch"] for row in rows]
 
     def draw(figure: Figure) -> None:
@@ -57,7 +57,10 @@ def curves(rows: Sequence[Mapping[str, float]], best_epoch: int) -> bytes:
 
 
 def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> bytes:
-    """Return the (K, K) counts as shades of each true class's share; with numbers to 20 classes, names to 100."""
+    """Return a plot of the (K, K) counts, each shaded by its fraction of the true class.
+
+    Up to 20 classes the counts are written into the cells, up to 100 the names stand at the axes.
+    """
     num_classes = len(classes)
     names = [_short(name, 24) for name in classes]
     cell = float(np.clip(11 / num_classes, 0.125, 0.6)) if num_classes <= 100 else 12.5 / num_classes  # inches
@@ -71,7 +74,7 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> b
         from matplotlib.colors import PowerNorm
 
         axes = figure.subplots()
-        # Of many classes a single confusion is faint: the square root brings it out.
+        # With many classes a single confusion is faint: the square root brings it out.
         scale = PowerNorm(1.0 if num_classes <= 20 else 0.5, vmin=0, vmax=1)
         shades = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
         figure.colorbar(shades, ax=axes, fraction=0.03, pad=0.02, label="share of the true class's photos")
@@ -98,7 +101,7 @@ def choose_samples(
     confidence: npt.NDArray[np.float32],
     count: int = NUM_SAMPLES,
 ) -> npt.NDArray[np.intp]:
-    """Return positions of up to `count` photos to show: the most confident mistakes, then right ones from all over."""
+    """Return indices of up to `count` photos to show: the most confident mistakes, then evenly spaced correct ones."""
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
     right = np.flatnonzero(predicted == labels)
@@ -108,7 +111,7 @@ def choose_samples(
 
 
 def predictions(samples: Sequence[Sample], columns: int = 3) -> bytes:
-    """Return a grid of photos, each with its true class, the predicted one and the probability of that."""
+    """Return a grid of photos, each with its true class, predicted class and the probability of that."""
     columns = min(columns, len(samples))
     num_rows = -(-len(samples) // columns)
     width, height, photo = 3.3, 1.2, 1.1  # inches
@@ -141,7 +144,7 @@ def predictions(samples: Sequence[Sample], columns: int = 3) -> bytes:
 
 
 def filters(weights: npt.NDArray[np.float32]) -> bytes:
-    """Return the first layer's filters (F, 3, k, k) as colours, each scaled from its smallest to its largest weight."""
+    """Return a picture of filters (F, 3, k, k) as colours, each scaled from its smallest to its largest weight."""
     count, _, side, _ = weights.shape
     columns = max(8, int(np.ceil(np.sqrt(count * 2))))
     num_rows = -(-count // columns)
@@ -166,7 +169,7 @@ def filters(weights: npt.NDArray[np.float32]) -> bytes:
 
 
 def png(width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
-    """Return a picture of that many inches. Nothing of matplotlib's state, and nothing of the user's style, is used."""
+    """Return a PNG of a size in inches, drawn without the user's matplotlib style or global state."""
     import matplotlib
     from matplotlib import font_manager
     from matplotlib.figure import Figure
@@ -184,7 +187,7 @@ def png(width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
 
 
 def _short(name: str, length: int) -> str:
-    """Return a name of at most that many letters: the middle gives way, as both ends tell names apart."""
+    """Return a name shortened in the middle to at most `length` letters, as both ends tell names apart."""
     name = printable(name)
     if len(name) <= length:
         return name
