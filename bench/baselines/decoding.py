@@ -5,35 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+from bench.baselines import seed
 
 
-class Photos(Dataset[Tensor]):
-    """Photos as (size, size, 3) uint8, decoded by Pillow."""
+class Photos(seed.Photos):
+    """Photos as (size, size, 3) uint8, decoded by Pillow; no labels."""
 
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        """Return the number of photos."""
-        return len(self.paths)
-
-    def __getitem__(self, item: int) -> Tensor:
+    def __getitem__(self, item: int) -> Tensor:  # type: ignore[override]
         """Return a photo."""
-        with Image.open(self.paths[item]) as photo:
-            image = ImageOps.exif_transpose(photo).convert("RGB")
-        return torch.from_numpy(np.array(image.resize((self.size, self.size), Image.Resampling.BILINEAR)))
+        return torch.from_numpy(self.pixels(item))
 
 
 def pillow_loader(paths: Sequence[Path], size: int, workers: int) -> Callable[[], Tensor]:
     """Return what decodes all photos to (n, size, size, 3) uint8 with a DataLoader; its workers stay between calls."""
-    loader = DataLoader(
-        Photos(paths, size), batch_size=32, num_workers=workers, persistent_workers=workers > 0, prefetch_factor=None
-    )
+    photos = Photos([(path, 0) for path in paths], size)
+    loader = DataLoader(photos, batch_size=32, num_workers=workers, persistent_workers=workers > 0)
     return lambda: torch.cat(list(loader))
 
 

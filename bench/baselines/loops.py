@@ -8,17 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.baselines.seed import small_cnn
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def network(num_classes: int, filters: Sequence[int], size: int) -> nn.Sequential:
-    """Return five blocks of conv 3x3, ReLU, max pool, batch norm; dense 128 with ReLU; output."""
-    layers: list[nn.Module] = []
-    for into, out in zip([3, *filters], filters, strict=False):
-        layers += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(out)]
-    side = size // 2 ** len(filters)
-    layers += [nn.Flatten(), nn.Linear(filters[-1] * side * side, 128), nn.ReLU(), nn.Linear(128, num_classes)]
-    return nn.Sequential(*layers)
 
 
 def plain(
@@ -28,7 +20,7 @@ def plain(
 
     images: (M, 3, H, W) fp32, normalised, on the device. labels: (M,).
     """
-    model = network(int(labels.max()) + 1, filters, images.shape[-1]).to(images.device)
+    model = small_cnn(int(labels.max()) + 1, images.shape[-1], filters).to(images.device)
     return _loop(model, images, labels, batch_size, precision, fused=False)
 
 
@@ -36,7 +28,7 @@ def max_autotune(
     images: Tensor, labels: Tensor, filters: Sequence[int], batch_size: int, precision: str
 ) -> Callable[[], None]:
     """Return a step of the same loop in channels_last, compiled with mode="max-autotune", Adam fused."""
-    model = network(int(labels.max()) + 1, filters, images.shape[-1]).to(images.device)
+    model = small_cnn(int(labels.max()) + 1, images.shape[-1], filters).to(images.device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = images.contiguous(memory_format=torch.channels_last)
     return _loop(torch.compile(model, mode="max-autotune"), images, labels, batch_size, precision, fused=True)

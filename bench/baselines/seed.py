@@ -1,6 +1,6 @@
-"""The reference assignment as a plain script: what the fast trainer is compared with.
+"""Reference assignment as a plain script, the main baseline of the fast trainer, and what the baselines share.
 
-Pillow in a DataLoader, fp32, NCHW, eager, default threads. It imports nothing of fastcnn, on purpose.
+Pillow in a DataLoader, fp32, NCHW, eager, default threads. Nothing of fastcnn is imported, on purpose.
 
     python -m bench.baselines.seed DATA --epochs 5               # tries 0 workers and one a core, takes the faster
     python -m bench.baselines.seed DATA --epochs 5 --workers 2
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ from torch.utils.data import DataLoader, Dataset
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
+Photo = tuple[Path, int]
+Step = Callable[[Tensor, Tensor], Tensor | float]
+"""Trains on a batch of images and labels, and returns its loss."""
+
 
 class Photos(Dataset[tuple[Tensor, int]]):
     """Photos as normalised (3, size, size) fp32 tensors, decoded by Pillow each time they are asked for."""
 
-    def __init__(self, photos: list[tuple[Path, int]], size: int) -> None:
+    def __init__(self, photos: list[Photo], size: int) -> None:
         self.photos, self.size = photos, size
 
     def __len__(self) -> int:
@@ -51,19 +56,17 @@ class Photos(Dataset[tuple[Tensor, int]]):
         return np.array(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
 
 
-def small_cnn(num_classes: int, size: int) -> nn.Sequential:
-    """Return the five-block network: conv 3x3, ReLU, max pool, batch norm; dense 128; output."""
+def small_cnn(num_classes: int, size: int, filters: Sequence[int] = (32,) * 5) -> nn.Sequential:
+    """Return blocks of conv 3x3, ReLU, max pool, batch norm; dense 128 with ReLU; output."""
     layers: list[nn.Module] = []
-    channels = 3
-    for _ in range(5):
-        layers += [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(32)]
-        channels = 32
-    side = size // 32
-    layers += [nn.Flatten(), nn.Linear(32 * side * side, 128), nn.ReLU(), nn.Linear(128, num_classes)]
+    for channels, out in zip([3, *filters], filters, strict=False):
+        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(out)]
+    side = size // 2 ** len(filters)
+    layers += [nn.Flatten(), nn.Linear(filters[-1] * side * side, 128), nn.ReLU(), nn.Linear(128, num_classes)]
     return nn.Sequential(*layers)
 
 
-def list_photos(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+def list_photos(folder: Path, classes: list[str]) -> list[Photo]:
     """Return (path, label) of every file below the class folders."""
     return [
         (path, label)
@@ -73,9 +76,7 @@ def list_photos(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     ]
 
 
-def split_photos(
-    data: Path, seed: int, val_fraction: float = 0.2
-) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+def split_photos(data: Path, seed: int, val_fraction: float = 0.2) -> tuple[list[str], list[Photo], list[Photo]]:
     """Return class names, training photos and validation photos: the folders' own, else 80/20 a class."""
     train_dir = data / "train" if (data / "train").is_dir() else data
     classes = sorted(p.name for p in train_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -94,7 +95,7 @@ def split_photos(
     return classes, train, val
 
 
-def read_split(path: Path, data: Path) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+def read_split(path: Path, data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
     """Return what `split_photos` does, read from a split.csv (path, label, split)."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
@@ -120,15 +121,25 @@ def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: t
     return loss / count, correct / count
 
 
-def train(args: argparse.Namespace, workers: int) -> list[dict[str, float]]:
-    """Train and return a row an epoch: loss, accuracy, seconds and images a second."""
-    classes, train_photos, val_photos = photos_of(args)
-    sets = Photos(train_photos, args.image_size), Photos(val_photos, args.image_size)
-    rows = []
-    for row in train_on(args, workers, len(classes), *sets):
-        rows.append(row)
-        print(json.dumps({"workers": workers, **row}), flush=True)
-    return rows
+def train_epochs(
+    num_epochs: int,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    step: Step,
+    score: Callable[[], tuple[float, float]],
+) -> Iterator[dict[str, float]]:
+    """Train and yield a row an epoch. score: returns validation loss and accuracy."""
+    for epoch in range(1, num_epochs + 1):
+        model.train()
+        start, count = time.perf_counter(), 0
+        total: Tensor | float = 0.0
+        for images, labels in loader:
+            total += step(images, labels) * len(labels)
+            count += len(labels)
+        train_loss, seconds = float(total) / count, time.perf_counter() - start
+        row = {"epoch": epoch, "train_seconds": seconds, "images_per_second": count / seconds, "train_loss": train_loss}
+        val_loss, val_accuracy = score()
+        yield {**row, "val_loss": val_loss, "val_accuracy": val_accuracy}
 
 
 def train_on(
@@ -139,7 +150,7 @@ def train_on(
     val_set: Photos,
     network: Callable[[int, int], nn.Module] = small_cnn,
 ) -> Iterator[dict[str, float]]:
-    """Train and yield each epoch's row."""
+    """Train this baseline's network and yield a row an epoch."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
@@ -151,51 +162,48 @@ def train_on(
     if args.schedule == "onecycle":
         steps = args.epochs * len(train_loader)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        start, total, count = time.perf_counter(), 0.0, 0
-        for images, labels in train_loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            if schedule:
-                schedule.step()
-            total += loss.item() * len(labels)
-            count += len(labels)
-        seconds = time.perf_counter() - start
-        val_loss, val_accuracy = evaluate(model, val_loader, device)
-        yield {
-            "epoch": epoch,
-            "train_seconds": seconds,
-            "images_per_second": count / seconds,
-            "train_loss": total / count,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-        }
+
+    def step(images: Tensor, labels: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+        loss.backward()
+        optimizer.step()
+        if schedule:
+            schedule.step()
+        return loss.item()
+
+    return train_epochs(args.epochs, model, train_loader, step, lambda: evaluate(model, val_loader, device))
 
 
-def photos_of(args: argparse.Namespace) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+def photos_of(args: argparse.Namespace) -> tuple[list[str], list[Photo], list[Photo]]:
     """Return class names, training photos and validation photos."""
     return read_split(args.split, args.data) if args.split else split_photos(args.data, args.seed)
 
 
-def best_workers(args: argparse.Namespace, batches: int = 6) -> int:
-    """Return the faster of no workers and one a core, by training on some batches with each."""
-    rates = {}
-    for workers in (0, os.cpu_count() or 1):
-        classes, photos, _ = photos_of(args)
-        model = small_cnn(len(classes), args.image_size)
-        loader = DataLoader(Photos(photos, args.image_size), args.batch_size, True, num_workers=workers)
-        for number, (images, labels) in enumerate(loader):
-            if number == 2:
-                start = time.perf_counter()
-            F.cross_entropy(model(images), labels).backward()
-            if number == 2 + batches:
-                break
-        rates[workers] = (number - 2) / (time.perf_counter() - start)
+def best_workers(args: argparse.Namespace, rate: Callable[[int], float]) -> int:
+    """Return the workers asked for, else the faster of none and one a core. rate: workers -> speed."""
+    if args.workers is not None:
+        return int(args.workers)
+    rates = {workers: rate(workers) for workers in (0, os.cpu_count() or 1)}
     return max(rates, key=lambda workers: rates[workers])
+
+
+def steps_a_second(losses: Iterable[object], num_steps: int = 6) -> float:
+    """Return the rate at which steps give their losses, after three that warm up."""
+    steps = iter(losses)
+    for _ in itertools.islice(steps, 3):
+        pass
+    start = time.perf_counter()
+    done = sum(1 for _ in itertools.islice(steps, num_steps))
+    return done / (time.perf_counter() - start)
+
+
+def loading_rate(args: argparse.Namespace, workers: int) -> float:
+    """Return steps a second of a training that decodes with so many workers."""
+    classes, photos, _ = photos_of(args)
+    model = small_cnn(len(classes), args.image_size)
+    loader = DataLoader(Photos(photos, args.image_size), args.batch_size, True, num_workers=workers)
+    return steps_a_second(F.cross_entropy(model(images), labels).backward() for images, labels in loader)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -220,16 +228,38 @@ def own_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Train and print a JSON line an epoch, then one with everything."""
-    args = own_arguments().parse_args()
-    workers = args.workers if args.workers is not None else best_workers(args)
+def run_command(
+    args: argparse.Namespace,
+    choose: Callable[[argparse.Namespace], dict[str, Any]],
+    train: Callable[..., Iterable[dict[str, Any]]],
+) -> None:
+    """Train and print a JSON line an epoch, then one with everything; with --probe the fastest settings alone.
+
+    choose: returns the settings asked for, and the fastest of those left open.
+    train: (args, **settings) -> a row an epoch.
+    """
+    settings = choose(args)
     if args.probe:
-        print(json.dumps({"workers": workers}))
+        print(json.dumps(settings))
         return
-    start = time.perf_counter()
-    rows = train(args, workers)
-    print(json.dumps({"workers": workers, "seconds": time.perf_counter() - start, "epochs": rows}))
+    start, rows = time.perf_counter(), []
+    for row in train(args, **settings):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    print(json.dumps({"settings": settings, "seconds": time.perf_counter() - start, "epochs": rows}))
+
+
+def train(args: argparse.Namespace, workers: int) -> Iterator[dict[str, float]]:
+    """Train on the photos of the command and yield a row an epoch."""
+    classes, *photos = photos_of(args)
+    train_set, val_set = (Photos(listed, args.image_size) for listed in photos)
+    return train_on(args, workers, len(classes), train_set, val_set)
+
+
+def main() -> None:
+    """Train with the workers asked for, else the faster of none and one a core."""
+    args = own_arguments().parse_args()
+    run_command(args, lambda args: {"workers": best_workers(args, lambda n: loading_rate(args, n))}, train)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ split, network and order of work are those of `seed.py`; only the upright turn (
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,9 +18,20 @@ import torch
 import torch.nn.functional as F
 from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.readers.reader import Reader
-from torch import nn
+from torch import Tensor, nn
 
-from bench.baselines.seed import MEAN, STD, arguments, evaluate, photos_of, small_cnn
+from bench.baselines.seed import (
+    MEAN,
+    STD,
+    arguments,
+    best_workers,
+    evaluate,
+    photos_of,
+    run_command,
+    small_cnn,
+    steps_a_second,
+    train_epochs,
+)
 
 
 class Listed(Reader):  # type: ignore[misc]
@@ -70,71 +79,44 @@ def make_loader(
     return loader
 
 
-def train(args: argparse.Namespace, workers: int) -> list[dict[str, float]]:
-    """Train and return a row an epoch: loss, accuracy, seconds and images a second."""
+def train_step(model: nn.Module, lr: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function that trains on a batch and returns its loss, still on the device."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def train(args: argparse.Namespace, workers: int) -> Iterator[dict[str, float]]:
+    """Train and yield a row an epoch."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classes, train_photos, val_photos = photos_of(args)
     train_loader = make_loader(train_photos, args, workers, device, training=True)
     val_loader = make_loader(val_photos, args, workers, device, training=False)
     model = small_cnn(len(classes), args.image_size).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    rows = []
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        start, total, count = time.perf_counter(), torch.zeros((), device=device), 0
-        for images, labels in train_loader:
-            total += train_step(model, optimizer, images, labels) * len(labels)
-            count += len(labels)
-        train_loss, seconds = total.item() / count, time.perf_counter() - start
-        val_loss, val_accuracy = evaluate(model, val_loader, device)
-        row = {"epoch": epoch, "train_seconds": seconds, "images_per_second": count / seconds, "train_loss": train_loss}
-        rows.append({**row, "val_loss": val_loss, "val_accuracy": val_accuracy})
-        print(json.dumps({"workers": workers, **rows[-1]}), flush=True)
-    return rows
+    step = train_step(model, args.lr)
+    return train_epochs(args.epochs, model, train_loader, step, lambda: evaluate(model, val_loader, device))
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Train on a batch and return its loss, still on the device."""
-    optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(model(images), labels)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def best_workers(args: argparse.Namespace, batches: int = 6) -> int:
-    """Return the faster of no workers and one a core, by training on some batches with each."""
+def rate(args: argparse.Namespace, workers: int) -> float:
+    """Return steps a second with so many workers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classes, photos, _ = photos_of(args)
-    rates = {}
-    for workers in (0, os.cpu_count() or 1):
-        model = small_cnn(len(classes), args.image_size).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-        start, done = time.perf_counter(), 0
-        for number, (images, labels) in enumerate(make_loader(photos, args, workers, device, training=True), 1):
-            train_step(model, optimizer, images, labels).item()
-            if number == 2:
-                start, done = time.perf_counter(), -1  # warm
-            done += 1
-            if done == batches:
-                break
-        rates[workers] = done / (time.perf_counter() - start)
-    return max(rates, key=lambda workers: rates[workers])
+    step = train_step(small_cnn(len(classes), args.image_size).to(device), args.lr)
+    return steps_a_second(step(*batch).item() for batch in make_loader(photos, args, workers, device, training=True))
 
 
 def main() -> None:
-    """Train and print a JSON line an epoch, then one with everything."""
+    """Train with the workers asked for, else the faster of none and one a core."""
     args = arguments(__doc__).parse_args()
-    workers = args.workers if args.workers is not None else best_workers(args)
-    if args.probe:
-        print(json.dumps({"workers": workers}))
-        return
-    start = time.perf_counter()
-    rows = train(args, workers)
-    print(json.dumps({"workers": workers, "seconds": time.perf_counter() - start, "epochs": rows}))
+    run_command(args, lambda args: {"workers": best_workers(args, lambda n: rate(args, n))}, train)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The reference assignment as a good engineer tunes it by hand: workers, pinned memory, AMP, channels_last, compile.
+"""Reference assignment as a good engineer tunes it by hand: workers, pinned memory, AMP, channels_last, compile.
 
-The photos, the network and the order of work are those of `seed.py`; nothing of fastcnn is imported, on purpose. What
-is not given is tried on a few batches, one after the other, and the faster is taken.
+The photos, the network and the order of work are those of `seed.py`; nothing of fastcnn is imported, on purpose. Each
+setting that is not given is tried on a few batches, one after the other, and the faster is taken.
 
     python -m bench.baselines.tuned DATA --epochs 5
     python -m bench.baselines.tuned DATA --probe               # prints the fastest settings and stops
@@ -11,43 +11,26 @@ is not given is tried on a few batches, one after the other, and the faster is t
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from bench.baselines.seed import MEAN, STD, arguments, photos_of, small_cnn
+from bench.baselines import seed
 
 SWITCHES = ("amp", "channels_last", "compile")
 
 
-class Photos(Dataset[tuple[Tensor, int]]):
+class Photos(seed.Photos):
     """Photos as (3, size, size) uint8: a quarter of the bytes between processes; normalised in the batch."""
-
-    def __init__(self, photos: list[tuple[Path, int]], size: int) -> None:
-        self.photos, self.size = photos, size
-
-    def __len__(self) -> int:
-        """Return the number of photos."""
-        return len(self.photos)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         """Return photo and label."""
-        path, label = self.photos[item]
-        with Image.open(path) as photo:
-            image = ImageOps.exif_transpose(photo).convert("RGB")
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+        return torch.from_numpy(self.pixels(item)).permute(2, 0, 1), self.photos[item][1]
 
 
 class Trainer:
@@ -60,7 +43,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = on_gpu
         self.format = torch.channels_last if settings["channels_last"] else torch.contiguous_format
         self.dtype = torch.bfloat16 if settings["amp"] else torch.float32
-        classes, train_photos, val_photos = photos_of(args)
+        classes, train_photos, val_photos = seed.photos_of(args)
         workers = settings["workers"]
         options: dict[str, Any] = {
             "batch_size": args.batch_size,
@@ -71,8 +54,8 @@ class Trainer:
         }
         self.train_loader = DataLoader(Photos(train_photos, args.image_size), shuffle=True, drop_last=True, **options)
         self.val_loader = DataLoader(Photos(val_photos, args.image_size), **options)
-        self.mean, self.std = MEAN.to(self.device) * 255, STD.to(self.device) * 255
-        plain = small_cnn(len(classes), args.image_size).to(self.device, memory_format=self.format)  # type: ignore[call-overload]
+        self.mean, self.std = seed.MEAN.to(self.device) * 255, seed.STD.to(self.device) * 255
+        plain = seed.small_cnn(len(classes), args.image_size).to(self.device, memory_format=self.format)  # type: ignore[call-overload]
         self.model: nn.Module = torch.compile(plain) if settings["compile"] else plain  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
 
@@ -96,15 +79,6 @@ class Trainer:
         self.optimizer.step()
         return loss.detach()
 
-    def train_epoch(self) -> tuple[float, int]:
-        """Return the mean loss and the photos of an epoch."""
-        self.model.train()
-        total, count = torch.zeros((), device=self.device), 0
-        for images, labels in self.batches(self.train_loader):
-            total += self.step(images, labels) * len(labels)
-            count += len(labels)
-        return total.item() / count, count
-
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Return mean loss and accuracy on the validation photos."""
@@ -117,18 +91,10 @@ class Trainer:
         loss, correct = (total / count).tolist()
         return loss, correct
 
-    def rate(self, batches: int = 6) -> float:
-        """Return batches a second, after some that warm up."""
+    def rate(self) -> float:
+        """Return steps a second."""
         self.model.train()
-        stream = self.batches(self.train_loader)
-        for images, labels in itertools.islice(stream, 3):
-            self.step(images, labels).item()
-        start, done, loss = time.perf_counter(), 0, torch.zeros(())
-        for images, labels in itertools.islice(stream, batches):
-            loss = self.step(images, labels)
-            done += 1
-        loss.item()
-        return done / (time.perf_counter() - start)
+        return seed.steps_a_second(self.step(*batch).item() for batch in self.batches(self.train_loader))
 
 
 def best_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,27 +123,21 @@ def has_bf16() -> bool:
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def train(args: argparse.Namespace, **settings: Any) -> Iterator[dict[str, float]]:
+    """Train and yield a row an epoch."""
+    trainer = Trainer(args, settings)
+    for epoch in range(args.epochs):
+        batches = trainer.batches(trainer.train_loader)
+        for row in seed.train_epochs(1, trainer.model, batches, trainer.step, trainer.evaluate):
+            yield {**row, "epoch": epoch + 1}
+
+
 def main() -> None:
-    """Train and print a JSON line an epoch, then one with everything."""
-    parser = arguments(__doc__)
+    """Train with the settings asked for, and the fastest of those left open."""
+    parser = seed.arguments(__doc__)
     for name in SWITCHES:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=["on", "off"], help="left out: the faster")
-    args = parser.parse_args()
-    settings = best_settings(args)
-    if args.probe:
-        print(json.dumps(settings))
-        return
-    start, rows = time.perf_counter(), []
-    trainer = Trainer(args, settings)
-    for epoch in range(1, args.epochs + 1):
-        began = time.perf_counter()
-        train_loss, count = trainer.train_epoch()
-        seconds = time.perf_counter() - began
-        val_loss, val_accuracy = trainer.evaluate()
-        row = {"epoch": epoch, "images_per_second": count / seconds, "train_loss": train_loss}
-        rows.append({**row, "val_loss": val_loss, "val_accuracy": val_accuracy})
-        print(json.dumps(rows[-1]), flush=True)
-    print(json.dumps({"settings": settings, "seconds": time.perf_counter() - start, "epochs": rows}))
+    seed.run_command(parser.parse_args(), best_settings, train)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.seed import arguments, photos_of
+from bench.baselines.seed import arguments, best_workers, photos_of, run_command
 
 MODELS = ("yolo26n-cls.yaml", "yolo11n-cls.yaml", "yolov8n-cls.yaml")  # the package's own files, newest first
 QUIET = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "YOLO_AUTOINSTALL": "false"}
@@ -46,15 +45,13 @@ def smallest_model() -> str:
     return next(name for name in MODELS if name.replace("n-cls", "-cls") in known)
 
 
-def train(
-    args: argparse.Namespace, photos: Path, workers: int, *, show: bool = True
-) -> tuple[list[dict[str, float]], str]:
-    """Train and return a row an epoch (loss, accuracy, seconds and images a second), and the network."""
+def train(args: argparse.Namespace, photos: Path, workers: int) -> list[dict[str, float]]:
+    """Train and return a row an epoch: loss, accuracy, seconds and images a second."""
     import torch
     from ultralytics import YOLO, settings
 
     settings.update({name: False for name, value in settings.items() if value is True})  # reports, trackers, sync
-    name, on_gpu = smallest_model(), torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()
     rows: list[dict[str, float]] = []
     began: list[float] = []
 
@@ -68,10 +65,8 @@ def train(
         if len(rows) == trainer.epoch + 1 and "val_loss" not in rows[-1]:  # it comes once more, for the best weights
             found = trainer.metrics
             rows[-1] |= {"val_loss": float(found["val/loss"]), "val_accuracy": float(found["metrics/accuracy_top1"])}
-            if show:
-                print(json.dumps({"workers": workers, **rows[-1]}), file=sys.__stdout__, flush=True)
 
-    model = YOLO(name, task="classify")
+    model = YOLO(smallest_model(), task="classify")
     model.add_callback("on_train_epoch_start", lambda trainer: began.append(time.perf_counter()))
     model.add_callback("on_train_epoch_end", end_of_training)
     model.add_callback("on_fit_epoch_end", end_of_epoch)
@@ -104,30 +99,25 @@ def train(
             project=str(photos.parent),
             name="run",
         )
-    return rows, name
+    return rows
 
 
-def best_workers(args: argparse.Namespace, photos: Path) -> int:
-    """Return the faster of no workers and one a core, by an epoch with each."""
-    once, rates = argparse.Namespace(**{**vars(args), "epochs": 1}), {}
-    for workers in (0, os.cpu_count() or 1):
-        rates[workers] = train(once, photos, workers, show=False)[0][-1]["images_per_second"]
-    return max(rates, key=lambda workers: rates[workers])
+def rate(args: argparse.Namespace, photos: Path, workers: int) -> float:
+    """Return images a second of an epoch with so many workers."""
+    return train(argparse.Namespace(**{**vars(args), "epochs": 1}), photos, workers)[-1]["images_per_second"]
 
 
 def main() -> None:
-    """Train and print a JSON line an epoch, then one with everything."""
+    """Train with the workers asked for, else the faster of none and one a core."""
     args = arguments(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {**QUIET, "YOLO_CONFIG_DIR": folder}  # read when the package is imported; the user's own stays
         photos = laid_out(args, Path(folder) / "photos")
-        workers = args.workers if args.workers is not None else best_workers(args, photos)
-        if args.probe:
-            print(json.dumps({"workers": workers}))
-            return
-        start = time.perf_counter()
-        rows, name = train(args, photos, workers)
-        print(json.dumps({"workers": workers, "model": name, "seconds": time.perf_counter() - start, "epochs": rows}))
+        run_command(
+            args,
+            lambda args: {"workers": best_workers(args, lambda workers: rate(args, photos, workers))},
+            lambda args, workers: train(args, photos, workers),
+        )
 
 
 if __name__ == "__main__":
