@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -133,3 +133,20 @@ def run_dir(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = Config(data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16)
     return fit(config, run_dir=tmp_path_factory.mktemp("runs") / "run").run_dir
+
+
+@pytest.fixture(scope="session")
+def exports(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the exported file of `run_dir` for a format, all in one folder with their card. Read-only."""
+    from fastcnn import export_run
+
+    folder = tmp_path_factory.mktemp("exports")
+
+    def exported(format: str) -> Path:
+        if format == "onnx":
+            pytest.importorskip("onnxruntime")
+            pytest.importorskip("onnxscript")
+        path = folder / f"model.{format}"
+        return path if path.is_file() else export_run(run_dir, format=format, output=path)
+
+    return exported

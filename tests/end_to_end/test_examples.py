@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcnn import export_run
 from fastcnn.export import triton_repository as triton_server
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact
@@ -30,15 +29,13 @@ SIZES = [(32, 32), (300, 200), (33, 47)]  # the model's own, one to shrink, one 
 
 
 @pytest.fixture(scope="module")
-def torchscript(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_run(run_dir, output=tmp_path_factory.mktemp("examples") / "model.torchscript")
+def torchscript(exports: Callable[[str], Path]) -> Path:
+    return exports("torchscript")
 
 
 @pytest.fixture(scope="module")
-def onnx(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    return export_run(run_dir, format="onnx", output=tmp_path_factory.mktemp("examples") / "model.onnx")
+def onnx(exports: Callable[[str], Path]) -> Path:
+    return exports("onnx")
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -67,6 +64,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
 
 
+@pytest.mark.long  # building it takes 13 s
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_libtorch(libtorch: Path, torchscript: Path, width: int, height: int) -> None:
     photo(width, height).save("photo.ppm")
@@ -81,6 +79,7 @@ def test_libtorch(libtorch: Path, torchscript: Path, width: int, height: int) ->
     np.testing.assert_allclose([found[name] for name in model.classes], expected, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcnn import export_run, predict_photos
+from fastcnn import cli, export_run, predict_photos
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
+from fastcnn.export import exporters
 from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
 from fastcnn.export.verify import verify_file
 from fastcnn.inference import artefact
@@ -35,15 +37,21 @@ SIZE = 32
 
 
 @pytest.fixture(scope="session", params=EXPORTERS)
-def kept(request: pytest.FixtureRequest, run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(request: pytest.FixtureRequest, exports: Callable[[str], Path]) -> Path:
     """Return an export in each format. Read-only."""
-    return export_run(run_dir, format=request.param, output=tmp_path_factory.mktemp("kept") / f"model.{request.param}")
+    return exports(request.param)
 
 
 @pytest.fixture
 def exported(kept: Path, tmp_path: Path) -> Path:
     """Return a copy of it."""
     return Path(shutil.copy(kept, tmp_path))
+
+
+@pytest.fixture
+def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have exports checked in this process: starting another, as those of `kept` do, takes 1.5 s."""
+    monkeypatch.setattr(exporters, "_check_apart", lambda path, run: verify_file(artefact.open(path), run))
 
 
 def test_probabilities_are_those_of_the_trained_model(exported: Path, run_dir: Path) -> None:
@@ -99,6 +107,7 @@ def test_plain_torch_finds_the_golden_inputs_equal(kept: Path, run_dir: Path) ->
 LONG = [pytest.param(name, marks=[pytest.mark.long] * (name != "torchscript")) for name in EXPORTERS]
 
 
+@pytest.mark.usefixtures("check_here")
 @pytest.mark.parametrize("half", ["auto", pytest.param("bf16", marks=pytest.mark.long), "fp16"])
 @pytest.mark.parametrize("format", LONG)
 def test_half_is_half_the_weights(run_dir: Path, tmp_path: Path, format: str, half: Half) -> None:
@@ -148,17 +157,25 @@ def tensors(path: Path) -> list[bytes]:
     return [part for name, part in parts.items() if re.fullmatch(r"data/\d+|data/weights/weight_\d+", name)]
 
 
-def failure(*arguments: str | Path) -> str:
-    """Return what `fastcnn verify` says when it ends with code 4."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fastcnn.cli", "verify", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 4, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("fastcnn: error: ")
-    return done.stderr
+@pytest.fixture
+def failure(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs `fastcnn verify`, which has to end with code 4, and returns its error."""
+
+    def verify(*arguments: str | Path) -> str:
+        capfd.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FastCNNWarning)  # a changed file is not known by its hash
+            with pytest.raises(SystemExit) as ended:
+                cli.main(["verify", *map(str, arguments)])
+        assert ended.value.code == 4
+        error = capfd.readouterr().err
+        assert error.splitlines()[-1].startswith("fastcnn: error: ")
+        return error
+
+    return verify
 
 
-def test_one_flipped_bit_in_any_tensor_is_found(exported: Path) -> None:
+def test_one_flipped_bit_in_any_tensor_is_found(exported: Path, failure: Callable[..., str]) -> None:
     whole, found = exported.read_bytes(), tensors(exported)
     assert len(found) >= 10
     for tensor in found:
@@ -181,12 +198,14 @@ def test_changed_metadata_is_found(exported: Path, name: str) -> None:
         artefact.open(exported)
 
 
-def test_swapped_classes_are_found(exported: Path) -> None:
+def test_swapped_classes_are_found(exported: Path, failure: Callable[..., str]) -> None:
     tamper(exported, lambda parts, metadata: metadata["classes"].reverse())
     assert "changed after its export" in failure(exported)
 
 
-def test_weights_that_were_changed_and_hashed_again_do_not_give_the_golden_probabilities(exported: Path) -> None:
+def test_weights_that_were_changed_and_hashed_again_do_not_give_the_golden_probabilities(
+    exported: Path, failure: Callable[..., str]
+) -> None:
     largest = max(tensors(exported), key=len)
 
     def change(parts: dict[str, bytes], metadata: dict[str, Any]) -> None:
@@ -197,7 +216,7 @@ def test_weights_that_were_changed_and_hashed_again_do_not_give_the_golden_proba
     assert "golden inputs: probabilities differ" in failure(exported)
 
 
-def test_another_file_than_expected_is_found(exported: Path) -> None:
+def test_another_file_than_expected_is_found(exported: Path, failure: Callable[..., str]) -> None:
     inside, outside = artefact.open(exported).metadata["sha256"], hashlib.sha256(exported.read_bytes()).hexdigest()
     for right in (inside, outside, outside.upper()):
         assert artefact.open(exported, sha256=right).sha256 == outside
@@ -217,6 +236,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
         )
 
 
+@pytest.mark.usefixtures("check_here")
 @pytest.mark.parametrize(
     ("what", "format"),
     [
@@ -235,7 +255,10 @@ def test_a_wrong_export_is_not_kept(
     assert not list(tmp_path.glob("*model*"))
 
 
-def test_a_model_that_was_trained_on_is_not_what_was_exported(run_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("check_here")
+def test_a_model_that_was_trained_on_is_not_what_was_exported(
+    run_dir: Path, tmp_path: Path, failure: Callable[..., str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     report = verify_file(artefact.open(export_run(run)))
@@ -278,7 +301,7 @@ class Trap:
         return (Path.touch, (Path("trapped"),))
 
 
-def test_nothing_is_unpickled_or_evaluated_in_a_pt2(run_dir: Path, tmp_path: Path) -> None:
+def test_nothing_is_unpickled_or_evaluated_in_a_pt2(exports: Callable[[str], Path], tmp_path: Path) -> None:
     def program(parts: dict[str, bytes], change: Callable[[Any], None]) -> None:
         content = json.loads(parts["models/model.json"])
         change(content)
@@ -305,10 +328,9 @@ def test_nothing_is_unpickled_or_evaluated_in_a_pt2(run_dir: Path, tmp_path: Pat
             {"models/model.json": re.sub(rb'"expr_str": "[^"]*"', b'"expr_str": "exit()"', parts["models/model.json"])}
         ),
     ]
+    artefact.open(exports("pt2"))
     for change in changes:
-        path = tmp_path / "model.pt2"
-        write(checkpoint.load(run_dir / "best.pt"), path, "pt2")
-        artefact.open(path)
+        path = Path(shutil.copy(exports("pt2"), tmp_path))
         tamper(path, lambda parts, metadata, change=change: change(parts), rehash=True)  # type: ignore[misc]
         with pytest.raises(CheckError, match="cannot be opened"):
             artefact.open(path)

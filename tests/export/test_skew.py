@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 from PIL import Image
 
 import pipelines
-from fastcnn import export_run
 from fastcnn.errors import DataError
 from fastcnn.export import decoder_sensitivity as skew
 from fastcnn.inference import artefact
@@ -19,8 +19,8 @@ from fastcnn.inference.artefact import Artefact
 
 
 @pytest.fixture(scope="module")
-def model(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    return artefact.open(export_run(run_dir, output=tmp_path_factory.mktemp("skew") / "model.torchscript"))
+def model(exports: Callable[[str], Path]) -> Artefact:
+    return artefact.open(exports("torchscript"))
 
 
 def test_figures_worked_by_hand() -> None:

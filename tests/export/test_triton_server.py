@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from fastcnn import export_run
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export import triton_repository as triton_server
 from fastcnn.inference import artefact
@@ -71,13 +71,9 @@ def read_config(path: Path) -> Any:
     return text_format.Parse(path.read_text(encoding="utf-8"), config)
 
 
-@pytest.fixture(scope="module", params=triton_server.PLATFORMS)
-def exported(request: pytest.FixtureRequest, run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == ".onnx":
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-    folder = tmp_path_factory.mktemp("triton")
-    return export_run(run_dir, format=request.param[1:], output=folder / f"model{request.param}")
+@pytest.fixture(params=triton_server.PLATFORMS)
+def exported(request: pytest.FixtureRequest, exports: Callable[[str], Path]) -> Path:
+    return exports(request.param[1:])
 
 
 def test_the_configuration(exported: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcnn import export_run, predict_photos
+from fastcnn import cli, predict_photos
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact
 from fastcnn.inference.classifier import Classifier
@@ -39,8 +40,8 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 
 @pytest.fixture(scope="module")
-def model(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
-    return artefact.open(export_run(run_dir, output=tmp_path_factory.mktemp("served") / "model.torchscript"))
+def model(exports: Callable[[str], Path]) -> Artefact:
+    return artefact.open(exports("torchscript"))
 
 
 class Served(NamedTuple):
@@ -203,14 +204,14 @@ def test_health_readiness_and_pages(served: Served, model: Artefact) -> None:
 
 
 def test_what_was_accepted_before_sigterm_is_answered(model: Artefact, photos: Path) -> None:
-    served = start(model, "--window", "3000", "--max-batch", "64")
+    served = start(model, "--window", "1500", "--max-batch", "64")
     photo = next(photos.rglob("*.jpg")).read_bytes()
-    with ThreadPoolExecutor(40) as pool:
-        answers = [pool.submit(served.ask, "/predict", photo) for _ in range(40)]
-        while served.figure("fastcnn_requests_in_progress") < 40:
-            time.sleep(0.05)
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(served.ask, "/predict", photo) for _ in range(20)]
+        while served.figure("fastcnn_requests_in_progress") < 20:
+            time.sleep(0.02)
         served.process.send_signal(signal.SIGTERM)
-        assert [answer.result()[0] for answer in answers] == [200] * 40
+        assert [answer.result()[0] for answer in answers] == [200] * 20
     _, err = served.process.communicate(timeout=60)
     assert (served.process.returncode, err) in [(-signal.SIGTERM, ""), (128 + signal.SIGTERM, "")]
 
@@ -294,19 +295,19 @@ def test_what_is_said_of_a_photo_does_not_depend_on_its_neighbours(model: Artefa
         (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1"),
     ],
 )
-def test_wrong_options(model: Artefact, options: list[str], code: int, message: str) -> None:
-    command = [sys.executable, "-m", "fastcnn.cli", "serve", str(model.path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert message in done.stderr
+def test_wrong_options(
+    model: Artefact, capsys: pytest.CaptureFixture[str], options: list[str], code: int, message: str
+) -> None:
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        cli.main(["serve", str(model.path), *options])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (code, "")
+    assert message in err
 
 
-def test_a_port_in_use(served: Served, model: Artefact) -> None:
+def test_a_port_in_use(served: Served, model: Artefact, capsys: pytest.CaptureFixture[str]) -> None:
     port = served.address.rpartition(":")[2]
-    command = [sys.executable, "-m", "fastcnn.cli", "serve", str(model.path), "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in done.stderr
+    test_wrong_options(model, capsys, ["--port", port], 1, f"port {port}: Address already in use")
 
 
 @pytest.mark.long
