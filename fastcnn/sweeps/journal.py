@@ -36,13 +36,10 @@ def open_storage(address: str | None, folder: Path) -> Any:
 
 
 def _cut_unfinished_line(path: Path) -> None:
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return
     with path.open("r+b") as file:
-        end = file.seek(0, 2)
-        if not end:
-            return
-        file.seek(end - 1)
+        file.seek(-1, 2)
         if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcnn.config import load
 from fastcnn.network.small_cnn import SmallCNN
-from fastcnn.sweeps import sweep_file as sweepfile
+from fastcnn.sweeps import sweep_file
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GUIDE = (DOCS / "assignment.md").read_text(encoding="utf-8")
-SWEEP = yaml.safe_load(sweepfile.shipped())
+SWEEP = yaml.safe_load(sweep_file.shipped())
 
 
 def counted(model: SmallCNN, side: int) -> tuple[int, int]:

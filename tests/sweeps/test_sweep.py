@@ -30,8 +30,8 @@ pytest.importorskip("optuna")
 
 SMALL = {"epochs": 2, "image_size": 32, "filters": [8], "batch_size": 16, "report": False, "workers": 1}
 EXACT = {**SMALL, "deterministic": True, "threads": 1, "on_nan": "stop"}
-# The third of them fails in its first epoch.
-LRS = [0.001, 0.003, 1e30, 0.01]
+# The second of them fails in its first epoch.
+LRS = [0.001, 1e30, 0.01]
 
 
 def plan(**more: Any) -> search_space.Sweep:
@@ -89,20 +89,20 @@ def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRecord]]:
-    """A sweep of four trials, two at once, one of which fails. Read-only."""
+    """A sweep of three trials, two at once, one of which fails. Read-only."""
     folder = tmp_path_factory.mktemp("sweeps") / "packed"
     return folder, sweep.run(plan(), {"data": str(photos), **EXACT}, folder=folder, pack=2)
 
 
 def test_a_trial_that_fails_leaves_the_others_alone(packed: tuple[Path, list[TrialRecord]]) -> None:
     folder, records = packed
-    assert [record.state for record in records] == ["finished", "finished", "failed", "finished"]
-    assert "loss" in records[2].reason
+    assert [record.state for record in records] == ["finished", "failed", "finished"]
+    assert "loss" in records[1].reason
     assert [record.values["lr"] for record in records] == LRS
-    assert not (folder / records[2].folder / "result.json").exists()
+    assert not (folder / records[1].folder / "result.json").exists()
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [0, 2])
 def test_a_packed_trial_is_what_it_is_alone(
     packed: tuple[Path, list[TrialRecord]], number: int, tmp_path: Path
 ) -> None:
@@ -117,9 +117,9 @@ def test_what_a_sweep_leaves(packed: tuple[Path, list[TrialRecord]]) -> None:
     folder, records = packed
     with (folder / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["trial"] for row in rows] == [f"trial-000{i}" for i in range(4)]
+    assert [row["trial"] for row in rows] == [f"trial-000{i}" for i in range(3)]
     assert [float(row["lr"]) for row in rows] == LRS
-    assert float(rows[1]["val/accuracy"]) == records[1].value
+    assert float(rows[2]["val/accuracy"]) == records[2].value
     best = max((record for record in records if record.value is not None), key=lambda record: record.value or 0)
     assert (folder / "config.yaml").read_bytes() == (folder / best.folder / "config.yaml").read_bytes()
     assert (folder / "parallel_coordinates.png").read_bytes().startswith(b"\x89PNG")
@@ -128,10 +128,10 @@ def test_what_a_sweep_leaves(packed: tuple[Path, list[TrialRecord]]) -> None:
 
 
 def test_all_of_it_is_there_already(packed: tuple[Path, list[TrialRecord]], photos: Path) -> None:
-    before = (packed[0] / "trial-0003" / "last.pt").stat().st_mtime_ns
+    before = (packed[0] / "trial-0002" / "last.pt").stat().st_mtime_ns
     again = sweep.run(plan(), {"data": str(photos), **EXACT}, folder=packed[0], pack=2)
     assert again == packed[1]
-    assert (packed[0] / "trial-0003" / "last.pt").stat().st_mtime_ns == before
+    assert (packed[0] / "trial-0002" / "last.pt").stat().st_mtime_ns == before
 
 
 def test_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
