@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastcnn.config import Decoder, Precision, resolve
+from fastcnn.config import Config, Decoder, resolve
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError, FastCNNError, warn
 from fastcnn.network.pixels import Normalise
-from fastcnn.network.small_cnn import restore
+from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.reporting.class_scores import ClassScores, score_classes
 from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision, torch_settings
@@ -72,15 +71,21 @@ def evaluate_run(
     """
     run_dir = run_folder.find(run)
     saved, place = checkpoint.load(run_dir / "best.pt"), pick_device(device)
-    config = saved["config"]
-    precision = pick_precision(
-        config["precision"], place, deterministic=config["deterministic"], strict=config["strict"]
+    config = _evaluation_config(run_dir, resolve(saved["config"]), data, decoder)
+    precision = pick_precision(config.precision, place, deterministic=config.deterministic, strict=config.strict)
+    images = dataset.prepare(
+        config,
+        gpu=place.index if place.type == "cuda" else None,
+        classes=None if data is None else saved["classes"],
+        progress=progress,
     )
-    images = _prepare(run_dir, saved, data, place, decoder, progress)
-    threads, tf32 = min(config["threads"] or num_cores(), num_cores()), config["precision"] == "tf32"
-    with torch_settings(place, threads=threads, deterministic=config["deterministic"], tf32=tf32):
+    _check_classes(images, saved["classes"])
+    threads = min(config.threads or num_cores(), num_cores())
+    with torch_settings(place, threads=threads, deterministic=config.deterministic, tf32=config.precision == "tf32"):
         splits = ("val", "test") if data is None else ("val", "test", "train", "all")
-        by_split = _score(saved, images, splits, place, precision)
+        model = FlatParameters(restore(saved).to(place), DTYPES[precision]).compute
+        normalise = Normalise(config.mean, config.std, config.image_size, DTYPES[precision], place)
+        by_split = {name: _score(model, normalise, images, name) for name in splits if len(images.photos(name))}
     _check_found(images, saved["classes"], by_split)
     return Scores(
         run_dir=run_dir,
@@ -93,55 +98,40 @@ def evaluate_run(
     )
 
 
-def _prepare(
-    run_dir: Path,
-    saved: dict[str, Any],
-    data: str | Path | None,
-    device: torch.device,
-    decoder: Decoder | None,
-    progress: Callable[[int, int], None],
-) -> Dataset:
-    """Return the dataset of a folder, or of the run. Raises DataError if its classes are not the run's."""
-    config, classes, split = saved["config"], saved["classes"], run_dir / "split.csv"
+def _evaluation_config(run_dir: Path, config: Config, data: str | Path | None, decoder: Decoder | None) -> Config:
+    """Return a run's configuration for reading its held-out images, or those of another folder."""
+    split = run_dir / "split.csv"
     if data is None and not split.is_file():
         raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as fastcnn eval {run_dir} DATA")
-    changes: dict[str, Any] = {"max_bad": 1.0, "memory_limit": None, "decoder": decoder or config["decoder"]}
-    if data is None:
-        changes["split"] = split
-    else:
-        changes["data"] = Path(data).resolve()  # resolved, as it is part of the cache's key
-    found = dataset.prepare(
-        resolve(config, changes),
-        gpu=device.index if device.type == "cuda" else None,
-        classes=None if data is None else classes,
-        progress=progress,
+    return dataclasses.replace(
+        config,
+        data=config.data if data is None else str(Path(data).resolve()),  # resolved, as it is in the cache's key
+        split=str(split) if data is None else config.split,
+        decoder=decoder or config.decoder,
+        max_bad=1.0,
+        memory_limit=None,
     )
-    root, here = found.index.root, found.index.classes
+
+
+def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> ClassScores:
+    """Return the class scores of the images of a split."""
+    photos = data.photos(split)
+    options = Options(
+        device=normalise.scale.device, batch_size=BATCH_SIZE, decoder=data.decoder, max_pixels=data.max_pixels
+    )
+    feed = LOADERS[data.loader](data.index, data.cache, photos, options)
+    found = Evaluator(model, feed, normalise, num_classes=len(data.index.classes))()
+    predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
+    return score_classes(data.index.classes, found.score, data.index.labels[photos], predicted, probabilities)
+
+
+def _check_classes(data: Dataset, classes: list[str]) -> None:
+    """Raise DataError if the classes of a dataset are not the run's."""
+    root, here = data.index.root, data.index.classes
     if unknown := [name for name in here if name not in classes]:
         raise DataError(f"{root} now has a class that the run does not know: {unknown[0]}; give a folder without it")
     if missing := [name for name in classes if name not in here]:
         raise DataError(f"{root} has no folder of the run's class '{missing[0]}' any more; give a folder of photos")
-    return found
-
-
-def _score(
-    saved: dict[str, Any], data: Dataset, splits: tuple[str, ...], device: torch.device, precision: Precision
-) -> dict[str, ClassScores]:
-    """Return the class scores of each split that has images."""
-    config, classes, dtype = saved["config"], saved["classes"], DTYPES[precision]
-    model = FlatParameters(restore(saved).to(device), dtype).compute
-    normalise = Normalise(config["mean"], config["std"], config["image_size"], dtype, device)
-    options = Options(device=device, batch_size=BATCH_SIZE, decoder=data.decoder, max_pixels=data.max_pixels)
-    by_split = {}
-    for name in splits:
-        photos = data.photos(name)
-        if len(photos):
-            feed = LOADERS[data.loader](data.index, data.cache, photos, options)
-            found = Evaluator(model, feed, normalise, num_classes=len(classes))()
-            predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
-            labels = data.index.labels[photos]
-            by_split[name] = score_classes(classes, found.score, labels, predicted, probabilities)
-    return by_split
 
 
 def _check_found(data: Dataset, classes: list[str], by_split: dict[str, ClassScores]) -> None:

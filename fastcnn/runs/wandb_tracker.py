@@ -1,4 +1,4 @@
-"""W&B: whatever talks to it runs in a thread of its own, fed by a queue, so that a run never waits for it or asks."""
+"""W&B tracker: talks to wandb in a thread of its own, through a queue, so that a run never waits and never asks."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _ENVIRONMENT_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
 
 
 def asked_mode(option: str) -> str:
-    """Return the mode asked for by option, else by WANDB_MODE."""
+    """Return the mode from `--wandb`, or if that is auto, from WANDB_MODE."""
     value = os.environ.get("WANDB_MODE", "")
     value = _ENVIRONMENT_MODES.get(value, value)
     return value if option == "auto" and value in MODES else option
 
 
 class WandbTracker:
-    """A run in W&B: configuration, figures of every epoch, confusion matrix, samples, exported model.
+    """Records a run in W&B: configuration, figures of every epoch, confusion matrix, samples, exported models.
 
-    wandb is imported, and everything of it called, in a daemon thread. What goes wrong there is one warning when the
-    run ends, and the run is recorded in its folder as far as it can be.
+    wandb is imported and called in a daemon thread only. Its first failure becomes one warning at the end of the run;
+    the rest is still recorded in the run folder.
     """
 
     def __init__(self, run_dir: Path, console: Console, config: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ class WandbTracker:
             self._thread.start()
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Send the epoch's figures under their own names."""
+        """Log the figures of an epoch under their own names."""
         figures = dict(row)
         self._put(lambda run: run.log(figures))
         if self.url and not self._announced:
@@ -73,11 +73,11 @@ class WandbTracker:
             self.console.line(f"W&B: {self.url}")
 
     def finish(self, outcome: Outcome) -> None:
-        """Send what a finished run leaves."""
+        """Log the outcome of a finished run."""
         self._put(lambda run: _log_outcome(run, outcome))
 
     def close(self, exit_code: int) -> dict[str, Any]:
-        """Wait, at most `WAIT_SECONDS`, until the rest is written; return what result.json says of it."""
+        """Wait at most `WAIT_SECONDS` for the rest to be written; return the entry for result.json."""
         self._put(lambda run: run.finish(exit_code=exit_code))
         self._put(None)
         if self._thread:
@@ -98,12 +98,12 @@ class WandbTracker:
             self._jobs.put(job)
 
     def _note(self, problem: str) -> None:
-        self.problem = self.problem or problem  # the first is the cause of what follows
+        self.problem = self.problem or problem  # the first one causes those that follow
 
     def _work(self) -> None:
-        """Be the thread."""
-        ours = "WANDB_SERVICE" not in os.environ  # else the process uses W&B for something else, and goes on doing so
-        # What is still to be uploaded stays with the run, and a run that is offline reports to nobody.
+        """Start the wandb run and carry out the queued jobs; this is the thread's function."""
+        ours = "WANDB_SERVICE" not in os.environ  # else another part of the process uses W&B
+        # Pending uploads stay in the run folder, and an offline run reports nothing.
         folder = str((self.run_dir / "wandb").resolve())
         with _environment(WANDB_DATA_DIR=folder, WANDB_ERROR_REPORTING="false"):
             try:
@@ -114,7 +114,7 @@ class WandbTracker:
                     except Exception as error:
                         self._note(first_line(error))
                 self._sent = self.mode == "online" and not self.problem
-            except BaseException as error:  # a library that exits must not be missed either
+            except BaseException as error:  # also of a library that calls sys.exit
                 self._note(first_line(error))
             finally:
                 if ours:
@@ -122,7 +122,7 @@ class WandbTracker:
                         _teardown()
 
     def _begin(self, ours: bool) -> wandb.Run | None:
-        """Start the run in the mode that can be had; None where W&B is switched off."""
+        """Start a wandb run, offline if online is impossible; None if W&B is disabled."""
         import wandb
 
         settings = wandb.setup(wandb.Settings(silent=True) if ours else None).settings
@@ -191,7 +191,7 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
             for i, label in enumerate(outcome.classes)
             for j, predicted in enumerate(outcome.classes)
         ]
-        # As wandb.plot.confusion_matrix, which wants every photo and counts again.
+        # As wandb.plot.confusion_matrix draws it, which would need every single prediction.
         columns = ("Actual", "Predicted", "nPredictions")
         logged["confusion_matrix"] = wandb.plot_table(
             "wandb/confusion_matrix/v1",
@@ -215,16 +215,16 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
 def _teardown() -> None:
     import wandb
 
-    wandb.teardown()  # no process is left, and nothing waits for one when ours exits
+    wandb.teardown()  # ends wandb's own process, so that ours does not wait for it on exit
 
 
 def logged_in(settings: Any) -> bool:
-    """Tell whether there is something to log in to wandb's server with; `settings` are wandb's."""
+    """Return whether wandb's settings hold a key or token for its server."""
     return bool(settings.api_key or settings.identity_token_file or in_netrc(settings.base_url))
 
 
 def in_netrc(base_url: str) -> bool:
-    """Tell whether `wandb login` has kept a key for the server."""
+    """Return whether `wandb login` has stored a key for the server."""
     places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for place in places:
         with contextlib.suppress(OSError, netrc.NetrcParseError):
@@ -234,7 +234,7 @@ def in_netrc(base_url: str) -> bool:
 
 
 def _answers(base_url: str) -> bool:
-    """Tell whether anything answers there: a run that begins online and finds nobody costs half a minute."""
+    """Return whether a server answers; wandb itself would take half a minute to give up."""
     try:
         urllib.request.urlopen(base_url, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
@@ -248,7 +248,7 @@ def _answers(base_url: str) -> bool:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set the variables that are not set, for a while."""
+    """Set those environment variables that are unset; unset them afterwards."""
     new = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(new)
     try:
@@ -259,7 +259,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _relative(path: Path) -> str:
-    """Return the path from here, where it is below here."""
+    """Return a path relative to the current folder, if it lies below it."""
     with contextlib.suppress(ValueError):
         return str(path.resolve().relative_to(Path.cwd()))
     return str(path)
