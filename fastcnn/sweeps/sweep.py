@@ -66,9 +66,7 @@ def run(
     options = {**options, **sweep.fixed}
     base = resolve(options)
     _check_data(base.data)
-    limit = min((n for n in (trials, sweep.run_cap, sweep.grid_size) if n is not None), default=None)
-    if limit is None:
-        raise UsageError("how many trials? give --trials N, or run_cap in the file")
+    limit = _num_trials(sweep, trials)
     if pack > 1:
         _check_pack(base.device)
     options = {"wandb": "disabled", **options, "data": str(Path(base.data).resolve())}
@@ -102,6 +100,13 @@ def _check_data(data: str) -> None:
         raise UsageError("which photos? fastcnn sweep DATA, where DATA is a folder of photos")
     if not Path(data).is_dir():
         raise DataError(f"no folder {data}: expected a folder of photos")
+
+
+def _num_trials(sweep: Sweep, trials: int | None) -> int:
+    limits = [limit for limit in (trials, sweep.run_cap, sweep.grid_size) if limit is not None]
+    if not limits:
+        raise UsageError("how many trials? give --trials N, or run_cap in the file")
+    return min(limits)
 
 
 def _check_pack(device: str) -> None:
