@@ -171,7 +171,7 @@ def outcome(run_dir: Path) -> dict[str, object]:
 
 def train(descriptor: int, arguments: list[str]) -> None:
     """Run a command of `fastcnn` that writes the names of its stages to a pipe, and writes the cache often."""
-    from fastcnn.cli import app as cli
+    from fastcnn.cli import main as run_command
     from fastcnn.data import cache_files
     from fastcnn.system import stopwatch
 
@@ -191,7 +191,7 @@ def train(descriptor: int, arguments: list[str]) -> None:
 
     stopwatch.Stopwatch.stage = reported  # type: ignore[method-assign]
     cache_files.CHUNK = 16
-    cli.main(arguments)
+    run_command(arguments)
 
 
 if __name__ == "__main__":

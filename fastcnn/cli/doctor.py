@@ -1,4 +1,4 @@
-"""What this machine has for fastcnn, and what to install for what it lacks."""
+"""Checks of this machine for `fastcnn doctor`: what is usable, and what to install or repair."""
 
 from __future__ import annotations
 
@@ -19,74 +19,74 @@ import torch
 import pipelines
 from fastcnn.data.cache import default_folder
 from fastcnn.errors import first_line
-from fastcnn.network.kernels import cpu_max_pool as pool
-from fastcnn.runs import wandb_tracker
+from fastcnn.network.kernels import cpu_max_pool
+from fastcnn.runs.wandb_tracker import in_netrc
 from fastcnn.storage.files import free_bytes
+from fastcnn.system import text
 from fastcnn.system.device import describe_hardware, free_memory_bytes, has_bf16
 from pipelines.workers import Workers, shared
 
-LITTLE_DISK, LITTLE_MEMORY = 5 * 2**30, 2 * 2**30  # bytes: below them even a small set may not fit
+LOW_DISK, LOW_MEMORY = 5 * 2**30, 2 * 2**30  # bytes; even a small data set may not fit in less
 
 State = Literal["ok", "without", "wrong"]
-"""without: a run does without it, slower or with less. wrong: what is there cannot be used."""
+"""ok: usable. without: a run works without it, slower or with fewer features. wrong: present, but unusable."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One thing that a run may use."""
+class Check:
+    """State of one thing that a run may use."""
 
     what: str
     state: State
     found: str
     advice: str = ""
-    """What to do, "" where there is nothing to do."""
+    """How to repair or install it; "" if there is nothing to do."""
 
 
-def examine(cache_dir: str | Path | None = None) -> list[Line]:
-    """Return a line a thing. Nothing is installed, and nothing asked of a network."""
+def examine(cache_dir: str | Path | None = None) -> list[Check]:
+    """Return all checks of this machine. Nothing is installed, and no network is used."""
     return [*_machine(cache_dir), *_gpu(), *_decoders(), _workers(), _compiler(), _wandb()]
 
 
-def table(lines: list[Line]) -> str:
-    """Return the lines as text, advice below what it is about."""
-    width = max(len(line.what) for line in lines)
+def table(checks: list[Check]) -> str:
+    """Return the checks as a table for a terminal, with each advice in a row below its check."""
     rows = []
-    for line in lines:
-        rows.append(f"{line.what:<{width}}  {line.state:<7}  {line.found}")
-        if line.advice:
-            rows.append(f"{'':<{width}}  {'':<7}  -> {line.advice}")
-    return "\n".join(rows)
+    for check in checks:
+        rows.append([check.what, check.state, check.found])
+        if check.advice:
+            rows.append(["", "", f"-> {check.advice}"])
+    return text.table(["", "state", "found"], rows)
 
 
-def to_dict(lines: list[Line]) -> list[dict[str, str]]:
-    """Return the lines as plain data."""
-    return [asdict(line) for line in lines]
+def to_dict(checks: list[Check]) -> list[dict[str, str]]:
+    """Return the checks as plain data."""
+    return [asdict(check) for check in checks]
 
 
-def _machine(cache_dir: str | Path | None) -> Iterator[Line]:
+def _machine(cache_dir: str | Path | None) -> Iterator[Check]:
     facts = describe_hardware(torch.device("cpu"))
-    yield Line("fastcnn", "ok", f"{_version('fastcnn')} on Python {platform.python_version()}")
+    yield Check("fastcnn", "ok", f"{_version('fastcnn')} on Python {platform.python_version()}")
     bf16 = "bf16" if has_bf16(torch.device("cpu")) else "no bf16: fp32"
     where = f"{facts['system']} {facts['machine']}"
-    yield Line("processor", "ok", f"{facts.get('cpu', where)}, {facts['cores']} cores, {bf16}; {where}")
+    yield Check("processor", "ok", f"{facts.get('cpu', where)}, {facts['cores']} cores, {bf16}; {where}")
     free = free_memory_bytes(torch.device("cpu"))
-    little = free < LITTLE_MEMORY
-    advice = "free some: photos that do not fit are read from the disk while training" if little else ""
-    yield Line("memory", "without" if little else "ok", f"{free / 2**30:,.1f} GiB free", advice)
+    low = free < LOW_MEMORY
+    advice = "free some memory: images that do not fit are read from the disk while training" if low else ""
+    yield Check("memory", "without" if low else "ok", f"{free / 2**30:,.1f} GiB free", advice)
     folder = default_folder(cache_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, writable = free_bytes(folder), os.access(there, os.W_OK)
-    state: State = "wrong" if not writable else "without" if free < LITTLE_DISK else "ok"
+    state: State = "wrong" if not writable else "without" if free < LOW_DISK else "ok"
     advice = {
-        "wrong": f"{folder} cannot be written: choose another folder with --cache-dir",
-        "without": "10,000 photos of 128 px need 0.5 GiB: `fastcnn cache clear`, or another disk with --cache-dir",
+        "wrong": f"{folder} is not writable: choose another folder with --cache-dir",
+        "without": "10,000 images of 128 px need 0.5 GiB: fastcnn cache clear, or use another disk with --cache-dir",
         "ok": "",
     }[state]
-    yield Line("disk", state, f"{free / 2**30:,.1f} GiB free for the cache in {folder}", advice)
+    yield Check("disk", state, f"{free / 2**30:,.1f} GiB free for the cache in {folder}", advice)
 
 
-def _gpu() -> Iterator[Line]:
-    """Yield torch, GPU and driver: each may be there without the other."""
+def _gpu() -> Iterator[Check]:
+    """Yield the checks of torch, GPU and driver: each may be present without the others."""
     built = torch.version.cuda
     driver = _driver()
     seen = torch.cuda.is_available()
@@ -98,29 +98,29 @@ def _gpu() -> Iterator[Line]:
             if built
             else "this torch is for the CPU: install torch's CUDA build (pip install torch, without the CPU index)"
         )
-        yield Line("torch", "wrong", found, advice)
+        yield Check("torch", "wrong", found, advice)
     else:
-        yield Line("torch", "ok", found)
+        yield Check("torch", "ok", found)
     if seen:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        yield Line("GPU", "ok", f"{', '.join(names)} ({memory:,.0f} GiB)")
+        yield Check("GPU", "ok", f"{', '.join(names)} ({memory:,.0f} GiB)")
     elif driver:
-        yield Line("GPU", "wrong", f"{driver['name']}, which torch does not see")
+        yield Check("GPU", "wrong", f"{driver['name']}, which torch does not see")
     elif torch.backends.mps.is_available():
-        yield Line("GPU", "ok", "Metal (--device mps; not tested)")
+        yield Check("GPU", "ok", "Metal (--device mps; not tested)")
     else:
-        yield Line("GPU", "without", "no NVIDIA GPU: training runs on the CPU")
+        yield Check("GPU", "without", "no NVIDIA GPU: training runs on the CPU")
     if driver:
-        yield Line("driver", "ok", f"{driver['driver']}, for CUDA up to {driver['cuda']}")
+        yield Check("driver", "ok", f"{driver['driver']}, for CUDA up to {driver['cuda']}")
     elif Path("/proc/driver/nvidia").exists():
-        yield Line("driver", "wrong", "loaded, but nvidia-smi does not answer", "reinstall the driver, or reboot")
+        yield Check("driver", "wrong", "loaded, but nvidia-smi fails", "reinstall the driver, or reboot")
     if seen and util.find_spec("triton") is None:
-        yield Line("triton", "without", "not installed: no compiled engine on the GPU", "pip install triton")
+        yield Check("triton", "without", "not installed: no compiled engine on the GPU", "pip install triton")
 
 
 def _driver() -> dict[str, str]:
-    """Return name, driver and cuda that nvidia-smi tells of, {} where it does not answer."""
+    """Return the GPU's name, driver and CUDA version from nvidia-smi; {} if it fails."""
     try:
         plain = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30, check=True).stdout
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -132,7 +132,7 @@ def _driver() -> dict[str, str]:
     return {"name": name, "driver": driver, "cuda": cuda[1] if cuda else "an unknown version"} if name else {}
 
 
-def _decoders() -> Iterator[Line]:
+def _decoders() -> Iterator[Check]:
     gpu = torch.cuda.is_available()
     for name, what in (("dali", "DALI"), ("turbo", "libjpeg-turbo"), ("pillow", "Pillow")):
         try:
@@ -140,11 +140,11 @@ def _decoders() -> Iterator[Line]:
         except pipelines.DecoderUnavailable as error:
             why, _, advice = error.why.rpartition("; ")
             if name == "dali" and not gpu:
-                yield Line(what, "without", f"{why}; without a GPU it is not needed")
+                yield Check(what, "without", f"{why}; without a GPU it is not needed")
             else:
-                yield Line(what, "without" if name != "pillow" else "wrong", why, advice)
+                yield Check(what, "without" if name != "pillow" else "wrong", why, advice)
             continue
-        yield Line(what, "ok", _decoder_version(name))
+        yield Check(what, "ok", _decoder_version(name))
 
 
 def _decoder_version(name: str) -> str:
@@ -161,42 +161,42 @@ def _decoder_version(name: str) -> str:
     return f"{_version('pillow')}, {which}"
 
 
-def _workers() -> Line:
-    """Start a worker process, as decoding does."""
+def _workers() -> Check:
+    """Start a decoding process, as a run does."""
     with Workers("pillow", threads=1) as decoding:
         decoding.decode([b""], 32, shared((1, 32, 32, 3)))
     if decoding.note:
-        advice = "a photo of which the decoder dies ends the run here"
-        return Line("workers", "without", f"photos are decoded in the run's own process: {decoding.note}", advice)
-    return Line("workers", "ok", "photos are decoded in processes of their own")
+        advice = "an image that crashes the decoder ends the run here"
+        return Check("workers", "without", f"images are decoded in the run's own process: {decoding.note}", advice)
+    return Check("workers", "ok", "images are decoded in separate processes")
 
 
-def _compiler() -> Line:
+def _compiler() -> Check:
     if sys.platform != "linux":
-        return Line("compiler", "without", "used on Linux only")
+        return Check("compiler", "without", "used on Linux only")
     try:
-        pool.load()
-    except pool.NoKernel as error:
+        cpu_max_pool.load()
+    except cpu_max_pool.NoKernel as error:
         advice = "apt-get install gcc (or your system's C compiler): CPU training is then up to 1.6 times as fast"
-        return Line("compiler", "without", str(error), advice)
-    return Line("compiler", "ok", "the CPU kernels are built")
+        return Check("compiler", "without", str(error), advice)
+    return Check("compiler", "ok", "the CPU kernels are built")
 
 
-def _wandb() -> Line:
+def _wandb() -> Check:
     version = _version("wandb")
     if not version:
-        return Line("W&B", "without", "not installed: nothing is recorded there", "pip install wandb")
+        return Check("W&B", "without", "not installed: runs are not recorded there", "pip install wandb")
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("disabled", "offline"):
-        return Line("W&B", "ok", f"wandb {version}, {mode} by WANDB_MODE")
+        return Check("W&B", "ok", f"wandb {version}, {mode} by WANDB_MODE")
     address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        known = bool(os.environ.get("WANDB_API_KEY")) or wandb_tracker.in_netrc(address)
+        known = bool(os.environ.get("WANDB_API_KEY")) or in_netrc(address)
     except ValueError as error:
-        return Line("W&B", "wrong", f"WANDB_BASE_URL is no address: {first_line(error)}", "mend or unset it")
+        return Check("W&B", "wrong", f"WANDB_BASE_URL is not a URL: {first_line(error)}", "correct or unset it")
     if known:
-        return Line("W&B", "ok", f"wandb {version}, logged in at {address}")
-    return Line("W&B", "without", f"wandb {version}, not logged in: runs are recorded offline", "wandb login")
+        return Check("W&B", "ok", f"wandb {version}, logged in at {address}")
+    return Check("W&B", "without", f"wandb {version}, not logged in: runs are recorded offline", "wandb login")
 
 
 def _version(package: str) -> str:

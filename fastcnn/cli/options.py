@@ -1,23 +1,48 @@
-"""Options of commands, made from the fields of Config, in the forms that people and W&B's agent give them."""
+"""Command line options made from the configuration, in the forms that people and W&B's agent give them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from fastcnn.config import OPTIONS, Bytes, Interval, base_type, option_name
+from fastcnn.config import OPTIONS, SECTIONS, Bytes, Interval, base_type, option_name, parse_bytes
 from fastcnn.errors import UsageError
+
+_METAVARS: dict[Any, str] = {
+    **{"split": "FILE", "cache_dir": "DIR", "init_from": "RUN", "device": "DEVICE", "wandb_project": "NAME"},
+    **{Bytes: "SIZE", Interval: "STEPS|TIME", int: "N", float: "X"},
+}
+"""Placeholder of a value in the help, by the name of a field or its type."""
+
+sha256_option = click.option(
+    "--sha256", metavar="HEX", help="Refuse MODEL unless this is its SHA-256: of the file, or the one stored in it."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 
 
 class ConfigCommand(click.Command):
-    """A command with an option for every field of Config."""
+    """A command with options made from the configuration: help in sections, flags also as --batch_norm=False."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, after turning W&B's --batch_norm=False into --no-batch-norm. `meta` keeps the arguments."""
+        """Parse, after turning --batch_norm=False into --no-batch-norm. `meta` keeps the arguments."""
         ctx.meta["arguments"] = list(args)
         return super().parse_args(ctx, [_plain_flag(arg) for arg in args])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the command's own options, then those of each section of the configuration under its title."""
+        titles = {name: title for title, section in SECTIONS.items() for name in section.__pydantic_fields__}
+        groups: dict[str, list[tuple[str, str]]] = {"Command": [], **{title: [] for title in SECTIONS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                groups[titles.get(parameter.name or "", "Command")].append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(f"{title} options"):
+                    formatter.write_dl(records)
 
 
 def _plain_flag(arg: str) -> str:
@@ -30,28 +55,43 @@ def _plain_flag(arg: str) -> str:
     return option_name(field if value.lower() in ("true", "1") else f"no_{field}")
 
 
-def config_options(command: Callable[..., Any], without: Sequence[str] = ("data",)) -> Callable[..., Any]:
-    """Add an option for every field of Config but some."""
-    for name, field in reversed(OPTIONS.items()):
-        if name in without:
-            continue
-        option, kind, default = option_name(name), base_type(field.annotation), field.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = str(field.description) + ("" if shown is None or kind is bool else f"  [{shown}]")
-        if kind is bool:
-            flags = f"{option}/--no-{option[2:]}"
-            command = click.option(flags, name, default=None, help=f"{text}  [{'on' if default else 'off'}]")(command)
-        else:
-            command = click.option(option, name, default=None, metavar=_metavar(kind), help=text)(command)
-    return command
+def config_options(*names: str, leave_out: Collection[str] = ("data",)) -> Callable[[Any], Any]:
+    """Return a decorator that adds the options of these fields of Config; without names, of all but `leave_out`."""
+
+    def add(command: Any) -> Any:
+        for name in reversed(names or [name for name in OPTIONS if name not in leave_out]):
+            command = _config_option(name)(command)
+        return command
+
+    return add
 
 
-def _metavar(kind: Any) -> str:
+def _config_option(name: str) -> Callable[[Any], Any]:
+    field, option = OPTIONS[name], option_name(name)
+    kind, default = base_type(field.annotation), field.default
+    shown = default
+    if isinstance(default, tuple):
+        shown = ",".join(map(str, default)) or "none"
+    elif isinstance(default, float):
+        shown = f"{default:g}"
+    text = " ".join(str(field.description).split())
+    if kind is bool:
+        text = f"{text}  [default: {'on' if default else 'off'}]"
+        return click.option(f"{option}/--no-{option[2:]}", name, default=None, help=text)
+    if shown not in (None, ""):
+        text = f"{text}  [default: {shown}]"
+    return click.option(option, name, default=None, metavar=_metavar(name, kind), help=text)
+
+
+def _metavar(name: str, kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return "LIST"
-    return {Bytes: "SIZE", Interval: "STEPS|TIME", int: "N", float: "X"}.get(kind, "TEXT")
+    return "LIST" if get_origin(kind) is tuple else _METAVARS.get(name) or _METAVARS[kind]
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the command line has."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class ExportCommand(click.Command):
@@ -64,3 +104,11 @@ class ExportCommand(click.Command):
             for arg, following in zip(args, [*args[1:], ""], strict=True)
         ]
         return super().parse_args(ctx, halves)
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """Return the number of bytes in 20MB or 1.5GiB; the callback of an option that takes a size."""
+    count = parse_bytes(value)
+    if count is None:
+        raise UsageError(f"{param.opts[0]}: expected bytes as 256MB or 1.5GiB, got '{value}'")
+    return count

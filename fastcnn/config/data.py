@@ -66,7 +66,7 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Fraction of the training images held out for validation."""
     split: str | None = None
-    """Use the split in this split.csv of an earlier run."""
+    """split.csv of an earlier run, to use the same split. Default: a new split, stratified by class."""
     image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE, le=4096)] = 128
     """Height and width, in pixels, that images are resized to; 32 or more."""
     cache_size: Annotated[int, Field(le=4096)] | None = None
@@ -87,7 +87,7 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Folder for decoded images. Default: the user's cache folder."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Stop when more than this fraction of the images cannot be decoded."""
+    """Refuse the data when more than this fraction of the images cannot be used."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     """Leave out images with more pixels than this; the size is read from the header, nothing is decoded."""
 

@@ -57,5 +57,5 @@ class ModelConfig(Section):
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_one_per_channel)] = (0.229, 0.224, 0.225)
     """Standard deviation of each colour channel for normalisation."""
     init_from: str | None = None
-    """Start from the weights of this run or checkpoint. The output layer is loaded only if the number of classes is
-    the same."""
+    """Run or checkpoint whose weights to start from; the output layer is used only if the number of classes is the
+    same. Default: random weights."""

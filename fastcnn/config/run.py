@@ -42,7 +42,7 @@ class RunConfig(Section):
     """Execution on the hardware, reproducibility, checkpoints, reports and tracking."""
 
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
-    """cpu, cuda, cuda:N or mps. auto: the first of cuda, mps and cpu that is available."""
+    """Device: cpu, cuda, cuda:N or mps. auto: the first of cuda, mps and cpu that is available."""
     devices: Annotated[int, Field(ge=1)] = 1
     """Number of GPUs of this machine, or of processes on its CPU, that share each batch. torchrun sets it."""
     precision: Precision = "auto"

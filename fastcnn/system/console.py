@@ -26,14 +26,14 @@ class Console:
             print(text, flush=True)
 
     @contextmanager
-    def progress(self, label: str, unit: str, *, start: int = 0) -> Iterator[Callable[[int, int, str], None]]:
-        """Yield a function of (done, total, note) that shows progress; without a note, its rate in `unit` per second.
+    def progress(self, label: str, unit: str, *, start: int = 0) -> Iterator[Callable[..., None]]:
+        """Yield a function of (done, total, note="") that shows progress; no note: its rate in `unit` per second.
 
         start: number done earlier, which does not count in the rate.
         """
         began = time.perf_counter()
         if self.quiet:
-            yield lambda done, total, note: None
+            yield lambda done, total, note="": None
         elif self._bars.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -46,7 +46,7 @@ class Console:
             ) as bar:
                 task = bar.add_task(label, total=None, completed=start, note="")
 
-                def update(done: int, total: int, note: str) -> None:
+                def update(done: int, total: int, note: str = "") -> None:
                     rate = (done - start) / (time.perf_counter() - began)
                     bar.update(task, completed=done, total=total, note=note or f"{rate:,.0f} {unit}/s")
 
@@ -54,7 +54,7 @@ class Console:
         else:
             last = began
 
-            def write(done: int, total: int, note: str) -> None:
+            def write(done: int, total: int, note: str = "") -> None:
                 nonlocal last
                 now = time.perf_counter()
                 if now - last >= PLAIN_INTERVAL and done < total:

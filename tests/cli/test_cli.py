@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -11,14 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fastcnn.cli import main
+from fastcnn.config import SECTIONS, option_name
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 SMALL = ["--epochs", "1", "--image_size", "32", "--filters=[8,8,8,8,8]", "--batch-size", "16"]
 
 
@@ -62,15 +64,31 @@ def test_errors_are_one_line(
     assert err.startswith("fastcnn: error: ")
 
 
-def test_train_export_predict(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path
-) -> None:
-    code, out, err = run(capsys, "train", photos, *SMALL, "--batch_norm=False")
-    assert code == 0, err
-    assert "epoch 1/1" in out
-    assert "val accuracy" in out
-    assert yaml.safe_load(Path("runs/photos/config.yaml").read_text())["batch_norm"] is False
+@pytest.fixture(scope="module")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that `fastcnn train` was run in, and what it printed. Read-only."""
+    folder, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        main(["train", str(photos), *SMALL, "--batch_norm=False", "--no-report", "--cache-dir", "cache"])
+    assert stopped.value.code == 0
+    return folder, printed.getvalue()
 
+
+def test_train(trained: tuple[Path, str]) -> None:
+    folder, printed = trained
+    assert "epoch 1/1" in printed
+    assert "val accuracy" in printed
+    assert yaml.safe_load((folder / "runs/photos/config.yaml").read_text())["batch_norm"] is False
+
+
+def test_export_predict(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    photos: Path,
+    trained: tuple[Path, str],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(trained[0] / "runs", "runs")
     code, out, _ = run(capsys, "export", "photos")
     assert code == 0
     assert "runs/photos/model.torchscript" in out
@@ -106,8 +124,10 @@ def test_train_export_predict(
         assert re.fullmatch(r"3 photos in .* s \(.* photos/s, \d+% of it decoding\); 1 cannot be used\n", err)
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
-    assert run(capsys, "train", photos, *SMALL, "--quiet") == (0, "", "")
+def test_resume_quietly(capsys: pytest.CaptureFixture[str], trained: tuple[Path, str]) -> None:
+    shutil.copytree(trained[0] / "runs", "runs")
+    assert run(capsys, "train", "--resume", "photos", "--epochs", "2", "--quiet") == (0, "", "")
+    assert json.loads(Path("runs/photos/result.json").read_text())["epochs"] == 2
 
 
 def test_print_config_trains_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -121,28 +141,38 @@ def test_print_config_trains_nothing(capsys: pytest.CaptureFixture[str], tmp_pat
     assert not Path("runs").exists()
 
 
-def test_cache_commands(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
-    run(capsys, "train", photos, *SMALL, "--cache-dir", "here", "--quiet")
+def test_cache_commands(capsys: pytest.CaptureFixture[str], photos: Path, trained: tuple[Path, str]) -> None:
+    shutil.copytree(trained[0] / "cache", "here")
     code, out, _ = run(capsys, "cache", "list", "--cache-dir", "here")
     assert code == 0
-    assert "120 photos" in out
-    key = out.split()[0]
-    assert "photos  120" in run(capsys, "cache", "info", "--cache-dir", "here")[1]
+    key, images, size, _, _, folder = out.splitlines()[1].split()
+    assert (images, size, folder) == ("120", "32x32", str(photos))
+    assert "images  120" in run(capsys, "cache", "info", "--cache-dir", "here")[1]
     assert run(capsys, "cache", "clear", key, "--cache-dir", "here")[0] == 0
     assert run(capsys, "cache", "list", "--cache-dir", "here") == (0, "", "")
 
 
-def test_help_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0
-    assert "--dense-neurons" in out
+    sections = re.split(r"^(\w+) options:$", out, flags=re.MULTILINE)
+    assert sections[1::2] == ["Command", "Data", "Model", "Optimization", "Run"]
+    for section, options in zip(SECTIONS.values(), sections[4::2], strict=True):
+        for name, option in section.__pydantic_fields__.items():
+            assert name == "data" or option_name(name) in options
+            assert name == "data" or option.default is not None or "Default: " in str(option.description), name
+    assert "Optimizer: adam, adamw" in out
+    for command in ("sweep", "eval", "export", "verify", "predict", "serve", "doctor", "data", "cache"):
+        assert run(capsys, command, "--help")[0] == 0
     code, out, err = run(capsys)
     assert code == 2
     assert "train" in out + err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_and_stops(photos: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     command = [sys.executable, "-m", "fastcnn.cli", "train", str(photos), *SMALL[2:], "--epochs", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -157,29 +187,20 @@ def test_a_signal_saves_and_stops(photos: Path, tmp_path: Path, sent: signal.Sig
     assert (tmp_path / "runs" / "photos" / "last.pt").is_file()
 
 
-def test_scripts_work_from_a_checkout(photos: Path, tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
-    start = time.time()
-    done = subprocess.run(
-        [sys.executable, script, photos, *SMALL, "--quiet"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+def test_scripts_work_from_a_checkout(tmp_path: Path) -> None:
+    command = [sys.executable, str(CHECKOUT / "scripts" / "train.py"), "photos", "--lr", "0.5", "--print-config"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "photos" / "result.json").stat().st_mtime >= start
+    assert yaml.safe_load(done.stdout)["lr"] == 0.5
 
 
-def test_bench_needs_a_checkout_and_passes_arguments_on(tmp_path: Path) -> None:
-    def bench(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-c", "from fastcnn.cli import main; main()", "bench", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(root)}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-
-    checkout = Path(__file__).resolve().parents[2]
-    shutil.copytree(checkout / "fastcnn", tmp_path / "installed" / "fastcnn")
-    installed = bench(tmp_path / "installed", "--quick")
-    assert installed.returncode == 1
-    assert installed.stderr.startswith("fastcnn: error: bench needs a checkout")
+def test_bench_passes_arguments_on(tmp_path: Path) -> None:
+    """That bench needs a checkout, tests/bench/test_parity.py sees with parity, which is started alike."""
     (tmp_path / "bench").mkdir()  # the user's own folder of that name is not run
     (tmp_path / "bench" / "__main__.py").touch()
-    wrong = bench(checkout, "--only", "stepp")
+    command = [sys.executable, "-P", "-m", "fastcnn.cli", "bench", "--only", "stepp"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "did you mean 'step'?" in wrong.stderr

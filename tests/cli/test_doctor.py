@@ -1,4 +1,4 @@
-"""What `fastcnn doctor` says of a machine, by machines that are made up around it."""
+"""`fastcnn doctor` on this machine and on simulated ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 import pipelines
 from fastcnn.cli import doctor, main
-from fastcnn.network.kernels import cpu_max_pool as pool
+from fastcnn.network.kernels import cpu_max_pool
 
 SMI = """#!/bin/sh
 if [ $# -gt 0 ]; then echo "NVIDIA H100 80GB HBM3, 580.65.06"; else echo "| NVIDIA-SMI 580   CUDA Version: 13.0  |"; fi
 """
 
 
-def lines() -> dict[str, doctor.Line]:
-    return {line.what: line for line in doctor.examine()}
+def checks() -> dict[str, doctor.Check]:
+    return {check.what: check for check in doctor.examine()}
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_gpu_that_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for built, advice in ((None, "install torch's CUDA build"), ("12.9", "update the driver")):
         monkeypatch.setattr(torch.version, "cuda", built)
-        found = lines()
+        found = checks()
         assert found["torch"].state == found["GPU"].state == "wrong"
         assert advice in found["torch"].advice
         assert found["driver"].found == "580.65.06, for CUDA up to 13.0"
@@ -64,17 +64,17 @@ def test_a_gpu_that_torch_does_not_see(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_is_missing_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_kernel() -> None:
-        raise pool.NoKernel("there is no C compiler: install gcc")
+        raise cpu_max_pool.NoKernel("there is no C compiler: install gcc")
 
     for name in ("dali", "turbo"):
         monkeypatch.setitem(pipelines.BACKENDS, name, "pipelines.not_there")
         monkeypatch.delitem(pipelines._imported, name, raising=False)
-    monkeypatch.setattr(pool, "load", no_kernel)
+    monkeypatch.setattr(cpu_max_pool, "load", no_kernel)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 2**20))  # type: ignore[attr-defined]
-    found = lines()
+    found = checks()
     assert {found[what].state for what in ("DALI", "libjpeg-turbo", "compiler", "W&B", "disk")} == {"without"}
     assert found["libjpeg-turbo"].advice == "pip install simplejpeg"
     assert "gcc" in found["compiler"].advice
@@ -90,7 +90,7 @@ def test_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    line = lines()["W&B"]
+    line = checks()["W&B"]
     assert line.state == "ok"
     assert "logged in" in line.found
     assert "secret" not in doctor.table([line])

@@ -1,0 +1,41 @@
+"""The commands that need a checkout of the repository: bench and parity."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastcnn.errors import FastCNNError
+
+PASSED_ON: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+@click.command(context_settings=PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> int:
+    """Measure throughput beside the usual alternatives. See fastcnn bench --help; needs a checkout."""
+    return _from_checkout("bench", "bench", arguments)
+
+
+@click.command(context_settings=PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def parity(arguments: tuple[str, ...]) -> int:
+    """Compare accuracy with a plain PyTorch script. See fastcnn parity --help; needs a checkout."""
+    return _from_checkout("parity", "bench.parity", arguments)
+
+
+def _from_checkout(name: str, module: str, arguments: Sequence[str]) -> int:
+    """Run a module that is not installed with the package and return its exit code."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise FastCNNError(f"{name} needs a checkout, and this is an installed package: run fastcnn {name} in a clone")
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    # -P: a folder named bench where the user stands is not ours; --photos and --out are relative to there.
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode

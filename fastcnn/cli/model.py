@@ -1,0 +1,210 @@
+"""The commands that use a trained model: eval, export, verify, predict and serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from fastcnn.cli.group import SETTINGS
+from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, sha256_option
+from fastcnn.config import Export, resolve
+from fastcnn.errors import CheckError, FastCNNError, UsageError
+
+
+@click.command("eval", **SETTINGS)
+@click.argument("run")
+@click.argument("data", required=False)
+@config_options("device")
+@click.option("--decoder", metavar="auto|dali|turbo|pillow", help="Image decoder. Default: the run's.")
+@json_option
+@click.option("--output", metavar="FILE", help="Also write the JSON to a file.")
+def evaluate(
+    run: str, data: str | None, device: str | None, decoder: str | None, as_json: bool, output: str | None
+) -> None:
+    """Evaluate the best model of a run.
+
+    RUN is a folder, or a name under runs/. Printed are accuracy, loss, top-5 accuracy and the scores of each class.
+    Without DATA: on the run's own validation and test images. With DATA: on its val and test folders; if it has none,
+    on its train folder; else on all of DATA/<class>/...
+    """
+    import json
+
+    from fastcnn.runs.evaluate_run import evaluate_run
+    from fastcnn.system.console import Console
+
+    options = resolve(given({"device": device, "decoder": decoder}))
+    with Console().progress("decoding", "images") as progress:
+        scores = evaluate_run(
+            run, data, device=options.device, decoder=options.decoder if decoder else None, progress=progress
+        )
+    text = json.dumps(scores.to_dict(), indent=1)
+    if output:
+        try:
+            Path(output).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FastCNNError(f"cannot write {output}: {error.strerror or error}") from None
+    if as_json:
+        click.echo(text)
+        return
+    click.echo(f"epoch {scores.best_epoch} of {scores.run_dir}, {scores.precision} on {scores.device}")
+    for name, card in scores.by_split.items():
+        where = f"{scores.data}, held out by the run" if data is None else str(scores.data)
+        click.echo(f"\n{name} images of {where}\n{card.table()}")
+
+
+@click.command(cls=ExportCommand, **SETTINGS)
+@click.argument("run")
+@click.option(
+    "--format", "formats", default="torchscript", metavar="LIST", help=f"Formats: {', '.join(get_args(Export))}."
+)
+@click.option("--half", metavar="[bf16|fp16]", help="16-bit weights and arithmetic. Without a value: bf16; ONNX: fp16.")
+@click.option("--output", metavar="FILE", help="Output file. Default: model.<format> in the run folder.")
+@click.option("--triton", metavar="DIR", help="Also add the model to this Triton model repository, under RUN's name.")
+def export(run: str, formats: str, half: Any, output: str | None, triton: str | None) -> None:
+    """Export the best model of a run for deployment.
+
+    RUN is a folder, or a name under runs/. A separate process compares each file with the trained model before it is
+    kept.
+    """
+    from fastcnn.export.exporters import export_run
+
+    names = [name.strip() for name in formats.split(",")]
+    for option, value in (("--output", output), ("--triton", triton)):
+        if value and len(names) > 1:
+            raise UsageError(f"{option} works with one format, and --format has {len(names)}: give one")
+    if triton and names[0] == "pt2":
+        raise UsageError("--triton: expected --format torchscript or onnx, got pt2")
+    for name in names:
+        path = export_run(run, format=name, output=output, half=half, note=click.echo)
+    if triton:
+        from fastcnn.export.triton_repository import repository_name, write_repository
+        from fastcnn.storage import run_folder
+
+        folder = write_repository(path, triton, repository_name(run_folder.find(run)))
+        click.echo(f"model repository {triton}: {folder.name}")
+
+
+@click.command("verify", **SETTINGS)
+@click.argument("model")
+@click.argument("data", required=False)
+@sha256_option
+@json_option
+def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> None:
+    """Verify an exported model.
+
+    MODEL (a file, or a run folder) must be unchanged and give the trained model's probabilities, which are compared on
+    the golden inputs stored in the file and, in its run folder, on the validation images. With DATA, a folder of images
+    in class folders: how much the probabilities depend on the image decoder. The exit code is 4 if the check fails.
+    """
+    import dataclasses
+    import json
+
+    from fastcnn.export.verify import verify_file
+    from fastcnn.inference import artefact
+
+    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    verification = verify_file(opened)
+    sensitivity = None
+    if data:
+        import torch
+
+        from fastcnn.export.decoder_sensitivity import measure
+        from fastcnn.system.console import Console
+
+        with Console().progress("comparing", "images") as progress:
+            sensitivity = measure(opened, data, gpu=0 if torch.cuda.is_available() else None, progress=progress)
+    if as_json:
+        answer = dataclasses.asdict(verification) | ({"decoders": sensitivity.to_dict()} if sensitivity else {})
+        click.echo(json.dumps(answer, indent=1))
+    else:
+        click.echo("\n".join([f"{opened.path}  SHA-256 {verification.sha256}", *verification.lines()]))
+        if sensitivity:
+            click.echo(f"\n{sensitivity.table()}")
+    if verification.problems:
+        raise CheckError(f"{opened.path}: {'; '.join(verification.problems)}")
+
+
+@click.command("predict", **SETTINGS)
+@click.argument("model")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option(
+    "--top-k", type=click.IntRange(1), default=1, metavar="N", help="Number of most probable classes to print."
+)
+@click.option(
+    "--format", "format_", type=click.Choice(["table", "csv", "jsonl"]), default="table", help="Output format."
+)
+@config_options("workers", "max_pixels")
+@click.option("--quiet", is_flag=True, help="Print no progress and no summary.")
+@sha256_option
+def predict(
+    *, model: str, inputs: tuple[str, ...], top_k: int, format_: str, quiet: bool, sha256: str | None, **options: Any
+) -> int:
+    """Classify images with an exported model.
+
+    MODEL is a file, or a run folder. INPUT is an image, a folder, a glob, or - to read paths from standard input. An
+    image that cannot be used gets a line with the reason, and the exit code is 1.
+    """
+    from fastcnn.inference import artefact
+    from fastcnn.inference.predict import predict_photos, writer
+    from fastcnn.system.console import Console
+
+    config = resolve(given(options))
+    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    write, bad = writer(format_, opened.classes, top_k), 0
+    with Console(quiet=quiet).progress("predicting", "images") as progress:
+        for prediction in predict_photos(
+            opened,
+            inputs,
+            workers=config.workers,
+            max_pixels=config.max_pixels,
+            progress=progress,
+            note=lambda text: None if quiet else click.echo(text, err=True),
+        ):
+            write(prediction)
+            bad += bool(prediction.reason)
+    return 1 if bad else 0
+
+
+@click.command("serve", **SETTINGS)
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is all addresses of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, metavar="N", help="Port; 0 is any free port.")
+@config_options("workers", "max_pixels")
+@click.option("--max-upload", metavar="SIZE", callback=parse_size, default="20MB", help="Largest file accepted.")
+@click.option(
+    "--max-queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; more are refused."
+)
+@click.option("--max-batch", type=click.IntRange(1), default=32, metavar="N", help="Largest batch of images.")
+@click.option("--window", type=click.FloatRange(0), default=5.0, metavar="MS", help="Time to wait for a batch to fill.")
+@sha256_option
+def serve(
+    *,
+    model: str,
+    host: str,
+    port: int,
+    max_upload: int,
+    max_queue: int,
+    max_batch: int,
+    window: float,
+    sha256: str | None,
+    **options: Any,
+) -> None:
+    """Serve an exported model over HTTP.
+
+    MODEL is a file, or a run folder. There is a web page, a JSON interface and metrics for Prometheus.
+    """
+    from fastcnn.inference import artefact
+
+    config = resolve(given(options))
+    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    try:
+        from fastcnn.inference import batcher
+        from fastcnn.inference import serve as service
+    except ImportError as error:
+        raise FastCNNError(f"serve needs {error.name}: pip install 'fastcnn[serve]'") from None
+    limits = batcher.Limits(
+        upload=max_upload, pixels=config.max_pixels, queue=max_queue, batch=max_batch, window=window / 1000
+    )
+    service.serve(opened, host, port, limits, workers=config.workers)
