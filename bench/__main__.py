@@ -28,7 +28,7 @@ from bench.report.record import Record, record
 from fastcnn.errors import nearest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What matters most comes first: when time runs out, the rest is left out. Groups not named here come before growth.
+# The most important groups run first: when time runs out, the rest is left out. Others run before growth.
 FIRST, LAST = ("train", "step", "decode", "loader", "augment", "infer"), ("growth",)
 QUICK_BUDGET = 420.0  # seconds
 NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}

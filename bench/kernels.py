@@ -108,7 +108,7 @@ class Code:
     what: str
     """Shapes, tile and activation."""
     registers: int
-    """Of a thread; there are 255."""
+    """Registers of a thread; there are 255."""
     spilled_bytes: int
     """Stack and local memory of a thread."""
     shared_bytes: int
@@ -150,7 +150,7 @@ def kernel_launches(
     side: int = 128,
     every_tile: bool = False,
 ) -> list[Any]:
-    """Return what a training step with batch norm starts. Nothing is computed."""
+    """Return the launches of a training step with batch norm. Nothing is computed."""
     from fastcnn.network.kernels import block_gradients, block_operators
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -186,7 +186,7 @@ def _direct(operator: Any) -> Any:
 
 
 def _source(launch: Any) -> tuple[Any, str]:
-    """Return what triton compiles, and in words the shapes and the tile."""
+    """Return the source that triton compiles, and in words the shapes and the tile."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}

@@ -1,4 +1,4 @@
-"""What ranks cost that no GPU is needed for: gradients exchanged between two processes, a cache's rows and its journal.
+"""Costs of ranks that need no GPU: gradients exchanged between two processes, a cache's rows and its journal.
 
     python -m bench.rank_costs
 

@@ -14,15 +14,13 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness.machine import slug
 from bench.report import tables
-from bench.report.record import FORMAT, Record, Row
+from bench.report.record import Row, own_record, row_of_runs
 from fastcnn.config import Config, read_recipe, read_yaml, resolve
 from fastcnn.data import dataset
 from fastcnn.data.loaders import Options, resident
@@ -30,7 +28,6 @@ from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import restore
 from fastcnn.runs.fit import fit
 from fastcnn.storage import checkpoint
-from fastcnn.system.device import describe_hardware, pick_device, versions
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
@@ -58,23 +55,13 @@ def main() -> None:
     for row in rows:
         print(": ".join(tables.recipe(row)[1:]))
     if args.out:
-        device, shown = torch.device(pick_device("auto")), [item for item in args.set if "/" not in item]
-        Record(
-            format=FORMAT,
-            machine=slug(describe_hardware(device)),
-            hardware=describe_hardware(device),
-            versions=versions(),
-            rates={},
+        shown = [item for item in args.set if "/" not in item]
+        command = f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)}"
+        own_record(
+            rows,
+            command=f"{command} --seeds {args.seeds} --set {' '.join(shown)}",
             settings={"seeds": args.seeds, "options": shown},
-            command=f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)} "
-            f"--seeds {args.seeds} --set {' '.join(shown)}",
-            date=datetime.now(UTC).isoformat()[:19],
-            commit=None,
             seconds=sum(row["seconds"] for found in runs.values() for row in found),
-            rows=rows,
-            growth=None,
-            skipped=[],
-            failed=[],
         ).write(args.out)
 
 
@@ -107,7 +94,7 @@ def compared(runs: dict[str, list[dict[str, float]]], data: str) -> list[Row]:
     """
     rows, first = [], next(iter(runs))
     for recipe, found in runs.items():
-        accuracies, seconds = [one["accuracy"] for one in found], [one["seconds"] for one in found]
+        accuracies = [one["accuracy"] for one in found]
         rates = [one["images_per_second"] for one in found]
         info: dict[str, Any] = {
             "data": data,
@@ -121,8 +108,7 @@ def compared(runs: dict[str, list[dict[str, float]]], data: str) -> list[Row]:
             pairs = [a - one["accuracy"] for a, one in zip(accuracies, runs[first], strict=True)]
             speed = [a / one["images_per_second"] for a, one in zip(rates, runs[first], strict=True)]
             info |= {"over": first, "difference": interval(pairs), "speed": statistics.median(speed)}
-        times = {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
-        rows.append({"group": "recipes", "name": Path(recipe).stem, "n": len(found), **times, "extra_info": info})
+        rows.append(row_of_runs("recipes", Path(recipe).stem, [one["seconds"] for one in found], info))
     return rows
 
 

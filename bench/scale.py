@@ -372,7 +372,7 @@ def _memory(pixels: float, gpus: int, rates: Values) -> str:
 
 
 def _longest(**seconds: float) -> tuple[str, float]:
-    """Return what takes longest of things that happen at once, and its seconds."""
+    """Return the longest of things that happen at once, and its seconds."""
     return max(seconds.items(), key=lambda item: item[1])
 
 

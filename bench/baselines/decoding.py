@@ -21,7 +21,7 @@ class Photos(seed.Photos):
 
 
 def pillow_loader(paths: Sequence[Path], size: int, workers: int) -> Callable[[], Tensor]:
-    """Return what decodes all photos to (n, size, size, 3) uint8 with a DataLoader; its workers stay between calls."""
+    """Return a function that decodes all photos to (n, size, size, 3) uint8 with a DataLoader, whose workers stay."""
     photos = Photos([(path, 0) for path in paths], size)
     loader = DataLoader(photos, batch_size=32, num_workers=workers, persistent_workers=workers > 0)
     return lambda: torch.cat(list(loader))

@@ -96,7 +96,7 @@ def split_photos(data: Path, seed: int, val_fraction: float = 0.2) -> tuple[list
 
 
 def read_split(path: Path, data: Path) -> tuple[list[str], list[Photo], list[Photo]]:
-    """Return what `split_photos` does, read from a split.csv (path, label, split)."""
+    """Return class names, training photos and validation photos of a split.csv (path, label, split)."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     classes = sorted({row["label"] for row in rows})

@@ -38,7 +38,7 @@ from fastcnn.system import text
 ROOT = Path(__file__).resolve().parents[2]
 
 MEASURED = {"step": ("training step, batch 32", 32), "decode": ("decoding, turbo", 1), "start": ("start-up", 0)}
-"""What is measured -> its name in the table and the images in a unit of it (0: seconds are shown, no rate), as
+"""Kind of work -> its name in the table and the images in a unit of it (0: seconds are shown, no rate), as
 bench/compare/worker.py has them."""
 
 SLICE_SECONDS = 0.1  # short: the machine's load changes from second to second, and more pairs say more than longer ones
@@ -70,7 +70,7 @@ class Ratio:
         return math.sqrt(self.high / self.low) - 1
 
     def verdict(self, margin: float) -> str:
-        """Return what the interval says: "slower" and "faster" only where all of it lies beyond the margin."""
+        """Return the verdict of the interval: "slower" and "faster" only where all of it lies beyond the margin."""
         if self.high < 1 - margin:
             return "slower"
         if self.low > 1 / (1 - margin):
@@ -169,7 +169,7 @@ def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: arg
     """Return the seconds of every slice, by kind of work: all of the base's, and all of the head's in the same order.
 
     It goes on until the intervals are narrow enough, or the time is up: a busy machine takes longer. The processes are
-    started anew every round: how memory happens to lie makes one a little faster than its twin.
+    started anew every round: how memory happens to lie makes one a little faster than the other.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in args.only or MEASURED}
     units: dict[str, int] = {"start": 1}
@@ -238,7 +238,7 @@ def note(line: str) -> None:
 
 
 def summary(found: dict[str, Any], names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Return what is shown and kept of a measurement."""
+    """Return the figures of a measurement that are shown and kept."""
     rows = []
     for what, (base, head) in found["seconds"].items():
         title, images = MEASURED[what]

@@ -1,4 +1,4 @@
-"""What a step does besides computing: kernels launched, time the GPU waits, synchronisations."""
+"""Profile of a step on a GPU: kernels launched, time the GPU waits, synchronisations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.harness.timing import synchronize
 
 
 def count_events(run: Callable[[], object], num_steps: int, device: torch.device) -> dict[str, float]:
-    """Return of `run`, which does `num_steps` steps: kernels and operators a step, the GPU's idle share, syncs."""
+    """Return kernels and operators a step, the GPU's idle share and synchronisations; `run` does `num_steps`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

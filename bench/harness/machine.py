@@ -1,4 +1,4 @@
-"""What this machine can do at best, and what it is."""
+"""The machine: its copy bandwidth, its matrix rates, and a name for it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clocked(call: Callable[[], object], device: torch.device) -> Clocked:
-    """Return what does `call` once and says how long it took, the device's work included."""
+    """Return a function that does `call` once and returns its seconds, the device's work included."""
 
     def run() -> float:
         synchronize(device)
@@ -45,7 +45,7 @@ def seconds_a_call(call: Callable[[], object], device: torch.device, seconds: fl
 
 
 def repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
-    """Return what calls `count` times."""
+    """Return a function that does `call` so many times."""
 
     def run() -> None:
         for _ in range(count):

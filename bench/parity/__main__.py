@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ from bench.parity import arms, curves
 from bench.parity.arms import FAST, INGREDIENTS, PLAIN, Arm, Experiment, Found
 from bench.parity.equivalence import ALPHA, MOST, compare, overall
 from bench.report import tables
-from bench.report.record import FORMAT, Record, Row, read, without_paths
+from bench.report.record import Record, Row, own_record, read, row_of_runs, without_paths
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.runs.failures import RunInterrupted
-from fastcnn.system.device import describe_hardware, pick_device, versions
+from fastcnn.system.device import describe_hardware, pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
 DIFFERENT = CheckError.exit_code
@@ -163,7 +162,7 @@ def results_file(args: argparse.Namespace, experiment: Experiment) -> Path:
 
 
 def settings_of(args: argparse.Namespace, experiment: Experiment) -> dict[str, Any]:
-    """Return what a run's figures depend on, besides seed and code."""
+    """Return the settings that a run's figures depend on, besides seed and code."""
     names = ("epochs", "batch_size", "lr", "schedule", "image_size")
     return {
         "data": experiment.data.name,
@@ -210,13 +209,9 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
     order = [PLAIN, *INGREDIENTS]
     rows = [row_of(args, name, runs, largest) for name in sorted(runs, key=order.index) if runs[name]]
     verdicts = {row["name"]: row["extra_info"].get("verdict", "undecided") for row in rows}
-    device = pick_device("auto")
-    return Record(
-        format=FORMAT,
-        machine=slug(describe_hardware(device)),
-        hardware=describe_hardware(device),
-        versions=versions() | {"scipy": _version("scipy")},
-        rates={},
+    return own_record(
+        rows,
+        command=_command(args),
         settings={
             **settings_of(args, experiment),
             "seeds": args.seeds,
@@ -224,14 +219,9 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
             "loss_margin": args.loss_margin,
             "verdict": verdicts.get(FAST, "undecided"),
         },
-        command=_command(args),
-        date=datetime.now(UTC).isoformat()[:19],
-        commit=_commit(),
         seconds=sum(found["seconds"] for mine in runs.values() for found in mine.values()),
-        rows=rows,
-        growth=None,
-        skipped=[{"name": name, "reason": reason} for name, reason in skipped.items()],
-        failed=[],
+        commit=_commit(),
+        skipped=skipped,
     )
 
 
@@ -268,15 +258,7 @@ def row_of(args: argparse.Namespace, name: str, runs: Runs, largest_class: float
         info["wrong_labels"] = max(found.get("wrong_labels", 0) for found in mine.values())
         if info["wrong_labels"]:
             info["verdict"] = "different"
-    return {
-        "group": "ingredients" if args.ingredients else "parity",
-        "name": name,
-        "n": len(mine),
-        "median_seconds": statistics.median(seconds),
-        "min_seconds": min(seconds),
-        "max_seconds": max(seconds),
-        "extra_info": info,
-    }
+    return row_of_runs("ingredients" if args.ingredients else "parity", name, seconds, info)
 
 
 def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[float]:
@@ -287,9 +269,7 @@ def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[floa
     if measure == "accuracy":
         return [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs]
     return [
-        statistics.fmean(
-            math.log(max(a, TINY) / max(b, TINY)) for a, b in zip(ours[measure], theirs[measure], strict=True)
-        )
+        statistics.fmean(_log_ratio(a, b) for a, b in zip(ours[measure], theirs[measure], strict=True))
         for ours, theirs in pairs
     ]
 
@@ -297,15 +277,11 @@ def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[floa
 def by_epoch(measure: str, pairs: Sequence[tuple[Found, Found]], margin: float) -> list[dict[str, Any]]:
     """Return each epoch's comparison of losses, in log ratios. The tests share their 5%, as Bonferroni has it: one in
     twenty sound experiments at the margin may have an epoch beyond it, not one epoch in twenty."""
-    num_epochs = len(pairs[0][0][measure])
-    return [
-        dataclasses.asdict(
-            compare(
-                [_log_ratio(ours[measure][i], theirs[measure][i]) for ours, theirs in pairs], margin, ALPHA / num_epochs
-            )
-        )
-        for i in range(num_epochs)
-    ]
+    count, found = len(pairs[0][0][measure]), []
+    for i in range(count):
+        ratios = [_log_ratio(ours[measure][i], theirs[measure][i]) for ours, theirs in pairs]
+        found.append(dataclasses.asdict(compare(ratios, margin, ALPHA / count)))
+    return found
 
 
 def _log_ratio(a: float, b: float) -> float:
@@ -363,12 +339,6 @@ def _command(args: argparse.Namespace) -> str:
     parts += [f"--val-fraction {args.val_fraction:g}"] if args.val_fraction != 0.2 else []
     parts += [f"--threads {args.threads}"] if args.threads else []
     return " ".join(parts)
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    return metadata.version(package)
 
 
 def _commit() -> str | None:

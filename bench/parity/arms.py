@@ -1,4 +1,4 @@
-"""What parity compares: seed.py's training, the fast path, and what lies between them, each as figures by epoch."""
+"""Arms of parity: seed.py's training, the fast path, and single changes between them, each as figures by epoch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ epoch), seconds; of the fast path also wrong_labels (photos with another label t
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What both sides train on, and how."""
+    """Photos, split and options that both sides train with."""
 
     data: Path
     classes: list[str]
@@ -62,7 +62,7 @@ class Experiment:
 
     @property
     def photos_key(self) -> str:
-        """What tells these photos and their split from others."""
+        """Hash of the photos' names and their split."""
         names = [str(path.relative_to(self.data)) for path, _ in (*self.train, *self.held_out)]
         return hashlib.sha256("\n".join([*names, str(len(self.train))]).encode(errors="surrogateescape")).hexdigest()
 
@@ -183,7 +183,7 @@ def judged(state: dict[str, Any], truth: dict[Path, int]) -> tuple[Tensor, Tenso
     """Return (N,) labels and (N, num_classes) probabilities of the held-out photos, by a run's last weights, and the
     number of photos, training ones too, that the run's loader gives another label than the true one.
 
-    Of a class of few photos the accuracy may say little; labels need no statistics.
+    The accuracy of a class of few photos may say little; labels need no statistics.
     """
     config = resolve(state["config"])
     data = dataset.prepare(dataclasses.replace(config, loader="resident", max_bad=1.0))

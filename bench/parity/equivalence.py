@@ -17,7 +17,7 @@ Verdict = Literal["equivalent", "different", "undecided"]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What paired differences say about a margin."""
+    """Paired differences against a margin."""
 
     n: int
     """Pairs."""

@@ -20,7 +20,7 @@ Axes = Any
 
 
 def draw(record: Record, folder: Path) -> dict[str, str]:
-    """Draw what there are results for; return name -> why it was left out ("" where it was drawn)."""
+    """Draw the pictures that there are results for; return name -> why one was left out ("" where it was drawn)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,7 +93,7 @@ def _bars(rows: list[Row]) -> list[tuple[str, float, str]]:
 
 
 def _race(row: Row) -> tuple[list[str], Any, str]:
-    """Return what contenders that raced the same baselines at the same work have in common."""
+    """Return a key that contenders have in common which raced the same baselines at the same work."""
     return list(row["extra_info"]["over"]), row["extra_info"].get("batch"), _network(row)
 
 

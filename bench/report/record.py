@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 FORMAT = 1
@@ -19,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a results file holds, under the same names."""
+    """Contents of a results file, under the same names."""
 
     format: int
     machine: str
@@ -68,7 +72,7 @@ class Record:
 
 
 def read(path: Path) -> Record:
-    """Return what a results file holds. Raises ValueError where it is none."""
+    """Return the record of a results file. Raises ValueError where it is none."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"{path} is no results file of format {FORMAT}: make it again with python -m bench")
@@ -102,15 +106,48 @@ def record(found: dict[str, Any], *, command: str, settings: dict[str, Any], sec
     )
 
 
+def own_record(
+    rows: list[Row],
+    *,
+    command: str,
+    settings: dict[str, Any],
+    seconds: float,
+    commit: str | None = None,
+    skipped: Mapping[str, str] = MappingProxyType({}),
+) -> Record:
+    """Return the record of rows that were measured on this machine, now. skipped: name -> reason."""
+    from bench.harness.machine import slug
+    from fastcnn.system.device import describe_hardware, pick_device, versions
+
+    hardware = describe_hardware(pick_device("auto"))
+    return Record(
+        format=FORMAT,
+        machine=slug(hardware),
+        hardware=hardware,
+        versions=versions() | {"scipy": metadata.version("scipy")},
+        rates={},
+        settings=settings,
+        command=command,
+        date=datetime.now(UTC).isoformat()[:19],
+        commit=commit,
+        seconds=seconds,
+        rows=rows,
+        growth=None,
+        skipped=[{"name": name, "reason": reason} for name, reason in skipped.items()],
+        failed=[],
+    )
+
+
+def row_of_runs(group: str, name: str, seconds: Sequence[float], info: dict[str, Any]) -> Row:
+    """Return the row of runs that took so many seconds each."""
+    times = {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
+    return {"group": group, "name": name, "n": len(seconds), **times, "extra_info": info}
+
+
 def _row(one: dict[str, Any]) -> Row:
     stats = one["stats"]
-    return {
-        "group": one["group"],
-        "name": one["name"],
-        "n": stats["rounds"],
-        **{f"{name}_seconds": stats[name] for name in ("median", "min", "max")},
-        "extra_info": one["extra_info"],
-    }
+    times = {f"{name}_seconds": stats[name] for name in ("median", "min", "max")}
+    return {"group": one["group"], "name": one["name"], "n": stats["rounds"], **times, "extra_info": one["extra_info"]}
 
 
 def without_paths(text: str) -> str:

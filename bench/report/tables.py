@@ -59,7 +59,7 @@ def _over(row: Row) -> str:
     return "<br>".join(f"{ratio(over)} {name}" for name, over in row["extra_info"]["over"].items())
 
 
-# What a group's benchmarks note besides rates: a column each, by its head.
+# Columns of a group besides the rates, by their heads.
 EXTRAS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "decode": {"mean difference from Pillow, levels": lambda info: f"{info['mean_difference_levels']:.2f}"},
     "step": {
@@ -255,6 +255,22 @@ def _ingredients(record: Record) -> Lines:
     ]
 
 
+RECIPES_HEAD = (
+    "photos | recipe | accuracy (standard deviation) | points over the first (95% interval) | "
+    "images/s over the first | seeds"
+)
+PARITY_HEAD = (
+    "photos | seed.py: accuracy (standard deviation) | fastcnn | difference, points (90% interval) | "
+    "held-out loss, % | training loss, % | margin, points | verdict | seeds"
+)
+INGREDIENTS_HEAD = (
+    "what | accuracy (standard deviation) | over seed.py, points (90% interval) | held-out loss, % | "
+    "training loss, % | seeds"
+)
+GROWTH_HEAD = (
+    "photos | decode, ms a photo | train | eval | all that grows | over the fewest | peak memory, MiB | "
+    "more than the fewest / by the photos' sizes | n"
+)
 TABLES = {
     "steady": Table(
         "Training, from the second epoch on",
@@ -278,60 +294,10 @@ TABLES = {
     "decode": rates("decode", "Decoding JPEGs"),
     "loader": rates("loader", "Loading"),
     "augment": rates("augment", "Augmentation"),
-    "recipes": Table(
-        "Recipes at equal epochs, after the last",
-        [
-            "photos",
-            "recipe",
-            "accuracy (standard deviation)",
-            "points over the first (95% interval)",
-            "images/s over the first",
-            "seeds",
-        ],
-        _recipes,
-    ),
-    "parity": Table(
-        "Accuracy against seed.py's",
-        [
-            "photos",
-            "seed.py: accuracy (standard deviation)",
-            "fastcnn",
-            "difference, points (90% interval)",
-            "held-out loss, %",
-            "training loss, %",
-            "margin, points",
-            "verdict",
-            "seeds",
-        ],
-        _parity,
-    ),
-    "ingredients": Table(
-        "One change at a time",
-        [
-            "what",
-            "accuracy (standard deviation)",
-            "over seed.py, points (90% interval)",
-            "held-out loss, %",
-            "training loss, %",
-            "seeds",
-        ],
-        _ingredients,
-    ),
-    "growth": Table(
-        "As photos grow (batch 32, one epoch, nothing decoded)",
-        [
-            "photos",
-            "decode, ms a photo",
-            "train",
-            "eval",
-            "all that grows",
-            "over the fewest",
-            "peak memory, MiB",
-            "more than the fewest / by the photos' sizes",
-            "n",
-        ],
-        _growth,
-    ),
+    "recipes": Table("Recipes at equal epochs, after the last", RECIPES_HEAD.split(" | "), _recipes),
+    "parity": Table("Accuracy against seed.py's", PARITY_HEAD.split(" | "), _parity),
+    "ingredients": Table("One change at a time", INGREDIENTS_HEAD.split(" | "), _ingredients),
+    "growth": Table("As photos grow (batch 32, one epoch, nothing decoded)", GROWTH_HEAD.split(" | "), _growth),
     "batch": Table("As the batch grows", ["batch", "photos", "images/s", "peak memory, MiB", "n"], _batches),
     "infer": rates("infer", "The exported model on the CPU"),
 }

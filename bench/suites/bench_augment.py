@@ -1,4 +1,4 @@
-"""What each augmentation costs: training images a second with it, over the same step without."""
+"""Cost of each augmentation: training images a second with it, over the same step without."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ PEERS: dict[str, Callable[[Path, list[Path], int], Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("peer", PEERS)
 def bench_peer(race: Race, peer: str, photos: Path, paths: list[Path], baseline: dict[str, Clocked]) -> None:
-    """What a user of torchvision has."""
+    """Decoders of torchvision."""
     pytest.importorskip("torchvision", exc_type=ImportError)
     if peer.endswith("GPU") and race.device.type != "cuda":
         pytest.skip("needs an NVIDIA GPU")

@@ -1,7 +1,7 @@
-"""Photos to the step: training images a second with each loader, over the resident one, and what a DataLoader decodes.
+"""Loaders: training images a second with each, over the resident one, and the decoding rate of a DataLoader.
 
-The first asks what it costs not to have the photos in memory; the second what a DataLoader could feed at best, were
-the step free.
+The first is the cost of not having the photos in memory; the second is what a DataLoader could feed at best, were the
+step free.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Training:
 
 @pytest.fixture(scope="module")
 def make_data(photos: Path, device: torch.device, scale: dict[str, Any], work_dir: Path) -> Callable[[str], Dataset]:
-    """What prepares the photos for a loader."""
+    """Function that prepares the photos for a loader."""
 
     def prepare(loader: str) -> Dataset:
         name: Any = loader
@@ -65,7 +65,7 @@ def make_data(photos: Path, device: torch.device, scale: dict[str, Any], work_di
 
 
 def train_with(loader: str, data: Dataset, device: torch.device, batch: int, filters: tuple[int, ...]) -> Training:
-    """Return what trains with a loader, on the engine that is the default here."""
+    """Return a training with a loader, on the engine that is the default here."""
     options = Options(device=device, batch_size=batch, decoder=data.decoder)
     feed = LOADERS[loader](data.index, data.cache, data.photos("train"), options)
     precision = pick_precision("auto", device, deterministic=False, strict=False)
@@ -90,7 +90,7 @@ def bench_loader(race: Race, loader: str, make_data: Callable[[str], Dataset]) -
 
 
 def bench_data_loader(race: Race, make_data: Callable[[str], Dataset]) -> None:
-    """What a DataLoader with Pillow decodes, with no step to feed."""
+    """Decoding rate of a DataLoader with Pillow, with no step to feed."""
     data = make_data("resident")
     paths = [data.index.root / data.index.paths[photo] for photo in data.photos("train")]
     run = decoding.pillow_loader(paths, race.scale["image_size"], num_cores())

@@ -1,4 +1,4 @@
-"""What belonging to a group costs a step: a group of one rank, which exchanges nothing, over a process alone."""
+"""Cost of a process group to a step: a group of one rank, which exchanges nothing, over a process alone."""
 
 from __future__ import annotations
 

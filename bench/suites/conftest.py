@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, photos, and a race that is timed in turn with its baselines (A B A B).
+"""Fixtures of the benchmarks: sizes, photos, and a race that is timed in turn with its baselines (A B A B).
 
 python -m pytest bench/suites/bench_step.py --scale quick  # one of them; `fastcnn bench` runs all and writes a report
 """
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what `fastcnn bench` passes on."""
+    """Add the options that `fastcnn bench` passes on."""
     group = parser.getgroup("fastcnn")
     group.addoption("--scale", choices=list(SCALES), default="full")
     group.addoption("--photos", type=Path, help="a folder of photos by class; left out, generated ones")
@@ -142,6 +142,6 @@ def runs(photos: Path, device: torch.device, scale: dict[str, Any], tmp_path_fac
 
 @pytest.fixture
 def race(benchmark: Any, device: torch.device, scale: dict[str, Any], request: pytest.FixtureRequest) -> Race:
-    """What times a contender against baselines."""
+    """Race that times a contender against baselines."""
     benchmark.group = request.module.__name__.rpartition("bench_")[2]
     return Race(benchmark, device, scale)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 
-# What may be wrong with a fast path, each as a change to it that no one would notice by looking at a run.
+# Faults of a fast path that no one would notice by looking at a run.
 
 
 def unnormalised_evaluation(patch: pytest.MonkeyPatch) -> None:
