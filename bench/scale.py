@@ -354,11 +354,18 @@ def run(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT, *, epochs:
         Part("evaluate", scored[0], scored[1] * epochs * share * VAL_FRACTION),
         Part("checkpoint", "checkpoint", epochs * rates["checkpoint"]),
     ]
+    check = _check_seconds(written, gpus, rates, plan)
+    return Run(photos, gpus, batch, memory, parts, check, batch / one.seconds)
+
+
+def _check_seconds(pixels: float, gpus: int, rates: Values, plan: Plan) -> float:
+    """Return the seconds of opening a finished cache of so many bytes: every row is read and checked."""
+    nodes = nodes_of(max(1, gpus))
     threads = min(MOST_THREADS, rates["cores"] * min(gpus, GPUS_PER_NODE)) if gpus else 2
     checking = nodes if plan.list_dealt_out else 1
+    storage = min(nodes * rates["storage_node"], rates["storage_all"])
     from_disk = rates["disk_read"] if nodes == 1 else min(checking * rates["storage_node"], storage)
-    check = pixels / min(checking * threads * rates["check"], from_disk) if written else 0.0
-    return Run(photos, gpus, batch, memory, parts, check, batch / one.seconds)
+    return pixels / min(checking * threads * rates["check"], from_disk)
 
 
 def _memory(pixels: float, gpus: int, rates: Values) -> str:

@@ -202,27 +202,7 @@ def roofline(plt: Any, record: Record) -> Figure:
     intensities = [row["extra_info"]["flops"] / row["extra_info"]["bytes"] for row in rows]
     knees = [value / bandwidth for name, value in record.rates.items() if name != "copy_bytes_per_second"]
     x = np.geomspace(min([*intensities, *knees]) / 4, max([*intensities, *knees]) * 4, 200)
-    for name, value in record.rates.items():
-        if name != "copy_bytes_per_second":
-            kind = name.partition("_")[0]
-            (line,) = axes.plot(x, np.minimum(value, x * bandwidth) / 1e9, color="0.3" if kind == "bf16" else "0.6")
-            axes.annotate(
-                f"{kind} matrix products, {value / 1e9:,.0f} GFLOP/s",
-                (x[-1], value / 1e9),
-                ha="right",
-                va="bottom",
-                fontsize=9,
-                color=line.get_color(),
-            )
-    axes.annotate(
-        f"copying, {bandwidth / 1e9:,.0f} GB/s",
-        (x[len(x) // 12], x[len(x) // 12] * bandwidth / 1e9),
-        textcoords="offset points",
-        xytext=(6, -6),
-        va="top",
-        fontsize=9,
-        color="0.3",
-    )
+    _limits(axes, record.rates, x)
     kinds = list(dict.fromkeys((row["extra_info"]["engine"], row["extra_info"]["precision"]) for row in rows))
     colours = dict(zip(kinds, plt.get_cmap("tab20").colors[::2] * len(kinds), strict=False))
     labelled: set[str] = set()
@@ -253,6 +233,32 @@ def roofline(plt: Any, record: Record) -> Figure:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+def _limits(axes: Axes, rates: dict[str, float], x: Any) -> None:
+    """Draw the FLOP/s that the machine's bandwidth and its matrix rates allow, over FLOP a byte."""
+    bandwidth = rates["copy_bytes_per_second"]
+    for name, value in rates.items():
+        if name != "copy_bytes_per_second":
+            kind = name.partition("_")[0]
+            (line,) = axes.plot(x, np.minimum(value, x * bandwidth) / 1e9, color="0.3" if kind == "bf16" else "0.6")
+            axes.annotate(
+                f"{kind} matrix products, {value / 1e9:,.0f} GFLOP/s",
+                (x[-1], value / 1e9),
+                ha="right",
+                va="bottom",
+                fontsize=9,
+                color=line.get_color(),
+            )
+    axes.annotate(
+        f"copying, {bandwidth / 1e9:,.0f} GB/s",
+        (x[len(x) // 12], x[len(x) // 12] * bandwidth / 1e9),
+        textcoords="offset points",
+        xytext=(6, -6),
+        va="top",
+        fontsize=9,
+        color="0.3",
+    )
 
 
 def growth(plt: Any, record: Record) -> Figure:
