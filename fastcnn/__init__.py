@@ -1,4 +1,4 @@
-"""Train a small image classifier from a folder of photos as fast as the machine allows.
+"""Train small image classifiers from folders of images as fast as the machine allows.
 
 >>> import fastcnn
 >>> result = fastcnn.fit(fastcnn.Config(data="photos", epochs=5))  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions that carry the command's exit code, and the one way to fall back."""
+"""Exceptions that carry the exit code of the command, warnings, and the one way to fall back."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterable
 
 
 class FastCNNError(Exception):
-    """Something that the user can mend. The message says what, expected, got and what to do next."""
+    """An error that the user can correct. The message says what is wrong and what to do."""
 
     exit_code = 1
 
 
 class UsageError(FastCNNError):
-    """A wrong option name or value."""
+    """An option has a wrong name or value."""
 
     exit_code = 2
 
 
 class DataError(FastCNNError):
-    """The data cannot be used."""
+    """The data cannot be used for training or evaluation."""
 
     exit_code = 3
 
@@ -32,23 +32,23 @@ class CheckError(FastCNNError):
 
 
 class FastCNNWarning(UserWarning):
-    """A fallback or a peculiarity of the data that the user should know of."""
+    """A fallback, or something unusual in the data, that the user should know about."""
 
 
 def warn(message: str) -> None:
-    """Warn the user in one line, attributed to the project and not to a line of it."""
+    """Warn the user in one line, without a file name and line number."""
     warnings.warn_explicit(message, FastCNNWarning, "fastcnn", 1, registry={})
 
 
 def fall_back(message: str, *, strict: bool) -> None:
-    """Warn that something less than what was asked for is used; under `--strict` raise FastCNNError instead."""
+    """Warn that a fallback is used; if `strict`, raise FastCNNError instead."""
     if strict:
         raise FastCNNError(f"{message} (an error because of --strict)")
     warn(message)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Configurations from options, recipes and YAML files."""
+"""Reading configurations from options, recipes and YAML files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 from fastcnn.config.config import OPTIONS, Config
 from fastcnn.errors import UsageError, nearest
 
-MAX_YAML_DEPTH = 3  # a list in the mapping, and one more for the message to name the option
-
-
-MAX_YAML_BYTES = 2**18  # a configuration has a hundredth of it
+MAX_YAML_DEPTH = 3  # a list in the mapping, and one level more so that the message can name the option
+MAX_YAML_BYTES = 2**18  # a hundred times the size of a configuration
 
 
 def resolve(*sources: Mapping[str, Any]) -> Config:
-    """Return the Config in which later sources override earlier ones; an unknown name is a UsageError."""
+    """Return a Config; later sources override earlier ones. Raises UsageError for an unknown name or a wrong value."""
     merged: dict[str, Any] = {}
     for source in sources:
         for name, value in source.items():
@@ -59,23 +57,23 @@ def parse_yaml(text: str, name: str, max_depth: int = MAX_YAML_DEPTH) -> dict[st
 
     try:
         depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):  # before anything is made of it
+        for event in yaml.parse(text, yaml.SafeLoader):  # before any value is built
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError("aliases (*name) are not understood")  # a few lines of them are gigabytes
+                raise ValueError("aliases (*name) are not supported")  # a few lines of them are gigabytes
             if depth > max_depth:
                 raise ValueError("it is nested too deeply")
         values = yaml.safe_load(text)
-    except Exception as error:  # values that do not fit their tags raise whatever they like
+    except Exception as error:  # a value that does not fit its tag may raise any exception
         line = " ".join(str(error).split())
-        raise UsageError(f"{name} is not a YAML file: {line}") from None
+        raise UsageError(f"{name} is not valid YAML: {line}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UsageError(f"{name}: expected a mapping of option names to values, got {type(values).__name__}")
     for key in values:
         if not isinstance(key, str):
-            raise UsageError(f"{name}: expected names of options, got a {type(key).__name__} for one")
+            raise UsageError(f"{name}: expected option names as keys, got a {type(key).__name__}")
     return values
 
 

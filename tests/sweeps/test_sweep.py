@@ -270,7 +270,7 @@ def test_packing_is_for_cpus(photos: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photos", "--sweep-id", "abc"], "--sweep-id is for --wandb"),
+        (["photos", "--sweep-id", "abc"], "--sweep-id works only with --wandb"),
         (["photos", "--wandb", "--pack", "2"], "leave out --storage and --pack"),
         (["photos", "--config", "none.yaml"], "cannot read the configuration none.yaml"),
         (["photos", "--trails", "3"], "did you mean '--trials'"),
