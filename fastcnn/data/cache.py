@@ -10,10 +10,9 @@ A cache is a folder named by the hash of what determines pixels (data folder, im
 
 A photo is identified by path, size and modification time, so photos added later are decoded alone and an interrupted
 build continues where it stopped. A line that is cut short or damaged, or a row with a wrong checksum, means that its
-photo is decoded again; a header that is not the expected one, that all are. Files from elsewhere can do no more harm
-than that: all of it is plain data.
+photo is decoded again; an unexpected header, that all are. Files from elsewhere can do no more harm: all is plain data.
 
-A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and it has no pixels.bin and no rows.
+A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and it has no pixels and no rows.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,9 @@ from fastcnn.storage.files import check_space, free_bytes
 from fastcnn.storage.locks import locked
 from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.ranks import ALONE, Ranks
+from pipelines import workers
 from pipelines.workers import Workers, shared
-from pipelines.workers import end_early as end_early
-from pipelines.workers import start_early as start_decoder
-
-RESIZE = "squash-bilinear-antialias"
+from pipelines.workers import end_early as end_early  # for whoever calls start_early
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +87,7 @@ class Cache:
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
         """Return the cache of `index.take(keep)`, for keep (N,)."""
-        reasons = tuple(reason for reason, kept in zip(self.reasons, keep, strict=True) if kept)
-        damage = tuple(damage for damage, kept in zip(self.damage, keep, strict=True) if kept)
+        reasons, damage = tuple(compress(self.reasons, keep)), tuple(compress(self.damage, keep))
         return Cache(**{**vars(self), "rows": self.rows[keep], "reasons": reasons, "damage": damage})
 
     def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
@@ -169,7 +166,8 @@ def build(
     try:
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
-        with _first_rank_holds(folder, ranks, note) as unwritable:
+        lock = locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
+        with lock if ranks.first else contextlib.nullcontext() as unwritable:
             journal: cache_files.Journal = {}
             missing = ranks.broadcast(lambda: _look(index, folder, header, journal, unwritable))
             if read_header(folder) != header:  # the first rank has just written it
@@ -188,25 +186,13 @@ def build(
         raise FastCNNError(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
         ) from None
-    entries = [journal[path] for path in index.paths]
-    images, inode = map_rows(folder, config.decoded_size)
-    return Cache(
-        folder=folder,
-        images=images,
-        inode=inode,
-        rows=np.array([entry["row"] for entry in entries], np.int64),
-        reasons=tuple(entry["reason"] for entry in entries),
-        damage=tuple(str(entry.get("damage", "")) for entry in entries),
-        num_decoded=len(missing),
-        decode_seconds=time.perf_counter() - start,
-    )
+    return _open(index, folder, config.decoded_size, journal, len(missing), time.perf_counter() - start)
 
 
 def fits_on_disk(index: Index, config: DataConfig, *, gpu: int | None = None) -> bool:
     """Return whether the pixels of an index are in its cache or have room there; arguments as for `build`."""
     folder = _folder(_header(index, config, gpu, True), config.cache_dir)
-    pixels = folder / "pixels.bin"
-    there = pixels.stat().st_size if pixels.exists() else 0
+    there = (folder / "pixels.bin").stat().st_size if (folder / "pixels.bin").exists() else 0
     return len(index) * config.decoded_size**2 * 3 - there <= free_bytes(folder)
 
 
@@ -223,9 +209,8 @@ def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = N
     with contextlib.suppress(OSError):
         here = str(Path(root).resolve(strict=True))
         known = [read_header(folder).get("root") for folder in _cache_folders(cache_dir)]
-        gpu = Path("/proc/driver/nvidia").exists()  # there another decoder does it
-        if pipelines.num_cores() > 1 and not gpu and here not in known:
-            start_decoder({"auto": "turbo"}.get(decoder, decoder))
+        if pipelines.num_cores() > 1 and here not in known and not Path("/proc/driver/nvidia").exists():
+            workers.start_early({"auto": "turbo"}.get(decoder, decoder))
 
 
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
@@ -264,10 +249,7 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
                     shutil.rmtree(folder)
             except OSError as error:
                 raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
-    if key is None:
-        with contextlib.suppress(OSError):
-            freed += forget(default_folder(cache_dir))
-    return freed
+    return freed + (forget(default_folder(cache_dir)) if key is None else 0)
 
 
 def _header(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool) -> dict[str, Any]:
@@ -275,7 +257,7 @@ def _header(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool
         "format": FORMAT,
         "root": str(index.root.resolve()),
         "image_size": config.decoded_size,
-        "resize": RESIZE,
+        "resize": "squash-bilinear-antialias",
         "decoder": pipelines.identity(config.decoder, gpu),
     }
     if config.max_pixels != pipelines.MAX_PIXELS:
@@ -292,21 +274,8 @@ def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
     return [path.parent for path in default_folder(cache_dir).glob("*/cache.json")]
 
 
-def _first_rank_holds(
-    folder: Path, ranks: Ranks, note: Callable[[str], None]
-) -> contextlib.AbstractContextManager[OSError | None]:
-    """Return the lock of a cache, which the first rank holds for all, as `locked` yields it."""
-    if not ranks.first:
-        return contextlib.nullcontext()
-    return locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
-
-
 def _look(
-    index: Index,
-    folder: Path,
-    header: dict[str, Any],
-    journal: cache_files.Journal,
-    unwritable: OSError | None,
+    index: Index, folder: Path, header: dict[str, Any], journal: cache_files.Journal, unwritable: OSError | None
 ) -> npt.NDArray[np.intp]:
     """Read the journal of a cache into `journal`; return the positions of the photos that have to be decoded.
 
@@ -354,11 +323,28 @@ def _decode(
             writing.result()
 
 
+def _open(
+    index: Index, folder: Path, image_size: int, journal: cache_files.Journal, num_decoded: int, seconds: float
+) -> Cache:
+    entries = [journal[path] for path in index.paths]
+    images, inode = map_rows(folder, image_size)
+    return Cache(
+        folder=folder,
+        images=images,
+        inode=inode,
+        rows=np.array([entry["row"] for entry in entries], np.int64),
+        reasons=tuple(entry["reason"] for entry in entries),
+        damage=tuple(str(entry.get("damage", "")) for entry in entries),
+        num_decoded=num_decoded,
+        decode_seconds=seconds,
+    )
+
+
 @contextlib.contextmanager
 def _decoding_workers(config: DataConfig, gpu: int | None, strict: bool) -> Iterator[Workers]:
     """Yield the decoder in worker processes: a photo that crashes it costs that photo alone."""
-    with Workers(config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels) as workers:
-        yield workers
+    with Workers(config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels) as decoding:
+        yield decoding
     end_early()
-    if workers.note:
-        fall_back(f"photos were decoded in this process, which a damaged one may end: {workers.note}", strict=strict)
+    if decoding.note:
+        fall_back(f"photos were decoded in this process, which a damaged one may end: {decoding.note}", strict=strict)

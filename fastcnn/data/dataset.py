@@ -88,56 +88,25 @@ def prepare(
         note: called with lines for the user.
         stopwatch: measures the stages "scan" and "decode".
 
-    Raises DataError where the folder cannot be used or more than `max_bad` of its photos are unusable, FastCNNError
-    where the decoder is missing or the cache cannot be written.
+    Raises DataError for an unusable folder, FastCNNError for a missing decoder or a cache that cannot be written.
     """
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.stage("scan"):
-        memory = default_folder(config.cache_dir)
-        index = ranks.broadcast(
-            lambda: scan(config.data, memory) if classes is None else scan_held_out(config.data, classes, memory)
-        )
-    hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
-    note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
+        index = _scan(config, classes, ranks, note)
     config = dataclasses.replace(config, decoder=_choose_decoder(config.decoder, gpu, strict))
-    decoding_gpu = gpu if config.decoder == "dali" else None
-    loader, why = ranks.broadcast(
-        lambda: loaders.choose(
-            config.loader,
-            len(index) * config.decoded_size**2 * 3,
-            on_disk=fits_on_disk(index, config, gpu=decoding_gpu),
-            device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
-            memory_limit=config.memory_limit,
-            ranks=ranks,
-        )
-    )
+    dali_gpu = gpu if config.decoder == "dali" else None
+    loader, why = ranks.broadcast(lambda: _choose_loader(index, config, gpu, dali_gpu, ranks))
     if why:
         note(f"loader {loader}: {why}")
+    keep = loader != "stream"
     with stopwatch.stage("decode"):
         cache = build(
-            index,
-            config,
-            gpu=decoding_gpu,
-            keep_pixels=loader != "stream",
-            strict=strict,
-            ranks=ranks,
-            progress=progress,
-            note=note,
+            index, config, gpu=dali_gpu, keep_pixels=keep, strict=strict, ranks=ranks, progress=progress, note=note
         )
     pipelines.close()  # no DALI work may be in flight while a CUDA graph is captured
-    bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
-    if bad:
-        _report_bad(bad, len(index), config.max_bad, "" if classes else "; see bad_images.csv")
-        usable = cache.usable
-        index, cache = index.take(usable), cache.take(usable)
-        if classes is None:
-            check_classes(index)
-    damaged = {path: damage for path, damage in zip(index.paths, cache.damage, strict=True) if damage}
-    if damaged:
-        _report_damaged(damaged, len(index))
-    splits = _split(index, config, seed, classes, ranks)
-    listed = splits != ""
-    if not listed.all():
+    index, cache, bad, damaged = _without_bad(index, cache, config.max_bad, scoring=classes is not None)
+    splits = index.folders if classes is not None else _split(index, config, seed, ranks)
+    if not (listed := splits != "").all():
         warn(f"{(~listed).sum()} photos are not listed in {config.split} and are left out")
         index, cache, splits = index.take(listed), cache.take(listed), splits[listed]
     return Dataset(
@@ -169,12 +138,50 @@ def _choose_decoder(decoder: Decoder, gpu: int | None, strict: bool) -> Decoder:
     return cast(Decoder, chosen)
 
 
-def _split(
-    index: Index, config: DataConfig, seed: int, classes: Sequence[str] | None, ranks: Ranks
-) -> npt.NDArray[np.str_]:
+def _choose_loader(
+    index: Index, config: DataConfig, gpu: int | None, dali_gpu: int | None, ranks: Ranks
+) -> tuple[Loader, str]:
+    """Return the loader for an index, and the reason where it was auto."""
+    return loaders.choose(
+        config.loader,
+        len(index) * config.decoded_size**2 * 3,
+        on_disk=fits_on_disk(index, config, gpu=dali_gpu),
+        device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
+        memory_limit=config.memory_limit,
+        ranks=ranks,
+    )
+
+
+def _without_bad(
+    index: Index, cache: Cache, max_bad: float, *, scoring: bool
+) -> tuple[Index, Cache, dict[str, str], dict[str, str]]:
+    """Return index and cache of the usable photos, path -> reason of the others, and path -> damage of those kept."""
+    bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
+    if bad:
+        _report_bad(bad, len(index), max_bad, "" if scoring else "; see bad_images.csv")
+        usable = cache.usable
+        index, cache = index.take(usable), cache.take(usable)
+        if not scoring:
+            check_classes(index)
+    damaged = {path: damage for path, damage in zip(index.paths, cache.damage, strict=True) if damage}
+    if damaged:
+        _report_damaged(damaged, len(index))
+    return index, cache, bad, damaged
+
+
+def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note: Callable[[str], None]) -> Index:
+    """Return the index of the folder, of its held-out photos where `classes` are given, as the first rank scans it."""
+    memory = default_folder(config.cache_dir)
+    index = ranks.broadcast(
+        lambda: scan(config.data, memory) if classes is None else scan_held_out(config.data, classes, memory)
+    )
+    hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
+    note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
+    return index
+
+
+def _split(index: Index, config: DataConfig, seed: int, ranks: Ranks) -> npt.NDArray[np.str_]:
     """Return (N,) the split of each photo, "" for one that `config.split` does not list."""
-    if classes is not None:
-        return index.folders
     if config.split:
         path = Path(config.split)
         return ranks.broadcast(lambda: read_split(path, index))

@@ -148,11 +148,13 @@ def read(root: Path, folder: Path, memory: Path | None = None) -> Shards:
 
 
 def forget(memory: Path) -> int:
-    """Delete all remembered scans in a folder; return the bytes freed. Raises OSError."""
+    """Delete all remembered scans in a folder, where that is possible; return the bytes freed."""
     freed = 0
     for path in memory.glob(SCANS.format("*")):
-        freed += path.stat().st_size
-        path.unlink()
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
     return freed
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import pipelines
 from fastcnn import Config, fit
 from fastcnn.config import DataConfig, Loader, resolve
-from fastcnn.data import buffered_feed, cache
+from fastcnn.data import buffered_feed, cache, dataset
 from fastcnn.data.buffered_feed import BatchBuffer, BufferedFeed, PinnedBatchBuffer
 from fastcnn.data.crops import RATIO, SCALE, crop_boxes
 from fastcnn.data.feeds import Feed, shuffled
@@ -498,9 +498,10 @@ def test_auto_picks_what_fits_and_says_so(photos: Path, reference: Any, monkeypa
     assert "--memory-limit" in run.summary["loader_reason"]
     assert outcome(run)[1] == reference[1]
     monkeypatch.setattr("fastcnn.data.dataset.fits_on_disk", lambda *arguments, **options: False)
-    assert fit(Config(data=str(photos), **SMALL)).summary["loader"] == "stream"
+    config = Config(data=str(photos), **SMALL)
+    assert dataset.prepare(config).loader == "stream"
     monkeypatch.undo()
-    assert fit(Config(data=str(photos), **SMALL)).summary["loader"] == "resident"
+    assert dataset.prepare(config).loader == "resident"
 
 
 def test_the_disk_has_room_for_what_is_there(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,13 +162,19 @@ def test_the_cache_notices_a_shard_that_is_written_anew(sharded: Path, tmp_path:
     assert (again.pixels(usable) == first.pixels(usable)).all()
 
 
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache folder that tests share, each of whose photos is decoded once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_loader_gives_the_files_batches(loader: str, folder: Path, sharded: Path, tmp_path: Path) -> None:
+def test_every_loader_gives_the_files_batches(loader: str, folder: Path, sharded: Path, cache_dir: str) -> None:
     files, found, which = matched(folder, sharded)
     usable = np.flatnonzero([Path(files.paths[i]).name not in BAD for i in which])
     seen = []
     for some, photos in ((files, which[usable]), (found, usable)):
-        built = cache.build(some, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path)))
+        built = cache.build(some, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=cache_dir))
         feed = LOADERS[loader](some, built, photos, Options(device=torch.device("cpu"), batch_size=16, crop_scale=None))
         batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -187,7 +193,7 @@ def test_every_loader_gives_the_files_batches(loader: str, folder: Path, sharded
         assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.parametrize("loader", ["resident", "stream"])
+@pytest.mark.parametrize("loader", [pytest.param("resident", marks=pytest.mark.long), "stream"])
 def test_a_run_and_its_evaluation(sharded: Path, loader: str, tmp_path: Path) -> None:
     options = {"epochs": 1, "image_size": 32, "filters": (4,), "batch_size": 8, "loader": loader, "max_bad": 0.5}
     with pytest.warns(FastCNNWarning, match="3 of 93 photos cannot be used"):
@@ -200,7 +206,7 @@ def test_a_run_and_its_evaluation(sharded: Path, loader: str, tmp_path: Path) ->
     with pytest.warns(FastCNNWarning, match="cannot be used"):
         # The only held-out folder is the run's test set.
         same = evaluate_run(run, sharded / "val")
-    assert own.scorecards["test"].to_dict() == same.scorecards["all"].to_dict()
+    assert own.by_split["test"].to_dict() == same.by_split["all"].to_dict()
 
 
 def test_check(folder: Path, sharded: Path) -> None:
