@@ -150,6 +150,23 @@ def test_the_command_runs(
     assert call(small(shlex.split(words)[1:])) == 0, capsys.readouterr().err
 
 
+def test_the_readme_shows_what_is_printed(
+    workshop: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each word of the README's output, class names aside, is printed by the command's small form."""
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workshop / "fresh_cache"))
+    shown = re.findall(
+        r"^```sh\n(fastcnn [^\n]*)\n```\n\n```text\n(.*?)^```$", PAGES["README.md"], re.DOTALL | re.MULTILINE
+    )
+    assert len(shown) == 5
+    for command, text in shown:
+        capfd.readouterr()
+        assert call([word for word in small(shlex.split(command)[1:]) if word != "--quiet"]) == 0
+        printed = set(re.findall(r"[A-Za-z]+", "".join(capfd.readouterr())))
+        assert set(re.findall(r"[A-Za-z]{2,}", re.sub(r"crescent-plain|SHA-256 \w+", "", text))) <= printed, command
+
+
 def test_every_command_left_out_is_in_the_documents_and_its_test_exists() -> None:
     everything = [command for found in COMMANDS.values() for command in found]
     for start, reason in NOT_RUN.items():
