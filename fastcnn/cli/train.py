@@ -78,18 +78,19 @@ def train(
 
 def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, start: float) -> None:
     """Train, with the processes of the cache started before torch is imported."""
-    from fastcnn.data import cache
+    from fastcnn.data.cache import start_early
     from fastcnn.system.console import Console
+    from pipelines.workers import end_early
 
     if not resume:
-        cache.start_early(config.data, config.decoder, config.cache_dir)
+        start_early(config.data, config.decoder, config.cache_dir)
     try:
         from fastcnn.runs.fit import fit
 
         spent = time.perf_counter() - start
         fit(config, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)
     finally:
-        cache.end_early()
+        end_early()
 
 
 @click.command(cls=ConfigCommand, **SETTINGS)

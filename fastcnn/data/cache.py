@@ -57,8 +57,7 @@ from fastcnn.storage.locks import locked
 from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.ranks import ALONE, Ranks
 from pipelines import workers
-from pipelines.workers import Workers, shared
-from pipelines.workers import end_early as end_early  # for whoever calls start_early
+from pipelines.workers import Workers, end_early, shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +201,7 @@ def default_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None) -> None:
-    """Begin to import the CPU decoder in its own process where a folder has no cache; `end_early` ends it.
+    """Begin to import the CPU decoder in its own process where a folder has no cache; `workers.end_early` ends it.
 
     That takes a second, as does importing torch in this process: on two cores they take it together.
     """

@@ -29,8 +29,7 @@ from fastcnn.inference.artefact import Images
 from fastcnn.network.inference_network import Deployed, Inference
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
-from fastcnn.storage import checkpoint
-from fastcnn.storage import files as whole
+from fastcnn.storage import checkpoint, files
 from fastcnn.storage import run_folder as runs
 from fastcnn.system.device import DTYPES, versions
 
@@ -77,7 +76,7 @@ def export_run(
             report = _check_apart(temporary, folder)
             if report.problems:
                 raise CheckError(f"{report.problems[0]}: the exported file was not kept; please report this")
-            whole.write(path, temporary.read_bytes())
+            files.write(path, temporary.read_bytes())
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
     note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
@@ -90,12 +89,12 @@ def export_run(
 def _write_card(path: Path, run: Path) -> None:
     """Write the model card of an exported file and of those beside it that hold the same model."""
     metadata = _read_metadata(path)
-    files = [
+    exported = [
         file
         for suffix in container.FORMATS
         if (file := path.with_suffix(suffix)).is_file() and _read_metadata(file).get("golden") == metadata["golden"]
     ]
-    card.write(path.parent, metadata, files, run)
+    card.write(path.parent, metadata, exported, run)
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

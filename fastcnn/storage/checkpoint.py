@@ -112,19 +112,15 @@ def _is_scalar(value: object) -> bool:
 
 
 def _is_options(value: object) -> bool:
-    return _is_mapping(value, lambda v: _is_scalar(v) or (type(v) is list and all(map(_is_scalar, v))))
+    return _is_mapping(value, lambda v: _is_scalar(v) or _is_list(v, _is_scalar))
 
 
 def _is_row(value: object) -> bool:
     return _is_mapping(value, lambda v: type(v) in (int, float) and _is_scalar(v))
 
 
-def _is_rows(value: object) -> bool:
-    return type(value) is list and all(map(_is_row, value))
-
-
-def _is_names(value: object) -> bool:
-    return type(value) is list and all(type(name) is str for name in value)
+def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
+    return type(value) is list and all(map(holds, value))
 
 
 def _is_tensor(value: object) -> bool:
@@ -144,7 +140,7 @@ def _is_mapping(value: object, holds: Callable[[Any], bool]) -> bool:
 
 FIELDS: dict[str, Callable[[object], bool]] = {
     "config": _is_options,
-    "classes": _is_names,
+    "classes": lambda value: _is_list(value, lambda name: type(name) is str),
     "network": _is_options,
     "model": _is_tensors,
     "optimizer": _is_tensors,
@@ -156,7 +152,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "skipped": _is_count,
     "sums": _is_tensor,
     "best": _is_row,
-    "rows": _is_rows,
+    "rows": lambda value: _is_list(value, _is_row),
     "rng": _is_tensor,
     "device_rng": lambda value: value is None or _is_tensor(value),
 }
