@@ -232,7 +232,7 @@ def test_fit_needs_a_launcher_for_several_devices(photos: Path) -> None:
     ("options", "exit_code", "message"),
     [
         (["--devices", "4", "--device", "cuda"], 1, "torch sees no NVIDIA GPU here"),
-        (["--devices", "2"], 2, "torchrun has started 4; leave it out"),
+        (["--devices", "2"], 2, "differs from the 4 processes of torchrun: leave it out"),
     ],
 )
 def test_what_is_wrong_on_all_ranks_is_told_by_the_first(
