@@ -179,3 +179,17 @@ def test_a_real_planted_slowdown_of_the_step_is_caught(tmp_path: Path) -> None:
     done = run("HEAD", commit, "--only", "step", "--json", str(out))
     assert done.returncode == 4, done.stdout + done.stderr
     assert json.loads(out.read_text())["rows"][0]["ratio"] == pytest.approx(1 / 1.2, rel=0.1)
+
+
+@needs_git
+@pytest.mark.long
+def test_a_revision_from_before_the_rooms_is_measured(tmp_path: Path) -> None:
+    before, out = "cd23ba7", tmp_path / "out.json"
+    known = subprocess.run(["git", "cat-file", "-e", before], capture_output=True, check=False, cwd=ROOT)
+    if known.returncode:
+        pytest.skip(f"needs revision {before}: a shallow clone")
+    done = run(before, "HEAD", "--minutes", "0.1", "--threads", "1", "--json", str(out))
+    assert done.returncode in (0, 4), done.stdout + done.stderr  # 4: slower here, which is not judged
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["step", "decode", "start"]
+    assert all(row["n"] >= 12 and 0 < row["low"] <= row["ratio"] <= row["high"] for row in rows)
