@@ -1,4 +1,4 @@
-"""A trained run as a file that carries its preprocessing and proves itself: photos in, probabilities out."""
+"""Export of a trained run to one file with its preprocessing, verified against the trained model."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ import torch
 from torch import Tensor
 
 from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest
-from fastcnn.export import model_card as card
-from fastcnn.export.verify import Report
-from fastcnn.inference import artefact
-from fastcnn.inference import file_formats as container
+from fastcnn.export import model_card
+from fastcnn.export.verify import Verification
+from fastcnn.inference import artefact, file_formats
 from fastcnn.inference.artefact import Images
 from fastcnn.network.inference_network import Deployed, Inference
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
-from fastcnn.storage import checkpoint, files
-from fastcnn.storage import run_folder as runs
+from fastcnn.storage import checkpoint, files, run_folder
 from fastcnn.system.device import DTYPES, versions
 
 Half = Literal["auto", "bf16", "fp16"]
 
-# Largest difference in a probability between the trained and the exported model, by the body's arithmetic.
+# Largest difference in a probability between the trained and the exported model, by the network's precision.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 
-# Likewise for golden inputs of another size. onnxruntime's resize differs from torch's by 6e-5 of a level, so that of
-# 49,152 values some 30 are rounded to the next level: 1.3e-4 in a probability, where another resize makes 3e-2.
+# Largest difference for golden inputs that are resized. onnxruntime's resize differs from torch's by 6e-5 of a level,
+# which rounds some 30 of 49,152 values to the next level: 1.3e-4 in a probability; a wrong resize makes 3e-2.
 RESIZE_TOLERANCES = {"onnx": 1e-3}
 
 
@@ -51,20 +49,20 @@ def export_run(
     half: Half | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Export a run's best weights and return the file, after checking it in a process of its own.
+    """Export a run's best weights and return the file, after verifying it in a new process.
 
     Args:
         run: a run folder, or a name under `runs/`.
         format: a name in `EXPORTERS`.
-        output: the file; None is `model.<format>` in the run folder. An earlier export is replaced.
-        half: 16-bit weights and arithmetic between normalisation and softmax; auto is bf16, in ONNX fp16.
-        note: told what the check found, a line at a time.
+        output: the file to write; None: `model.<format>` in the run folder. An earlier export is replaced.
+        half: 16-bit weights and arithmetic between normalisation and softmax; auto: bf16, in ONNX fp16.
+        note: called with each line of the result.
 
-    Raises CheckError, and keeps nothing, where the file does not give the trained model's probabilities for the golden
-    inputs and the validation photos; see `verify`.
+    Raises CheckError, and keeps no file, if it does not give the trained model's probabilities for the golden inputs
+    and the validation photos (see `verify`); UsageError for a wrong argument; FastCNNError if it cannot be written.
     """
-    _check(format, half)
-    folder = runs.find(run)
+    _check_arguments(format, half)
+    folder = run_folder.find(run)
     state = checkpoint.load(folder / "best.pt")
     path = Path(output) if output else folder / f"model.{format}"
     if not path.suffix == f".{format}":
@@ -73,38 +71,35 @@ def export_run(
         with tempfile.TemporaryDirectory() as unchecked:
             temporary = Path(unchecked) / path.name
             write(state, temporary, format, half)
-            report = _check_apart(temporary, folder)
-            if report.problems:
-                raise CheckError(f"{report.problems[0]}: the exported file was not kept; please report this")
+            verification = _verify_in_new_process(temporary, folder)
+            if verification.problems:
+                raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")
             files.write(path, temporary.read_bytes())
     except OSError as error:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
-    note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember(path)}")
-    for line in report.lines():
+    note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember_export(path)}")
+    for line in verification.lines():
         note(line)
     _write_card(path, folder)
     return path
 
 
 def _write_card(path: Path, run: Path) -> None:
-    """Write the model card of an exported file and of those beside it that hold the same model."""
+    """Write the model card of an exported file and of the files beside it that hold the same model."""
     metadata = _read_metadata(path)
-    exported = [
-        file
-        for suffix in container.FORMATS
-        if (file := path.with_suffix(suffix)).is_file() and _read_metadata(file).get("golden") == metadata["golden"]
-    ]
-    card.write(path.parent, metadata, exported, run)
+    beside = [file for suffix in file_formats.FORMATS if (file := path.with_suffix(suffix)).is_file()]
+    same_model = [file for file in beside if _read_metadata(file).get("golden") == metadata["golden"]]
+    model_card.write(path.parent, metadata, same_model, run)
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        return container.FORMATS[path.suffix].read(path.read_bytes()).metadata
-    except (OSError, ValueError, RuntimeError):  # somebody else's file
+        return file_formats.FORMATS[path.suffix].read(path.read_bytes()).metadata
+    except (OSError, ValueError, RuntimeError):  # not written by fastcnn
         return {}
 
 
-def _check(format: str, half: Half | None) -> None:
+def _check_arguments(format: str, half: Half | None) -> None:
     if format not in EXPORTERS:
         raise UsageError(
             f"--format: expected one of {', '.join(EXPORTERS)}, got '{format}'{nearest(format, EXPORTERS)}"
@@ -114,7 +109,7 @@ def _check(format: str, half: Half | None) -> None:
 
 
 def write(state: dict[str, Any], path: Path, format: str, half: Half | None = None) -> None:
-    """Write the network of a checkpoint as an exported file, unchecked."""
+    """Write the network of a checkpoint as an exported file, without verifying it."""
     config, network = state["config"], restore(state)
     # onnxruntime has no bf16 convolution on a CPU.
     precision = "fp32" if half is None else half if half != "auto" else "fp16" if format == "onnx" else "bf16"
@@ -141,20 +136,20 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
         "training": {name: _plain(value) for name, value in state["best"].items()},
         "versions": versions(),
-        "golden": golden(network, config),
+        "golden": golden_inputs(network, config),
     }
     parts = EXPORTERS[format](model)
-    metadata["sha256"] = container.digest(parts, metadata)
-    path.write_bytes(container.FORMATS[path.suffix].pack(container.Contents(parts, metadata)))
+    metadata["sha256"] = file_formats.digest(parts, metadata)
+    path.write_bytes(file_formats.FORMATS[path.suffix].pack(file_formats.Contents(parts, metadata)))
 
 
 def _plain(value: Any) -> Any:
-    """Return a figure as JSON has it: no NaN."""
+    """Return a figure for JSON, which has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def golden(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return made-up images and what the trained network says of them, as plain data."""
+def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return synthetic images and the trained network's probabilities for them, as plain data."""
     normalise = Normalise(config["mean"], config["std"], config["image_size"])
     size = config["image_size"]
     found = []
@@ -167,9 +162,9 @@ def golden(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, A
 
 
 def golden_images(size: int) -> list[Images]:
-    """Return (H, W, 3) images: blocks and a slope of the size, noise that is smaller, blocks that are larger.
+    """Return (H, W, 3) images: blocks and a gradient of the model's size, smaller noise and larger blocks.
 
-    Photos would say something of whom they were taken of. Blocks keep the file small: they compress well.
+    They are synthetic because training photos in a published file may be private, and blocks compress well.
     """
     rng = np.random.default_rng(0)
 
@@ -192,14 +187,14 @@ def _export_torchscript(model: Deployed) -> dict[str, bytes]:
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
         # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
         torch.jit.save(torch.jit.script(model), file)
-    parts = container.read_archive(file.getvalue()).parts
-    # Where in our source each line stands, with the paths of this machine: only tracebacks lack it.
+    parts = file_formats.read_archive(file.getvalue()).parts
+    # These hold source lines and paths of this machine, which only tracebacks need.
     parts = {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
     return {name: _ordered(part) if name.endswith(".py") else part for name, part in parts.items()}
 
 
 def _ordered(code: bytes) -> bytes:
-    """Return a class of TorchScript with its constants by name: torch writes them in another order in every process."""
+    """Return TorchScript code with constants sorted by name, as torch's order differs from process to process."""
     lines = code.splitlines(keepends=True)
     groups = itertools.groupby(lines, lambda line: b" : Final[" in line)
     return b"".join(line for constants, group in groups for line in (sorted(group) if constants else group))
@@ -207,13 +202,13 @@ def _ordered(code: bytes) -> bytes:
 
 def _export_pt2(model: Deployed) -> dict[str, bytes]:
     file = io.BytesIO()
-    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the only one it can save
+    model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch.export.save supports no other
     program = torch.export.export(model, (_example(model),), dynamic_shapes=(_any_size(),))
-    for node in program.graph.nodes:  # the source and its paths
+    for node in program.graph.nodes:  # source lines and paths of this machine
         node.meta = {name: value for name, value in node.meta.items() if name == "val"}
     torch.export.save(program, file)
-    parts = container.read_archive(file.getvalue()).parts
-    # The example is pickled, and the guards are Python: neither is needed.
+    parts = file_formats.read_archive(file.getvalue()).parts
+    # The example input is pickled and the guards are Python code: neither is needed.
     parts["data/sample_inputs/model.pt"] = b""
     content = json.loads(parts["models/model.json"])
     content["guards_code"] = []
@@ -224,13 +219,13 @@ def _export_pt2(model: Deployed) -> dict[str, bytes]:
 def _export_onnx(model: Deployed) -> dict[str, bytes]:
     try:
         import onnx
-        import onnxruntime  # noqa: F401  (what the file is checked with)
-        import onnxscript  # noqa: F401  (torch's exporter asks for it later, in many lines)
+        import onnxruntime  # noqa: F401  (needed to verify the file)
+        import onnxscript  # noqa: F401  (torch's exporter needs it and fails less clearly)
     except ImportError as error:
         raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of torchvision, which is not needed
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it asks for torchvision, which is not needed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of its own parts
+        warnings.simplefilter("ignore")  # torch's exporter uses deprecated parts of torch
         program = torch.onnx.export(
             model,
             (_example(model),),
@@ -245,10 +240,10 @@ def _export_onnx(model: Deployed) -> dict[str, bytes]:
     proto = program.model_proto
     graph = proto.graph
     for item in [graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output]:
-        item.ClearField("metadata_props")  # the source and its paths
+        item.ClearField("metadata_props")  # source lines and paths of this machine
         item.ClearField("doc_string")
     onnx.checker.check_model(proto)
-    return container.read_onnx(proto.SerializeToString(deterministic=True)).parts
+    return file_formats.read_onnx(proto.SerializeToString(deterministic=True)).parts
 
 
 EXPORTERS: dict[str, Callable[[Deployed], dict[str, bytes]]] = {
@@ -259,7 +254,7 @@ EXPORTERS: dict[str, Callable[[Deployed], dict[str, bytes]]] = {
 
 
 def _example(model: Deployed) -> Tensor:
-    """Return images to trace with; no two sides are equal, or the tracer would take them for one."""
+    """Return images to trace with, of unequal height and width: torch.export would tie equal sizes together."""
     size = model.image_size
     return torch.zeros(2, size + 3, size + 5, 3, dtype=torch.uint8)
 
@@ -268,17 +263,19 @@ def _any_size() -> dict[int, Any]:
     return {0: torch.export.Dim("n"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
 
 
-def _check_apart(path: Path, run: Path) -> Report:
-    """Return what a check of the file finds in a fresh process, which knows only the file and the run folder."""
+def _verify_in_new_process(path: Path, run: Path) -> Verification:
+    """Verify a file in a new process, which gets only the file and the run folder."""
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    # -P: modules where the user stands are not ours.
+    # -P: Python must not import modules from the current folder.
     command = [sys.executable, "-P", "-m", "fastcnn.export.verify", str(path), str(run)]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment, encoding="utf-8")
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise CheckError(f"the process that checks the export ended with code {done.returncode}") from None
+        raise CheckError(
+            f"the process that verifies the export ended with code {done.returncode}: the file was not kept"
+        ) from None
     if "error" in answer:
         raise CheckError(f"the exported file does not pass its check: {answer['error']}")
-    return Report(**answer)
+    return Verification(**answer)

@@ -1,4 +1,4 @@
-"""An exported model as an entry of a model repository that NVIDIA's Triton Inference Server serves.
+"""Model repository of NVIDIA's Triton Inference Server with an exported model.
 
 The layout and the fields are those of Triton's model_configuration.md and model_config.proto.
 """
@@ -16,21 +16,21 @@ from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.inference import artefact
 from fastcnn.system.text import printable
 
-MAX_BATCH_SIZE = 64  # photos that the server may run at once; 64 of 128 px are 3 MB
+MAX_BATCH_SIZE = 64  # photos in one batch; 64 of 128 px are 3 MB
 
 
 @dataclass(frozen=True)
 class Platform:
-    """How a format of ours stands in the repository."""
+    """Triton platform that runs an export format, and the names it expects."""
 
     name: str
     file: str
-    """The file's name in the version folder: Triton's default for the platform."""
+    """File name in the version folder: Triton's default for the platform."""
     input: str
     output: str
 
 
-# TorchScript names no tensors: the server takes <name>__<position>. ONNX has names, which the server takes.
+# TorchScript has no tensor names: Triton expects <name>__<position>. ONNX has names, which Triton uses.
 PLATFORMS = {
     ".torchscript": Platform("pytorch_libtorch", "model.pt", "INPUT__0", "OUTPUT__0"),
     ".onnx": Platform("onnxruntime_onnx", "model.onnx", "images", "probabilities"),
@@ -38,19 +38,19 @@ PLATFORMS = {
 
 
 def write_repository(exported: str | Path, directory: str | Path, name: str) -> Path:
-    """Return `directory`/`name`, after adding the exported model to the model repository `directory`.
+    """Add an exported model to the model repository `directory` and return its folder, `directory`/`name`.
 
-    It becomes version 1, or the next one where a model of the same classes and size is there: Triton serves the latest.
-    Written are config.pbtxt, labels.txt (a class a line) and VERSION/model.pt or model.onnx.
+    Writes config.pbtxt, labels.txt (one class per line) and VERSION/model.pt or model.onnx. VERSION is 1, or the next
+    number if the folder has a model with the same classes and image size: Triton serves the latest.
 
-    Raises UsageError for a format that Triton does not serve or a name that is none, FastCNNError where another model
-    stands there or the folder cannot be written.
+    Raises UsageError for a format that Triton does not serve or an invalid name, FastCNNError if the folder has another
+    model or cannot be written.
     """
     exported = Path(exported)
     if exported.suffix not in PLATFORMS:
         raise UsageError(f"--triton: expected a file that ends in {' or '.join(PLATFORMS)}, got {exported}")
     if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
-        raise UsageError(f"--triton: a model's name has letters, digits, _ and - only, got '{name}'")
+        raise UsageError(f"--triton: expected a model name of letters, digits, _ and -, got '{name}'")
     model = artefact.open(exported)
     platform = PLATFORMS[exported.suffix]
     folder = Path(directory) / name
@@ -63,7 +63,10 @@ def write_repository(exported: str | Path, directory: str | Path, name: str) -> 
             if (folder / file).is_file() and (folder / file).read_text(encoding="utf-8") != text:
                 raise FastCNNError(f"{folder} has a model with another {file}: remove it, or give another --triton DIR")
         _add_version(exported, folder, platform.file)
-        for file, text in texts.items():  # last, as a server that polls the folder takes it once config.pbtxt is there
+        for (
+            file,
+            text,
+        ) in texts.items():  # last: a server that polls the folder loads the model once config.pbtxt exists
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise FastCNNError(f"cannot write {folder}: {error.strerror or error}") from None
@@ -71,18 +74,18 @@ def write_repository(exported: str | Path, directory: str | Path, name: str) -> 
 
 
 def repository_name(run: Path) -> str:
-    """Return a name for the model of a run folder."""
+    """Return a valid model name for a run folder."""
     return re.sub(r"[^0-9A-Za-z_]+", "-", run.resolve().name).strip("-") or "model"
 
 
 def _add_version(exported: Path, folder: Path, file: str) -> None:
-    """Copy the model into the next version's folder, unless the latest has it already."""
+    """Copy the model into a new version folder, unless the latest version is the same file."""
     folder.mkdir(parents=True, exist_ok=True)
     latest = max((int(p.name) for p in folder.iterdir() if re.fullmatch(r"[1-9]\d*", p.name)), default=0)
     there = folder / str(latest) / file
     if there.is_file() and filecmp.cmp(exported, there, shallow=False):
         return
-    partial = folder / f".partial-{os.getpid()}"  # no number: the server does not look at it
+    partial = folder / f".partial-{os.getpid()}"  # Triton ignores folders whose name is no number
     try:
         partial.mkdir()
         shutil.copyfile(exported, partial / file)
@@ -92,7 +95,7 @@ def _add_version(exported: Path, folder: Path, file: str) -> None:
 
 
 def _config(name: str, platform: Platform, image_size: int, num_classes: int) -> str:
-    # The size is fixed: the server can only run requests of equal shapes as one batch.
+    # The size is fixed because Triton batches only requests of equal shapes.
     return f"""\
 name: "{name}"
 platform: "{platform.name}"

@@ -1,4 +1,4 @@
-"""An exported file checked: its hash, its golden inputs, and the photos that its run held out."""
+"""Verification of an exported file: its hash, its golden inputs, and its run's validation photos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +19,19 @@ from fastcnn.config import resolve
 from fastcnn.data import dataset
 from fastcnn.errors import FastCNNError, FastCNNWarning, warn
 from fastcnn.inference import artefact
-from fastcnn.inference.artefact import Artefact, Golden, Images, Probabilities
+from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint
 
 BATCH_SIZE = 64
 
-# Two classes that are closer than this in a photo's probabilities may have changed places in training's own arithmetic.
+# Two classes whose probabilities differ by less than this may be ranked the other way round in training's precision.
 ROUNDING = {"fp32": 1e-3, "tf32": 0.05, "fp16": 0.05, "bf16": 0.2}
 
 
 class Batch(NamedTuple):
-    """Photos, and what the trained model says of them."""
+    """Photos with labels, and the trained model's probabilities."""
 
     pixels: Images
     """(n, H, W, 3)."""
@@ -42,30 +42,30 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a check found."""
+class Verification:
+    """Result of comparing an exported model with the trained one."""
 
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     tolerance: float
-    """Largest difference in a probability that the file allows itself."""
+    """Largest difference in a probability that is accepted."""
     num_golden: int
     golden_difference: float
-    """Largest difference in a probability of the golden inputs."""
+    """Largest difference in a probability on the golden inputs."""
     photos: int = 0
-    """Photos that the run held out, as it saw them; 0 where they were not compared."""
+    """Number of validation photos compared; 0 if the run's photos are not available."""
     difference: float = 0.0
-    """Largest difference in a probability of those."""
+    """Largest difference in a probability on the validation photos."""
     num_ties: int = 0
-    """Photos whose most probable class differs from the trained model's, but no more than the tolerance allows."""
+    """Photos given another class than by the trained model, where the tolerance explains it."""
     accuracy: float | None = None
     trained_accuracy: float | None = None
-    """The trained model's on the same photos, in fp32."""
+    """Accuracy of the trained model on the same photos, in fp32."""
     problems: tuple[str, ...] = ()
-    """What is wrong; nothing where the file is what it says."""
+    """Reasons why the file fails; empty if it passes."""
 
     def lines(self) -> list[str]:
-        """Return the figures as text."""
+        """Return the figures as lines of text."""
         lines = [f"{self.num_golden} golden inputs: largest difference {self.golden_difference:.1g}"]
         if self.photos:
             lines.append(
@@ -76,27 +76,32 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Reported:
-    """What training itself said of the photos."""
+class TrainingAccuracy:
+    """Accuracy on the validation photos that the training run recorded."""
 
     accuracy: float
     rounding: float
-    """Two classes closer than this in probability may change places in training's arithmetic."""
+    """Classes whose probabilities differ by less may be ranked the other way round in training's precision."""
 
 
-def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | None = None) -> Report:
-    """Return what a check of an exported model finds: on its golden inputs, and on photos.
+def verify(model: Artefact, photos: Iterable[Batch] = (), reported: TrainingAccuracy | None = None) -> Verification:
+    """Compare an exported model with the trained one on its golden inputs, and on photos.
 
     Args:
-        model: opened, and so with the hash that it says.
-        photos: what to compare on besides, see `held_out`.
-        reported: training's own accuracy on them; None leaves that out.
+        model: the exported model, opened, which checked its hash.
+        photos: photos to compare on too, see `validation_photos`.
+        reported: accuracy that training recorded on them; None: not compared.
     """
     size = (model.image_size, model.image_size, 3)
-    own = [one for one in model.golden if one.image.shape == size]
-    other = [one for one in model.golden if one.image.shape != size]
-    golden, resized_golden = (_largest(_golden_difference(model, one) for one in some) for some in (own, other))
-    differences = list[npt.NDArray[np.floating[Any]]]([np.zeros(1)])
+    golden, resized_golden = (
+        _largest(
+            model.probabilities(one.image[None])[0] - one.probabilities
+            for one in model.golden
+            if (one.image.shape == size) is same_size
+        )
+        for same_size in (True, False)
+    )
+    differences: list[Probabilities] = [np.zeros(1, np.float32)]
     allowed_photos = model.tolerance
     count = ties = wrong = right = trained_right = close = 0
     for pixels, labels, trained in photos:
@@ -119,13 +124,13 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | N
         ("resized golden inputs", resized_golden, model.resize_tolerance),
         ("validation photos", difference, allowed_photos),
     ):
-        if not value <= allowed:  # so that what is no number fails
+        if not value <= allowed:  # NaN fails too
             problems.append(f"{name}: probabilities differ by {value:.2g} (at most {allowed:g})")
     if wrong:
-        problems.append(f"{wrong} of {count} validation photos have another class than the trained model gives them")
+        problems.append(f"{wrong} of {count} validation photos get another class than from the trained model")
     if reported and count and abs(trained_right - reported.accuracy * count) > close + 0.5:
-        problems.append(f"accuracy {trained_right / count:.4f} where training reported {reported.accuracy:.4f}")
-    return Report(
+        problems.append(f"accuracy {trained_right / count:.4f}, but training reported {reported.accuracy:.4f}")
+    return Verification(
         sha256=model.sha256,
         tolerance=model.tolerance,
         num_golden=len(model.golden),
@@ -139,37 +144,36 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: Reported | N
     )
 
 
-def _golden_difference(model: Artefact, golden: Golden) -> npt.NDArray[np.float32]:
-    difference: npt.NDArray[np.float32] = model.probabilities(golden.image[None])[0] - golden.probabilities
-    return difference
-
-
-def _largest(differences: Iterable[npt.NDArray[np.floating[Any]]]) -> float:
+def _largest(differences: Iterable[Probabilities]) -> float:
     return float(np.max([np.abs(difference).max() for difference in differences]))
 
 
-def verify_file(model: Artefact, run: str | Path | None = None) -> Report:
-    """Return what a check of an exported model finds: on its golden inputs, and on the photos that its run held out.
+def verify_file(model: Artefact, run: str | Path | None = None) -> Verification:
+    """Compare an exported model with the trained one on its golden inputs and its run's validation photos.
 
-    `run` is the run's folder; None is the file's own, where that is a run's. Without its photos, on the first alone.
+    `run` is the run folder; None: the file's own folder, if it is one. Photos that cannot be read are left out, with a
+    warning.
     """
     folder = Path(run) if run else model.path.parent
     if not run and not all((folder / name).is_file() for name in ("config.yaml", "best.pt", "split.csv")):
         return verify(model)
     try:
-        photos, reported = held_out(folder)
+        photos, reported = validation_photos(folder)
     except FastCNNError as error:
-        warn(f"the run's photos cannot be read ({error}): only the synthetic golden inputs are compared")
+        warn(f"cannot read the run's photos ({error}): only the synthetic golden inputs are compared")
         return verify(model)
     return verify(model, photos, reported)
 
 
-def held_out(run: Path) -> tuple[Iterator[Batch], Reported | None]:
-    """Return a run's validation photos as it has cached them, in batches, with what its best model says of them."""
+def validation_photos(run: Path) -> tuple[Iterator[Batch], TrainingAccuracy | None]:
+    """Return a run's validation photos from its cache with its best model's probabilities, and its recorded accuracy.
+
+    The accuracy is None if the photos had to be decoded again, as the pixels may then differ from training's.
+    """
     state = checkpoint.load(run / "best.pt")
     config = state["config"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FastCNNWarning)  # the run has told of its bad photos
+        warnings.simplefilter("ignore", FastCNNWarning)  # the run has reported its bad photos
         data = dataset.prepare(
             resolve(config, {"split": run / "split.csv", "max_bad": 1.0, "memory_limit": None}),
             gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
@@ -186,14 +190,13 @@ def held_out(run: Path) -> tuple[Iterator[Batch], Reported | None]:
                 trained = torch.softmax(network(normalise(images)), 1).numpy()
             yield Batch(pixels, data.index.labels[chosen], trained)
 
-    # Photos that had to be decoded again are others than training saw, perhaps.
-    same = data.cache.num_decoded == 0 and data.loader != "stream"
+    same_pixels = data.cache.num_decoded == 0 and data.loader != "stream"
     accuracy, rounding = state["best"].get("val/accuracy"), ROUNDING.get(config["precision"], 1.0)
-    return batches(), Reported(accuracy, rounding) if same and accuracy is not None else None
+    return batches(), TrainingAccuracy(accuracy, rounding) if same_pixels and accuracy is not None else None
 
 
 def main(path: str, run: str) -> None:
-    """Print what a check finds as JSON: what export runs in a process of its own."""
+    """Print the verification of a file as JSON; `export_run` starts this in a new process."""
     try:
         answer = dataclasses.asdict(verify_file(artefact.open(path), run))
     except FastCNNError as error:

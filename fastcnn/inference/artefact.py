@@ -1,4 +1,4 @@
-"""An exported model, whatever its format: what it is, and probabilities for photos.
+"""Exported model of any format: its metadata, and class probabilities for images.
 
 Needs numpy, and torch (for .torchscript and .pt2) or onnxruntime (for .onnx).
 """
@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.errors import CheckError, FastCNNError, first_line, nearest, warn
-from fastcnn.inference import file_formats as container
-from fastcnn.inference.file_formats import FORMATS
+from fastcnn.inference.file_formats import FORMATS, METADATA, check_program, digest
 from fastcnn.storage.paths import user_cache_folder
 
 FORMAT = 2
@@ -32,7 +31,7 @@ Runner = Callable[[Images], Probabilities]
 
 @dataclass(frozen=True)
 class Golden:
-    """An image that was made up for the purpose, and what the trained model says of it."""
+    """Synthetic image and the trained model's probabilities for it."""
 
     image: Images
     """(H, W, 3)."""
@@ -42,11 +41,11 @@ class Golden:
 
 @dataclass(frozen=True)
 class Artefact:
-    """An exported model, opened."""
+    """Opened exported model."""
 
     path: Path
     sha256: str
-    """Of the file, as `sha256sum` prints it."""
+    """SHA-256 of the file, as `sha256sum` prints it."""
     metadata: dict[str, Any]
     _run: Runner
 
@@ -67,19 +66,19 @@ class Artefact:
 
     @property
     def resize_tolerance(self) -> float:
-        """Likewise for photos of another size than the model's: where its resize rounds to another level."""
+        """Largest difference in a probability for images that the model resizes: rounding may differ."""
         return float(self.metadata["resize_tolerance"])
 
     @property
     def golden(self) -> list[Golden]:
-        """What the file is checked on."""
+        """Golden inputs that verification compares."""
         return [
             Golden(unpack_image(entry), np.array(entry["probabilities"], np.float32))
             for entry in self.metadata["golden"]
         ]
 
     def probabilities(self, images: Images) -> Probabilities:
-        """(N, H, W, 3) uint8, any height and width -> (N, num_classes) probabilities."""
+        """(N, H, W, 3) uint8, any height and width -> (N, num_classes) fp32. Raises FastCNNError for other arrays."""
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
             raise FastCNNError(f"expected (N, H, W, 3) uint8 images, got {images.shape} {images.dtype}")
         if not len(images):
@@ -92,12 +91,12 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
 
     Args:
         path: the file, or a folder with one.
-        sha256: what the file must be: its own SHA-256, as `sha256sum` prints it, or the one of weights and metadata.
-        warn_of_strangers: whether to warn where opening the file runs a program that was not exported on this machine
-            and is not known by its hash.
+        sha256: expected hash: the file's SHA-256, as `sha256sum` prints it, or the one of its weights and metadata.
+        warn_of_strangers: warn if opening the file runs a program that was not exported on this machine and has no
+            expected hash.
 
-    Raises CheckError where the file is damaged or not what its hash or `sha256` says, FastCNNError where it is missing,
-    no export of fastcnn, or of another format. The file is taken apart and hashed before anything in it runs.
+    Raises CheckError if the file is damaged or does not match its hash or `sha256`, FastCNNError if it is missing, was
+    not exported by fastcnn or has another format version. The hash is checked before anything in the file runs.
     """
     path = _find(Path(path))
     opener = OPENERS[path.suffix]
@@ -110,23 +109,27 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
     except (RuntimeError, ValueError) as error:
         raise CheckError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
     if not isinstance(metadata.get("format"), int) or not isinstance(metadata.get("classes"), list):
-        raise FastCNNError(f"{path} was not exported by fastcnn: it has no {container.METADATA}")
+        raise FastCNNError(f"{path} was not exported by fastcnn: it has no {METADATA}")
     if metadata["format"] > FORMAT:
-        raise FastCNNError(f"{path} has format {metadata['format']}, this fastcnn reads up to {FORMAT}: upgrade it")
+        raise FastCNNError(
+            f"{path} has format {metadata['format']}, this fastcnn reads up to {FORMAT}: upgrade fastcnn"
+        )
     if metadata["format"] < FORMAT:
         raise FastCNNError(f"{path} has format {metadata['format']}, of an older fastcnn: export the run again")
-    inner, outer = container.digest(parts, metadata), hashlib.sha256(content).hexdigest()
+    inner, outer = digest(parts, metadata), hashlib.sha256(content).hexdigest()
     if metadata.get("sha256") != inner:
-        raise CheckError(f"{path} was changed after its export: weights and metadata have another SHA-256 than it says")
+        raise CheckError(
+            f"{path} was changed after its export: weights and metadata do not match its SHA-256. Export the run again"
+        )
     if sha256 and sha256.strip().lower() not in (inner, outer):
         raise CheckError(f"{path} is another file than expected: its SHA-256 is {outer}")
-    if warn_of_strangers and opener.runs and not sha256 and outer not in known():
-        warn(f"{path} was not exported here, and {opener.runs}: give its --sha256, or trust who made it")
+    if warn_of_strangers and opener.runs and not sha256 and outer not in known_hashes():
+        warn(f"{path} was not exported here, and {opener.runs}: give its --sha256, or trust its source")
     try:
         return Artefact(path, outer, metadata, opener.open(content, parts, metadata))
     except ImportError as error:
         raise FastCNNError(f"{path} needs {error.name}: pip install 'fastcnn[export]'") from None
-    except Exception as error:  # whatever the libraries make of a file that is not theirs
+    except Exception as error:  # the libraries raise many types for a malformed file
         raise CheckError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
 
 
@@ -137,7 +140,7 @@ def _find(path: Path) -> Path:
             raise FastCNNError(f"{path} holds no exported model: run `fastcnn export {path}` first")
         return found[0]
     if not path.is_file():
-        raise FastCNNError(f"no exported model {path}")
+        raise FastCNNError(f"no exported model {path}: check the path, or run `fastcnn export` first")
     if path.suffix not in OPENERS:
         ends = nearest(path.suffix, OPENERS)
         raise FastCNNError(f"{path}: expected a file that ends in {', '.join(OPENERS)}{ends}")
@@ -150,13 +153,13 @@ def _open_torchscript(content: bytes, parts: dict[str, bytes], metadata: dict[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
         module = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
-    return _torch_runner(module)  # it splits what is large itself
+    return _torch_runner(module)  # the program splits large batches itself
 
 
 def _open_pt2(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]) -> Runner:
     import torch
 
-    container.check_program(parts)  # what follows unpickles and evaluates whatever it finds
+    check_program(parts)  # torch.export.load unpickles and evaluates what it finds
     program = torch.export.load(io.BytesIO(content))
     return _torch_runner(program.module(check_guards=False), metadata["chunk"])
 
@@ -186,11 +189,11 @@ def _open_onnx(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]
 
 
 class Opener(NamedTuple):
-    """How a format is opened."""
+    """Function that opens a format, and its risk."""
 
     open: Callable[[bytes, dict[str, bytes], dict[str, Any]], Runner]
     runs: str
-    """What opening it makes possible to who made it; "" where that is nothing but arithmetic."""
+    """Warning about what the file can do when opened; "" if it can only do arithmetic."""
 
 
 OPENERS = {
@@ -212,25 +215,25 @@ def unpack_image(entry: dict[str, Any]) -> Images:
     return np.frombuffer(pixels, np.uint8).reshape(entry["height"], entry["width"], 3).copy()
 
 
-def known() -> set[str]:
-    """Return the SHA-256 of the files that this user exported on this machine."""
+def known_hashes() -> set[str]:
+    """Return the SHA-256 hashes of the files that this user exported on this machine."""
     try:
-        return set(_known().read_text(encoding="ascii").split())
+        return set(_hashes_file().read_text(encoding="ascii").split())
     except (OSError, ValueError):
         return set()
 
 
-def remember(path: Path) -> str:
-    """Note that a file was exported here, and return its SHA-256."""
+def remember_export(path: Path) -> str:
+    """Record that a file was exported on this machine, and return its SHA-256."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        _known().parent.mkdir(parents=True, exist_ok=True)
-        with _known().open("a", encoding="ascii") as file:
+        _hashes_file().parent.mkdir(parents=True, exist_ok=True)
+        with _hashes_file().open("a", encoding="ascii") as file:
             file.write(f"{sha256}\n")
     except OSError:
-        pass  # a warning more on opening it is all that this costs
+        pass  # the only cost is a warning when the file is opened
     return sha256
 
 
-def _known() -> Path:
+def _hashes_file() -> Path:
     return user_cache_folder() / "exports.txt"

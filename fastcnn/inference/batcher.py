@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import prometheus_client
 
-from fastcnn.inference.artefact import Artefact
-from fastcnn.inference.classifier import Classifier, Probabilities
+from fastcnn.inference.artefact import Artefact, Probabilities
+from fastcnn.inference.classifier import Classifier
 from pipelines.verdict import MAX_PIXELS, Verdict
 
 

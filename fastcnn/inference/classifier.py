@@ -1,4 +1,4 @@
-"""Photos to probabilities with one artefact."""
+"""Classifier: decodes photos and runs an exported model on them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 import pipelines
-from fastcnn.inference.artefact import Artefact, Images
+from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
 from pipelines.workers import Workers, shared
 
-Probabilities = npt.NDArray[np.float32]
-
-
-NONE = np.zeros(0, np.float32)
+NO_PROBABILITIES = np.zeros(0, np.float32)
 
 
 class Classifier:
-    """Photos in, probabilities out: a decoder in processes that may die of a photo, and an exported model.
+    """Decoder in worker processes, which survives photos that crash it, and an exported model.
 
     Args:
-        model: opened.
-        workers: decoding threads; None: one for each core.
-        max_pixels: a photo whose header claims more is "too large".
+        model: the exported model, opened.
+        workers: decoding threads; None: one per core.
+        max_pixels: photos with more pixels in their header are "too large".
     """
 
     def __init__(self, model: Artefact, *, workers: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
@@ -47,7 +43,7 @@ class Classifier:
         self._workers.close()
 
     def warm_up(self) -> None:
-        """Do everything once that is slow at first: processes, imports, programs that specialise themselves."""
+        """Start the worker processes, import the libraries and let TorchScript specialise."""
         file = io.BytesIO()
         Image.new("RGB", (64, 64)).save(file, "JPEG")
         for _ in range(3):
@@ -55,11 +51,11 @@ class Classifier:
         self.decode_seconds = self.model_seconds = 0.0
 
     def __call__(self, sources: Sequence[Source]) -> list[tuple[Verdict, Probabilities]]:
-        """Return a verdict for each source, and (num_classes,) probabilities where it is usable, else none.
+        """Return a verdict for each source with (num_classes,) probabilities, which are empty if it is unusable.
 
-        Sources are decoded as for training, straight to the model's size. What is said of a photo does not depend on
-        what comes with it, to the bit: each goes through the model alone, as batches of other sizes round otherwise
-        (3e-7 in a probability), and so that cores are used, several at a time in a thread each.
+        Sources are decoded as for training, straight to the model's size. Each photo goes through the model alone, in
+        threads to use all cores: its probabilities do not depend on the other photos to the bit, whereas another batch
+        size would change a probability by up to 3e-7.
         """
         size = self.model.image_size
         start = time.perf_counter()
@@ -72,16 +68,16 @@ class Classifier:
         return list(zip(verdicts, found, strict=True))
 
     def _probabilities(self, image: Images, verdict: Verdict) -> Probabilities:
-        return self.model.probabilities(image[None])[0] if verdict.ok else NONE
+        return self.model.probabilities(image[None])[0] if verdict.ok else NO_PROBABILITIES
 
 
 def _one_thread() -> None:
-    """Keep torch's arithmetic in this thread from starting others."""
+    """Limit torch to one thread for each thread of the pool."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
 
 def ranked(probabilities: Probabilities, classes: Sequence[str], top_k: int) -> list[tuple[str, float]]:
-    """Return the most probable classes with their probabilities, the first first."""
+    """Return the `top_k` most probable classes with their probabilities, in descending order."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [(classes[i], float(probabilities[i])) for i in order]

@@ -1,4 +1,4 @@
-"""An exported file taken apart without running anything in it: its parts, its metadata, and the hash of both."""
+"""File formats of exports: reading parts and metadata without running anything in the file, and hashing them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 
 METADATA = "fastcnn.json"
 
-# What torch's writer of archives adds by itself.
+# Records that torch's archive writer adds by itself.
 _INCIDENTAL = (".data/serialization_id", ".data/version", "version", "byteorder")
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """Parts and metadata of an exported file."""
 
     parts: dict[str, bytes]
-    """Name -> bytes of everything but the metadata: weights, program, structure."""
+    """Name -> bytes of all but the metadata: weights, program, structure."""
     metadata: dict[str, Any]
-    """Empty where the file was not exported by fastcnn."""
+    """Empty if the file was not exported by fastcnn."""
 
 
 def digest(parts: dict[str, bytes], metadata: dict[str, Any]) -> str:
-    """Return the SHA-256 of a file's parts and of its metadata, the hash in it left out."""
+    """Return the SHA-256 of a file's parts and its metadata without the hash in it."""
     total = hashlib.sha256()
     rest = {name: value for name, value in metadata.items() if name != "sha256"}
     plain = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
@@ -36,7 +36,7 @@ def digest(parts: dict[str, bytes], metadata: dict[str, Any]) -> str:
 
 
 def read_archive(content: bytes) -> Contents:
-    """Return what an archive of torch holds, as torch itself reads it. Raises ValueError where it is none."""
+    """Return the contents of a torch archive, read by torch. Raises ValueError or RuntimeError if it is not one."""
     import torch
 
     reader = torch._C.PyTorchFileReader(io.BytesIO(content))
@@ -49,7 +49,7 @@ def read_archive(content: bytes) -> Contents:
 
 
 def pack_archive(contents: Contents) -> bytes:
-    """Return an archive of torch with what `read_archive` found."""
+    """Return the bytes of a torch archive with the given contents."""
     import torch
 
     file = io.BytesIO()
@@ -66,7 +66,7 @@ _METADATA_PROPS = 14  # of ONNX's ModelProto: entries of a key (1) and a value (
 
 
 def read_onnx(content: bytes) -> Contents:
-    """Return what an ONNX file holds: the model, and the metadata in its properties."""
+    """Return the contents of an ONNX file: the model, and the metadata in its properties. Raises ValueError."""
     model, found = [], list[bytes]()
     for number, whole, value in _fields(content):
         entry = {n: v for n, _, v in _fields(value)} if number == _METADATA_PROPS else {}
@@ -80,7 +80,7 @@ def read_onnx(content: bytes) -> Contents:
 
 
 def pack_onnx(contents: Contents) -> bytes:
-    """Return an ONNX file with what `read_onnx` found."""
+    """Return the bytes of an ONNX file with the given contents."""
     entry = _field(1, METADATA.encode()) + _field(2, json.dumps(contents.metadata).encode())
     return contents.parts["model"] + _field(_METADATA_PROPS, entry)
 
@@ -137,7 +137,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 class Format(NamedTuple):
-    """How a kind of file is taken apart and put together."""
+    """Functions that read and write a file format."""
 
     read: Callable[[bytes], Contents]
     pack: Callable[[Contents], bytes]
@@ -151,11 +151,10 @@ FORMATS = {
 
 
 def check_program(parts: dict[str, bytes]) -> None:
-    """Raise ValueError where torch.export.load would unpickle or evaluate something in an archive.
+    """Raise ValueError if torch.export.load would unpickle or evaluate something in an archive.
 
-    It unpickles sample inputs, weights that say so and objects among the constants; it evaluates guards and the sizes'
-    expressions; and nodes may name any function of torch. What we write has none of that: numbers, and torch's
-    own operators on them.
+    It unpickles sample inputs, weights marked as pickled and objects among the constants, evaluates guards and size
+    expressions, and calls any torch function that a node names. Our exports hold only numbers and ATen operators.
     """
     for name, part in parts.items():
         if not re.fullmatch(_PLAIN_PARTS, name) or (name.startswith("data/sample_inputs/") and part):

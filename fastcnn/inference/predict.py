@@ -1,4 +1,4 @@
-"""Classes of photos, from an exported model."""
+"""Predictions of an exported model for photos, and writers for the command line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.errors import FastCNNError
-from fastcnn.inference.artefact import Artefact
-from fastcnn.inference.classifier import Classifier, Probabilities, ranked
+from fastcnn.inference.artefact import Artefact, Probabilities
+from fastcnn.inference.classifier import Classifier, ranked
 from fastcnn.system.text import printable
 from pipelines.verdict import MAX_PIXELS
 
@@ -23,13 +23,13 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a photo."""
+    """Probabilities for one photo, or the reason why there are none."""
 
     path: str
     reason: str
-    """Why the photo cannot be used; "" where it can."""
+    """Reason why the photo cannot be used; "" if it can."""
     probabilities: Probabilities
-    """(num_classes,); empty where the photo cannot be used."""
+    """(num_classes,) fp32; empty if the photo cannot be used."""
 
 
 def predict_photos(
@@ -41,15 +41,15 @@ def predict_photos(
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Prediction]:
-    """Yield a prediction for each photo in `inputs`: see `find_photos`.
+    """Yield a prediction for each photo in `inputs`, see `find_photos`.
 
     Args:
         model: an exported model, opened.
         inputs: photos, folders, globs.
-        workers: decoding threads; None: one for each core.
-        max_pixels: a photo whose header claims more is "too large".
-        progress: told photos done and photos to do.
-        note: told at the end how long it took.
+        workers: decoding threads; None: one per core.
+        max_pixels: photos with more pixels in their header are "too large".
+        progress: called with the number of photos done and the total.
+        note: called at the end with a line about the speed.
 
     Raises FastCNNError for an input that does not exist.
     """
@@ -63,17 +63,17 @@ def predict_photos(
                 yield Prediction(path, verdict.reason, probabilities)
             progress(start + len(batch), len(paths))
     seconds = time.perf_counter() - begun
-    share = classify.decode_seconds / max(classify.decode_seconds + classify.model_seconds, 1e-9)
+    decoding = classify.decode_seconds / max(classify.decode_seconds + classify.model_seconds, 1e-9)
     note(
         f"{len(paths):,} photo{'s' * (len(paths) != 1)} in {seconds:.1f} s ({len(paths) / max(seconds, 1e-9):,.0f} "
-        f"photos/s, {share:.0%} of it decoding)" + (f"; {bad:,} cannot be used" if bad else "")
+        f"photos/s, {decoding:.0%} of it decoding)" + (f"; {bad:,} cannot be used" if bad else "")
     )
 
 
 def find_photos(inputs: Sequence[str | Path]) -> Iterator[str]:
-    """Yield each file given, each visible file below each folder given, and what each glob matches, sorted.
+    """Yield files given, visible files below folders given and matches of globs given, each sorted.
 
-    "-" are paths on standard input, a line each (or ended by null characters, as `find -print0` writes them). Raises
+    "-" reads paths from standard input, one per line or separated by null characters (`find -print0`). Raises
     FastCNNError for an input that does not exist.
     """
     for item in inputs:
@@ -81,11 +81,11 @@ def find_photos(inputs: Sequence[str | Path]) -> Iterator[str]:
             yield from _standard_input()
         elif os.path.lexists(item):
             yield from _below(str(item))
-        elif matches := sorted(glob.glob(str(item), recursive=True)):  # noqa: PTH207 - a string, whatever is in it
+        elif matches := sorted(glob.glob(str(item), recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
             for match in matches:
                 yield from _below(match)
         else:
-            raise FastCNNError(f"no photo or folder {printable(str(item))}")
+            raise FastCNNError(f"no photo or folder {printable(str(item))}: check the path")
 
 
 def _below(path: str) -> Iterator[str]:
@@ -105,7 +105,7 @@ def _standard_input() -> Iterator[str]:
 
 
 def writer(format: str, classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
-    """Return a function that writes a prediction to standard output as table, csv or jsonl."""
+    """Return a function that writes a prediction to standard output; `format` is table, csv or jsonl."""
     return {"table": _table, "csv": _csv, "jsonl": _jsonl}[format](classes, top_k)
 
 

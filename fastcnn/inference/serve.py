@@ -23,9 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fastcnn.errors import FastCNNError, first_line
-from fastcnn.inference.artefact import Artefact
+from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.batcher import Batcher, Closed, Figures, Limits
-from fastcnn.inference.classifier import Probabilities, ranked
+from fastcnn.inference.classifier import ranked
 from pipelines.verdict import Verdict
 
 MEDIA_TYPES = ("image/", "application/octet-stream")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcnn.export import triton_repository as triton_server
+from fastcnn.export import triton_repository
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact
 from tests.export.test_triton_server import read_config
@@ -162,7 +162,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(torchscript: Path, tmp_path: Path) -> Iterator[str]:
-    folder = triton_server.write_repository(torchscript, tmp_path, "animals")
+    folder = triton_repository.write_repository(torchscript, tmp_path, "animals")
     config = read_config(folder / "config.pbtxt")
     labels = (folder / config.output[0].label_filename).read_text().splitlines()
     handler = type("Handler", (Server,), {"model": artefact.open(torchscript), "config": config, "labels": labels})

@@ -26,8 +26,7 @@ from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.export import exporters
 from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
 from fastcnn.export.verify import verify_file
-from fastcnn.inference import artefact
-from fastcnn.inference import file_formats as container
+from fastcnn.inference import artefact, file_formats
 from fastcnn.network.inference_network import Inference
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import ACTIVATIONS, SmallCNN, restore
@@ -51,7 +50,7 @@ def exported(kept: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have exports checked in this process: starting another, as those of `kept` do, takes 1.5 s."""
-    monkeypatch.setattr(exporters, "_check_apart", lambda path, run: verify_file(artefact.open(path), run))
+    monkeypatch.setattr(exporters, "_verify_in_new_process", lambda path, run: verify_file(artefact.open(path), run))
 
 
 def test_probabilities_are_those_of_the_trained_model(exported: Path, run_dir: Path) -> None:
@@ -140,12 +139,12 @@ def test_the_inference_form_is_the_same_function() -> None:
 
 def tamper(path: Path, change: Callable[[dict[str, bytes], dict[str, Any]], None], *, rehash: bool = False) -> None:
     """Change parts or metadata of a file; with `rehash`, as somebody would who knows of the hash."""
-    form = container.FORMATS[path.suffix]
+    form = file_formats.FORMATS[path.suffix]
     parts, metadata = form.read(path.read_bytes())
     change(parts, metadata)
     if rehash:
-        metadata["sha256"] = container.digest(parts, metadata)
-    path.write_bytes(form.pack(container.Contents(parts, metadata)))
+        metadata["sha256"] = file_formats.digest(parts, metadata)
+    path.write_bytes(form.pack(file_formats.Contents(parts, metadata)))
 
 
 def tensors(path: Path) -> list[bytes]:
@@ -153,7 +152,7 @@ def tensors(path: Path) -> list[bytes]:
     if path.suffix == ".onnx":
         onnx = pytest.importorskip("onnx")
         return [bytes(tensor.raw_data) for tensor in onnx.load(path).graph.initializer if len(tensor.raw_data) > 60]
-    parts = container.read_archive(path.read_bytes()).parts
+    parts = file_formats.read_archive(path.read_bytes()).parts
     return [part for name, part in parts.items() if re.fullmatch(r"data/\d+|data/weights/weight_\d+", name)]
 
 
@@ -351,7 +350,7 @@ def test_the_same_run_gives_the_same_file(kept: Path, run_dir: Path, tmp_path: P
 
 
 def test_nothing_of_this_machine_is_inside(exported: Path) -> None:
-    parts, metadata = container.FORMATS[exported.suffix].read(exported.read_bytes())
+    parts, metadata = file_formats.FORMATS[exported.suffix].read(exported.read_bytes())
     root = str(Path(__file__).resolve().parents[2]).encode()
     for content in [*parts.values(), json.dumps(metadata).encode()]:
         assert root not in content

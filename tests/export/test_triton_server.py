@@ -13,7 +13,7 @@ import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from fastcnn.errors import FastCNNError, UsageError
-from fastcnn.export import triton_repository as triton_server
+from fastcnn.export import triton_repository
 from fastcnn.inference import artefact
 
 SIZE = 32
@@ -71,17 +71,17 @@ def read_config(path: Path) -> Any:
     return text_format.Parse(path.read_text(encoding="utf-8"), config)
 
 
-@pytest.fixture(params=triton_server.PLATFORMS)
+@pytest.fixture(params=triton_repository.PLATFORMS)
 def exported(request: pytest.FixtureRequest, exports: Callable[[str], Path]) -> Path:
     return exports(request.param[1:])
 
 
 def test_the_configuration(exported: Path, tmp_path: Path) -> None:
     model = artefact.open(exported)
-    folder = triton_server.write_repository(exported, tmp_path / "models", "animals")
+    folder = triton_repository.write_repository(exported, tmp_path / "models", "animals")
     assert folder == tmp_path / "models" / "animals"
     config = read_config(folder / "config.pbtxt")
-    platform = triton_server.PLATFORMS[exported.suffix]
+    platform = triton_repository.PLATFORMS[exported.suffix]
     assert (config.name, config.platform) == ("animals", platform.name)
     assert config.max_batch_size > 1
     assert config.HasField("dynamic_batching")
@@ -92,7 +92,7 @@ def test_the_configuration(exported: Path, tmp_path: Path) -> None:
 
 
 def test_the_model_takes_what_the_configuration_says(exported: Path, tmp_path: Path) -> None:
-    folder = triton_server.write_repository(exported, tmp_path, "animals")
+    folder = triton_repository.write_repository(exported, tmp_path, "animals")
     config = read_config(folder / "config.pbtxt")
     images = np.random.default_rng(0).integers(0, 256, (3, *config.input[0].dims), np.uint8)
     if exported.suffix == ".onnx":
@@ -114,28 +114,28 @@ def test_the_model_takes_what_the_configuration_says(exported: Path, tmp_path: P
 
 
 def test_exporting_again_adds_a_version(exported: Path, tmp_path: Path) -> None:
-    file = triton_server.PLATFORMS[exported.suffix].file
-    folder = triton_server.write_repository(exported, tmp_path, "animals")
-    triton_server.write_repository(exported, tmp_path, "animals")
+    file = triton_repository.PLATFORMS[exported.suffix].file
+    folder = triton_repository.write_repository(exported, tmp_path, "animals")
+    triton_repository.write_repository(exported, tmp_path, "animals")
     assert sorted(p.name for p in folder.iterdir()) == ["1", "config.pbtxt", "labels.txt"]
     (folder / "1" / file).write_bytes(b"an earlier model")
-    triton_server.write_repository(exported, tmp_path, "animals")
+    triton_repository.write_repository(exported, tmp_path, "animals")
     assert (folder / "1" / file).read_bytes() == b"an earlier model"
     assert (folder / "2" / file).read_bytes() == exported.read_bytes()
 
 
 def test_errors(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ends in \.torchscript or \.onnx"):
-        triton_server.write_repository(tmp_path / "model.pt2", tmp_path, "animals")
-    with pytest.raises(UsageError, match="letters, digits"):
-        triton_server.write_repository(exported, tmp_path, "../animals")
-    folder = triton_server.write_repository(exported, tmp_path, "animals")
+        triton_repository.write_repository(tmp_path / "model.pt2", tmp_path, "animals")
+    with pytest.raises(UsageError, match="of letters, digits"):
+        triton_repository.write_repository(exported, tmp_path, "../animals")
+    folder = triton_repository.write_repository(exported, tmp_path, "animals")
     (folder / "labels.txt").write_text("other\n")
     with pytest.raises(FastCNNError, match=r"another labels\.txt"):
-        triton_server.write_repository(exported, tmp_path, "animals")
+        triton_repository.write_repository(exported, tmp_path, "animals")
     (tmp_path / "file").touch()
     with pytest.raises(FastCNNError, match="cannot write"):
-        triton_server.write_repository(exported, tmp_path / "file", "animals")
+        triton_repository.write_repository(exported, tmp_path / "file", "animals")
     shutil.rmtree(folder)
 
 
@@ -143,4 +143,4 @@ def test_errors(exported: Path, tmp_path: Path) -> None:
     ("run", "name"), [("clothing-10-2", "clothing-10-2"), ("my photos.v1", "my-photos-v1"), ("日本", "model")]
 )
 def test_a_name_from_the_run(run: str, name: str) -> None:
-    assert triton_server.repository_name(Path("runs") / run) == name
+    assert triton_repository.repository_name(Path("runs") / run) == name

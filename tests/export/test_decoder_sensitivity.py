@@ -1,4 +1,4 @@
-"""How much the answers depend on the decoder: figures worked by hand, and the table of generated photos."""
+"""Decoder sensitivity: figures worked by hand, and the table of generated photos."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 import pipelines
 from fastcnn.errors import DataError
-from fastcnn.export import decoder_sensitivity as skew
+from fastcnn.export import decoder_sensitivity
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact
 
@@ -26,15 +26,15 @@ def model(exports: Callable[[str], Path]) -> Artefact:
 def test_figures_worked_by_hand() -> None:
     reference = np.array([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [np.nan, np.nan]], np.float32)
     found = np.array([[0.5, 0.5], [0.75, 0.25], [np.nan, np.nan], [0.5, 0.5]], np.float32)
-    way = skew.compare("x", found, reference, np.array([0, 1, 0, 0]))
-    assert way == skew.Way(
+    way = decoder_sensitivity.compare("x", found, reference, np.array([0, 1, 0, 0]))
+    assert way == decoder_sensitivity.DecoderResult(
         name="x", photos=2, accuracy=0.5, agreement=0.5, mean_difference=0.375, largest_difference=0.5
     )
 
 
 def test_the_reference_agrees_with_itself_and_the_others_nearly(model: Artefact, photos: Path) -> None:
-    found = skew.measure(model, photos)
-    first, *others = found.ways
+    found = decoder_sensitivity.measure(model, photos)
+    first, *others = found.results
     assert (first.name, first.photos) == ("pillow", 120)
     assert (first.agreement, first.mean_difference, first.largest_difference) == (1, 0, 0)
     for way in others:
@@ -42,7 +42,7 @@ def test_the_reference_agrees_with_itself_and_the_others_nearly(model: Artefact,
         assert 0 < way.largest_difference < 0.1
         assert way.mean_difference < 0.02
         assert way.agreement > 0.9
-    assert found.ways[-1].name == "whole photo, model's resize"
+    assert found.results[-1].name == "whole photo, model's resize"
 
 
 def test_the_whole_photo_is_what_the_file_holds(tmp_path: Path) -> None:
@@ -67,9 +67,9 @@ def test_bad_photos_and_missing_decoders_are_told(
     (data / name / "page.jpg").write_text("<html>")
     monkeypatch.setitem(pipelines.BACKENDS, "dali", "pipelines.no_such_module")
     monkeypatch.delitem(pipelines._imported, "dali", raising=False)
-    found = skew.measure(model, data)
-    assert [way.name for way in found.ways] == ["pillow", "turbo", "whole photo, model's resize"]
-    assert {way.photos for way in found.ways} == {120}
+    found = decoder_sensitivity.measure(model, data)
+    assert [way.name for way in found.results] == ["pillow", "turbo", "whole photo, model's resize"]
+    assert {way.photos for way in found.results} == {120}
     assert found.bad == {f"{name}/page.jpg": "not an image"}
     assert "pip install" in found.left_out["dali"]
     assert json.loads(json.dumps(found.to_dict()))["ways"][0]["photos"] == 120
@@ -83,4 +83,4 @@ def test_no_usable_photo(model: Artefact, tmp_path: Path) -> None:
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "page.jpg").write_text("<html>")
     with pytest.raises(DataError, match="no usable photos"):
-        skew.measure(model, tmp_path / "data")
+        decoder_sensitivity.measure(model, tmp_path / "data")
