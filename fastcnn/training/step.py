@@ -123,11 +123,13 @@ class TrainingStep:
         # Steps that updated nothing because a loss was not finite: each of them, or all from the first on.
         self.skipped = torch.zeros((), device=device)
 
-    def start_epoch(self, seed: int, epoch: int, done: int = 0, chances: SamplingWeights | None = None) -> Feed:
+    def start_epoch(
+        self, seed: int, epoch: int, done: int = 0, sampling_weights: SamplingWeights | None = None
+    ) -> Feed:
         """Return the feed at the start of an epoch, or `done` steps into it: see `Feed.start_epoch`."""
         if len(self.draws):
             self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
-        return self.feed.start_epoch(seed, epoch, done * self.batch_size, chances)
+        return self.feed.start_epoch(seed, epoch, done * self.batch_size, sampling_weights)
 
     @property
     def functions(self) -> StepFunctions:

@@ -125,12 +125,12 @@ def test_balanced_sampling_draws_classes_alike() -> None:
     labels = np.repeat([0, 1, 2], [900, 90, 10])
     weights = class_weights(labels, 3).numpy()[labels]
     assert weights.mean() == pytest.approx(1)
-    chances = weights.astype(np.float64) / weights.astype(np.float64).sum()
-    drawn = shuffled(1000, (0, 1), chances)
+    sampling_weights = weights.astype(np.float64) / weights.astype(np.float64).sum()
+    drawn = shuffled(1000, (0, 1), sampling_weights)
     counts = np.bincount(labels[drawn])
     assert counts.sum() == 1000
     assert counts.min() > 270
-    assert np.array_equal(drawn, shuffled(1000, (0, 1), chances))
+    assert np.array_equal(drawn, shuffled(1000, (0, 1), sampling_weights))
     assert sorted(shuffled(1000, (0, 1))) == list(range(1000))
 
 

@@ -197,18 +197,6 @@ def one_cycle(number: int, peak: float, total: int) -> float:
     return low + (high - low) / 2 * (1 + math.cos(math.pi * share))
 
 
-def test_one_cycle_is_torchs() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.Adam([parameter], lr=LR)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=40)
-    rates = []
-    for _ in range(40):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        theirs.step() if len(rates) < 40 else None
-    torch.testing.assert_close(schedule("onecycle", LR, 40), torch.tensor(rates))
-
-
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 100])
 @pytest.mark.parametrize("name", ["constant", "cosine", "onecycle"])
 def test_schedules_are_positive_rates(name: str, num_steps: int) -> None:
