@@ -8,8 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastcnn.config.model import MIN_IMAGE_SIZE
-from fastcnn.config.section import Section
-from fastcnn.config.units import Bytes
+from fastcnn.config.section import Bytes, Section
 from fastcnn.errors import UsageError, nearest
 
 Augmentation = Literal["flip", "shift", "crop", "rotate", "colour", "cutout", "mixup", "cutmix"]

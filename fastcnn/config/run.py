@@ -7,8 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from fastcnn.config.section import Section
-from fastcnn.config.units import Interval
+from fastcnn.config.section import Interval, Section
 from fastcnn.errors import UsageError, nearest
 
 Engine = Literal[

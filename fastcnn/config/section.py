@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NewType, Union, get_args, get_origin
 
 from pydantic import ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from fastcnn.config.units import Bytes, Interval, parse_bytes, parse_interval
 from fastcnn.errors import UsageError, nearest
+
+Bytes = NewType("Bytes", int)
+"""Number of bytes; written as a number or as 500MB, 2GB, 1.5GiB."""
+
+Interval = NewType("Interval", str)
+"""Number of steps, as 200, or a time, as 30s, 5m or 1h: see `parse_interval`."""
 
 _EXPECTED = {
     "greater_than": "a number above {gt:g}",
@@ -126,3 +132,21 @@ def _shown(value: object) -> str:
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**64):
         return str(value)
     return f"a value of type {type(value).__name__}"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the number of bytes in 500MB, 2G, 1.5 GiB or 1000; None for anything else or less than 1."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d*)?) *([kmgt]?)(i?)b?", text.strip().lower(), re.ASCII)
+    if match is None or (match[3] and not match[2]):
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")) or None
+
+
+def parse_interval(text: str) -> tuple[int | None, float | None]:
+    """Return (steps, None) for 200, (None, seconds) for 30s, 5m or 1.5h, (None, None) for anything else."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d*)?) *(steps|[smh]?)", text.strip().lower(), re.ASCII)
+    if match is None or not float(match[1]):
+        return None, None
+    if match[2] in ("steps", ""):
+        return (None, None) if "." in match[1] else (int(match[1]), None)
+    return None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]

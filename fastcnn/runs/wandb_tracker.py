@@ -15,9 +15,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import urlsplit
 
+from fastcnn.config import Wandb
 from fastcnn.errors import first_line, warn
 from fastcnn.reporting.outcome import Outcome
 from fastcnn.system.console import Console
@@ -25,21 +26,18 @@ from fastcnn.system.console import Console
 if TYPE_CHECKING:
     import wandb
 
-MODES = ("auto", "online", "offline", "disabled")
 PROJECT = "fastcnn"
 PROBE_SECONDS = 5.0  # for a server to answer at all
 INIT_SECONDS = 20.0  # for it to take the run
 SEND_SECONDS = 20.0  # for wandb to send the rest when the run ends
 WAIT_SECONDS = 30.0  # for all of that, at the end of a run that was shorter
 
-_ENVIRONMENT_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
-
 
 def asked_mode(option: str) -> str:
     """Return the mode from `--wandb`, or if that is auto, from WANDB_MODE."""
     value = os.environ.get("WANDB_MODE", "")
-    value = _ENVIRONMENT_MODES.get(value, value)
-    return value if option == "auto" and value in MODES else option
+    value = {"dryrun": "offline", "run": "online", "shared": "online"}.get(value, value)
+    return value if option == "auto" and value in get_args(Wandb) else option
 
 
 class WandbTracker:

@@ -15,7 +15,6 @@ from fastcnn.data.loaders import LOADERS
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export.exporters import EXPORTERS
 from fastcnn.network.small_cnn import ACTIVATIONS
-from fastcnn.runs.wandb_tracker import MODES
 from fastcnn.system.device import DTYPES
 from fastcnn.training.augment import AUGMENTATIONS
 from fastcnn.training.engines import ENGINES, NEXT_BEST
@@ -37,7 +36,6 @@ from pipelines import BACKENDS
         (config.Loader, {"auto", *LOADERS}),
         (config.Decoder, {"auto", *BACKENDS}),
         (config.Export, EXPORTERS),
-        (config.Wandb, MODES),
     ],
 )
 def test_literals_name_what_there_is(literal: Any, choices: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcnn.config import load
+from fastcnn.config import resolve
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.sweeps import sweep_file
 
@@ -60,4 +60,4 @@ def test_the_sweep_names_options_as_the_agent_gives_them(name: str) -> None:
     assert SWEEP["command"][:2] == ["fastcnn", "train"]
     parameter = SWEEP["parameters"][name]
     for value in parameter.get("values") or [parameter["min"], parameter["max"]]:
-        load.resolve({name: str(value)})
+        resolve({name: str(value)})
