@@ -170,12 +170,11 @@ def _make_step(
     dtype = DTYPES[config.precision]
     parameters = FlatParameters(model, dtype)
     lr = scaled_lr(config.lr, config.lr_scaling, config.batch_size)
-    momentum = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     steps_per_epoch = min(len(feed) // config.batch_size, config.limit_train_batches or len(feed))
     num_steps = config.epochs * steps_per_epoch
     return TrainingStep(
         parameters,
-        OPTIMIZERS[config.optimizer](parameters, lr, config.weight_decay, **momentum),
+        OPTIMIZERS[config.optimizer](parameters, lr, config.weight_decay, config.momentum),
         feed,
         Normalise(config.mean, config.std, config.image_size, dtype, feed.images.device),
         batch_size=config.batch_size,

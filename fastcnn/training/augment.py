@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fastcnn.network.pixels import UnreadBatch
 
+LUMA = (0.299, 0.587, 0.114)
+GREY = 128
+
 
 class Batch(NamedTuple):
     """Images and labels of one step."""
@@ -84,9 +87,6 @@ def colour(images: Tensor, draws: Tensor, strength: float) -> Tensor:
     return out
 
 
-LUMA = (0.299, 0.587, 0.114)
-
-
 def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
     """Grey out a square around a random point, its side a fraction `share` of the image's.
 
@@ -96,9 +96,6 @@ def cutout(images: Tensor, draws: Tensor, share: float) -> Tensor:
     half = images.new_full((images.shape[0],), share / 2, dtype=torch.float32)
     inside, _ = _boxes(images, draws[0], draws[1], half, half)
     return torch.where(inside, GREY, images.flatten(2)).view(images.shape)
-
-
-GREY = 128
 
 
 def mixup(images: Tensor, draws: Tensor, pairs: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,14 +135,8 @@ GEOMETRY: dict[str, Kind] = {
     "crop": Kind(crop, 4),
     "rotate": Kind(rotate, 1),
 }
-PIXELS: dict[str, Kind] = {
-    "colour": Kind(colour, 3),
-    "cutout": Kind(cutout, 2),
-}
-MIXES: dict[str, Kind] = {
-    "mixup": Kind(mixup, 1),
-    "cutmix": Kind(cutmix, 3),
-}
+PIXELS: dict[str, Kind] = {"colour": Kind(colour, 3), "cutout": Kind(cutout, 2)}
+MIXES: dict[str, Kind] = {"mixup": Kind(mixup, 1), "cutmix": Kind(cutmix, 3)}
 """Mixing functions: the first of their random numbers is drawn from Beta(strength, strength)."""
 AUGMENTATIONS = (*GEOMETRY, *PIXELS, *MIXES)
 WHOLE_PIXELS = {"flip", "shift"}  # move pixels without interpolation
@@ -167,11 +158,7 @@ class Augment:
         counts = [kind.draws for kind, _ in self.geometry + self.pixels + self.mixes]
         # With several mixes each image takes one of them: the last random number chooses.
         self.counts = [*counts, 1] if len(self.mixes) > 1 else counts
-
-    @property
-    def num_draws(self) -> int:
-        """Random numbers per image."""
-        return sum(self.counts)
+        self.num_draws = sum(self.counts)  # random numbers per image
 
     def draw(self, count: int, epoch: tuple[int, int]) -> Tensor:
         """Return (num_draws, count) random numbers, on the CPU, for an epoch given as (seed, epoch)."""

@@ -11,15 +11,7 @@ from typing import Any
 
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
-from fastcnn.training.engines import (
-    ENGINES,
-    Eager,
-    Engine,
-    NoEngine,
-    Step,
-    build,
-    time_step,
-)
+from fastcnn.training.engines import ENGINES, Eager, Engine, NoEngine, Step, build, time_step
 
 
 def choose(

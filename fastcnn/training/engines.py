@@ -20,6 +20,7 @@ from torch import Tensor
 from fastcnn.errors import fall_back, first_line
 from fastcnn.network.fused_forward import FusedForward, refusals, unavailable
 from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.system.device import synchronize
 from fastcnn.training.step import StepFunctions
 
 FUNCTIONS = ("read", "forward", "collect", "update")  # of StepFunctions, in turn
@@ -70,10 +71,6 @@ class Eager:
             self.step(self.functions)
 
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Some steps -> a call that replays them."""
-
-
 def cuda_graph(steps: Callable[[], None]) -> Callable[[], None]:
     """Return the replay of a CUDA graph of some steps. Capturing runs nothing."""
     graph = torch.cuda.CUDAGraph()
@@ -83,20 +80,18 @@ def cuda_graph(steps: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def direct_call(steps: Callable[[], None]) -> Callable[[], None]:
-    """Return the steps themselves: stands in for `cuda_graph` where a test has no GPU."""
-    return steps
-
-
 class Graphed:
-    """The step captured whole and replayed; `steps_per_replay` of them per graph; the rest are replayed one by one."""
+    """The step captured whole and replayed; `steps_per_replay` of them per graph; the rest are replayed one by one.
+
+    capture: some steps -> a call that replays them.
+    """
 
     def __init__(
         self,
         step: Step,
         functions: StepFunctions | None = None,
         *,
-        capture: Capture = cuda_graph,
+        capture: Callable[[Callable[[], None]], Callable[[], None]] = cuda_graph,
         steps_per_replay: int = 1,
     ) -> None:
         self.steps_per_replay = steps_per_replay
@@ -127,18 +122,13 @@ def rehearsal(step: Step) -> Iterator[None]:
     device = state[0].device
     with torch.no_grad():
         saved = [tensor.clone() for tensor in state]
-    rng = torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        with _side_stream(device):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _side_stream(device):
             yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
-        torch.set_rng_state(rng)
-        if cuda_rng is not None:
-            torch.cuda.set_rng_state(cuda_rng, device)
 
 
 @contextlib.contextmanager
@@ -266,14 +256,9 @@ def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
     """Return the seconds per step of an engine; the step's state is restored."""
     num_steps = min(num_steps, step.num_steps)
     device = step.state()[0].device
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     with rehearsal(step):
-        synchronize()
+        synchronize(device)
         start = time.perf_counter()
         engine.run(num_steps)
-        synchronize()
+        synchronize(device)
         return (time.perf_counter() - start) / num_steps

@@ -41,16 +41,11 @@ class EvaluationStep:
     """
 
     def __init__(
-        self,
-        model: SmallCNN,
-        feed: Feed,
-        normalise: Normalise,
-        batch_size: int = BATCH_SIZE,
-        num_classes: int = 0,
+        self, model: SmallCNN, feed: Feed, normalise: Normalise, batch_size: int = BATCH_SIZE, num_classes: int = 0
     ) -> None:
         device, count = feed.images.device, len(feed)
         batch_size = feed.batch_size or max(1, min(batch_size, count))
-        self.model, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
+        self.network, self.feed, self.normalise, self.batch_size = model, feed, normalise, batch_size
         self.num_steps = -(-count // batch_size)
         self.offsets = torch.arange(batch_size, device=device)
         self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # padding is written to the last
@@ -71,18 +66,13 @@ class EvaluationStep:
         labels = feed.labels.index_select(0, photos)
         with torch.no_grad():
             images = resized(feed.images.index_select(0, photos), self.normalise.image_size)
-            losses, predictions = functions.forward(self.model, self.normalise, images, labels)
+            losses, predictions = functions.forward(self.network, self.normalise, images, labels)
             if self.probabilities.size(1):
                 self.probabilities.index_copy_(0, places.clamp(max=count), predictions.softmax(1).float())
                 predictions = predictions.argmax(1)
         self.sums.add(losses, predictions == labels, places < count)
         self.predicted.index_copy_(0, places.clamp(max=count), predictions)
         feed.cursor.add_(self.batch_size)
-
-    @property
-    def network(self) -> SmallCNN:
-        """Network that computes."""
-        return self.model
 
     def state(self) -> list[Tensor]:
         """Return every tensor that outlives a call and is changed by it."""
@@ -112,17 +102,15 @@ class Evaluator:
         """Return the model's score on all images of the feed."""
         step = self.step
         step.sums.reset()
-        with evaluation_mode(step.model), step.feed.start_in_order() as feed:
+        with evaluation_mode(step.network), step.feed.start_in_order() as feed:
             feed.drive(self.engine.run, step.num_steps)
         self.ranks.sum_(step.sums.values)
         score = step.sums.read()
-        kept = step.predicted[:-1].clone(), step.probabilities[:-1].clone()
+        predicted, probabilities = step.predicted[:-1].clone(), step.probabilities[:-1].clone()
         if step.probabilities.size(1):  # else nobody needs the other ranks' predictions
-            kept = (
-                self.ranks.gather_interleaved(kept[0], score.count),
-                self.ranks.gather_interleaved(kept[1], score.count),
-            )
-        return Evaluation(score, *kept)
+            predicted = self.ranks.gather_interleaved(predicted, score.count)
+            probabilities = self.ranks.gather_interleaved(probabilities, score.count)
+        return Evaluation(score, predicted, probabilities)
 
 
 def _forward_logits(model: SmallCNN, normalise: Normalise, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,17 +17,22 @@ class Optimizer:
     step, inside a capture, and their constructors import dynamo, which costs every start a second.
 
     weight_decay: applied to the weights of convolutions and dense layers, not to biases and batch norms.
+    momentum: of SGD.
     """
+
+    moment_names: tuple[str, ...] = ()
+    """Moving averages over the steps, each (P,), as they are named in checkpoints."""
 
     decoupled = False
     """Whether weight decay is applied to the weights themselves (I. Loshchilov and F. Hutter, arXiv:1711.05101)."""
 
-    def __init__(self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0, momentum: float = 0.9) -> None:
+        self.parameters, self.momentum = parameters, momentum
         values = parameters.values
         self.lr = torch.tensor(lr, device=values.device)  # a Python number would be frozen into a captured graph
         self.decay = parameters.weights_only(weight_decay) if weight_decay else None
         self.num_updates = torch.zeros((), device=values.device)
+        self.moments = {name: torch.zeros_like(values) for name in self.moment_names}
 
     def step(self, skip: Tensor) -> None:
         """Update the parameters by their gradient, unless `skip` () is 1."""
@@ -43,11 +48,11 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint needs to resume."""
-        return {"lr": self.lr, "num_updates": self.num_updates, **self._moments()}
+        return {"lr": self.lr, "num_updates": self.num_updates, **self.moments}
 
     def _update_compiled(self, skip: Tensor) -> None:
         """Update by torch's plain form, which a compiler turns into one kernel; it refuses the fused form."""
-        tensors = [self.parameters.values, self.num_updates, *self._moments().values()]
+        tensors = [self.parameters.values, self.num_updates, *self.moments.values()]
         before = [tensor.clone() for tensor in tensors]
         self._update(None)
         for tensor, old in zip(tensors, before, strict=True):
@@ -57,23 +62,18 @@ class Optimizer:
         """Update by torch's fused form unless `skip` () is 1, or by its plain form where `skip` is None."""
         raise NotImplementedError
 
-    def _moments(self) -> dict[str, Tensor]:
-        raise NotImplementedError
-
 
 class Adam(Optimizer):
     """D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980."""
 
-    def __init__(self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(parameters, lr, weight_decay)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(parameters.values), torch.zeros_like(parameters.values)
+    moment_names = ("exp_avg", "exp_avg_sq")
 
     def _update(self, skip: Tensor | None) -> None:
         adam(
             [self.parameters.values],
             [self.parameters.gradient],
-            [self.exp_avg],
-            [self.exp_avg_sq],
+            [self.moments["exp_avg"]],
+            [self.moments["exp_avg_sq"]],
             [],
             [self.num_updates],
             fused=skip is not None,
@@ -89,9 +89,6 @@ class Adam(Optimizer):
             maximize=False,
         )
 
-    def _moments(self) -> dict[str, Tensor]:
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-
 
 class AdamW(Adam):
     """Adam with decoupled weight decay."""
@@ -102,17 +99,13 @@ class AdamW(Adam):
 class SGD(Optimizer):
     """Stochastic gradient descent with Nesterov's momentum."""
 
-    def __init__(
-        self, parameters: FlatParameters, lr: float, weight_decay: float = 0.0, *, momentum: float = 0.9
-    ) -> None:
-        super().__init__(parameters, lr, weight_decay)
-        self.momentum, self.velocity = momentum, torch.zeros_like(parameters.values)
+    moment_names = ("velocity",)
 
     def _update(self, skip: Tensor | None) -> None:
         sgd(
             [self.parameters.values],
             [self.parameters.gradient],
-            [self.velocity],
+            [self.moments["velocity"]],
             fused=skip is not None,
             foreach=False,
             found_inf=skip,
@@ -124,9 +117,6 @@ class SGD(Optimizer):
             maximize=False,
         )
         self.num_updates.add_(1 if skip is None else 1 - skip)
-
-    def _moments(self) -> dict[str, Tensor]:
-        return {"velocity": self.velocity}
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}

@@ -39,19 +39,7 @@ def schedule(
     return (lr * torch.tensor(shares, dtype=torch.float64)).float()
 
 
-def _constant(step: int, num_steps: int, every: int, rate: float) -> float:
-    return 1.0
-
-
-def _cosine(step: int, num_steps: int, every: int, rate: float) -> float:
-    return (1 + math.cos(math.pi * step / num_steps)) / 2
-
-
-def _step(step: int, num_steps: int, every: int, rate: float) -> float:
-    return rate ** (step // every)
-
-
-def _onecycle(step: int, num_steps: int, every: int, rate: float) -> float:
+def _onecycle(step: int, num_steps: int) -> float:
     """L. N. Smith and N. Topin, "Super-Convergence", arXiv:1708.07120.
 
     From 1 / 25 up to 1 over the first 30% and down to 1 / 250,000, both along a cosine, as
@@ -64,10 +52,10 @@ def _onecycle(step: int, num_steps: int, every: int, rate: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
-    "constant": _constant,
-    "cosine": _cosine,
-    "step": _step,
-    "onecycle": _onecycle,
+    "constant": lambda step, num_steps, every, rate: 1.0,
+    "cosine": lambda step, num_steps, every, rate: _between(1, 0, step / num_steps),
+    "step": lambda step, num_steps, every, rate: rate ** (step // every),
+    "onecycle": lambda step, num_steps, every, rate: _onecycle(step, num_steps),
 }
 """(step, steps of the run, steps between two drops, factor of a drop) -> fraction of the learning rate."""
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastcnn.data.feeds import Feed, SamplingWeights
 from fastcnn.network.pixels import Normalise
-from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training.augment import Augment, Batch
 from fastcnn.training.metrics import Sums
@@ -101,6 +100,7 @@ class TrainingStep:
     ) -> None:
         device = feed.images.device
         self.parameters, self.optimizer, self.feed, self.normalise = parameters, optimizer, feed, normalise
+        self.network = parameters.compute
         self.batch_size, self.clip_norm, self.label_smoothing = batch_size, clip_norm, label_smoothing
         self.skip_nan, self.ranks = skip_nan, ranks
         self.augment = augment or Augment((), feed.images.shape[1])
@@ -142,11 +142,10 @@ class TrainingStep:
         assert functions.read
         assert functions.collect
         assert functions.update
-        compute = self.parameters.compute
         batch, targets = functions.read(functions.reads_unread_batches)
-        buffers = [buffer.clone() for buffer in compute.buffers()] if self.skip_nan else []
+        buffers = [buffer.clone() for buffer in self.network.buffers()] if self.skip_nan else []
         losses, predictions = functions.forward(
-            compute, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
+            self.network, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
         )
         # Weighted losses instead of their mean: its derivative would take two more kernels, in fp16 three.
         loss_weights = self.loss_weights if self.loss_scale is None else self.loss_weights * self.loss_scale.scale
@@ -175,16 +174,11 @@ class TrainingStep:
         weights = self.weights
         if self.skip_nan:
             losses, weights = losses.masked_fill(skip > 0, 0), weights * (1 - skip)
-            for buffer, before in zip(self.parameters.compute.buffers(), buffers, strict=True):
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(torch.where(skip > 0, before, buffer))  # running statistics would stay NaN
         self.sums.add(losses, predictions == labels, weights)
         self.feed.cursor.add_(self.batch_size)
         self.step_count.add_(1)
-
-    @property
-    def network(self) -> SmallCNN:
-        """Network that computes, in the type that it computes in."""
-        return self.parameters.compute
 
     def state(self) -> list[Tensor]:
         """Return every tensor that a call changes and the next one reads."""

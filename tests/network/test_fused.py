@@ -354,7 +354,7 @@ def test_compiled_around_the_blocks_captured_uncaptured(compiler: None) -> None:
         with fallback_random():
             functions = step.functions if name == "eager" else engines.fused_and_compiled(step)
             torch.manual_seed(3)
-            run_epochs(step, engines.Graphed(step, functions, capture=engines.direct_call, steps_per_replay=2), 3)
+            run_epochs(step, engines.Graphed(step, functions, capture=lambda steps: steps, steps_per_replay=2), 3)
             made = engines.ENGINES[name]
             scored = Evaluator(step.network, make_feed(7, DEVICE), step.normalise, made, num_classes=4)()
         results.append(([tensor.clone() for tensor in step.state()], scored))
