@@ -1,4 +1,4 @@
-"""Photos of many requests, gathered into batches for one model."""
+"""Batcher: gathers photos of many requests into batches for one model."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from pipelines.verdict import MAX_PIXELS, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the service takes."""
+    """Limits of the service."""
 
     upload: int = 20_000_000
-    """Bytes of a photo."""
+    """Maximum bytes of a photo."""
     pixels: int = MAX_PIXELS
-    """Of a photo, as its header has it."""
+    """Maximum pixels of a photo by its header."""
     queue: int = 256
-    """Photos that wait for their turn."""
+    """Maximum number of photos waiting."""
     batch: int = 32
-    """Photos decoded at a time."""
+    """Maximum number of photos in a batch."""
     window: float = 0.005
     """Seconds that the first photo of a batch waits for others."""
-    patience: float = 30.0
-    """Seconds that an upload may take, and that a shutdown waits for what was accepted."""
+    timeout: float = 30.0
+    """Seconds allowed for an upload, and for answering accepted photos at shutdown."""
 
 
-class Figures:
-    """What Prometheus is told."""
+class Metrics:
+    """Metrics of one service for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
@@ -61,49 +61,49 @@ class Figures:
         self.waiting = prometheus_client.Gauge("fastcnn_queue_photos", "Photos waiting", registry=self.registry)
 
 
-class Closed(Exception):
-    """No photo gets an answer any more."""
+class BatcherClosed(Exception):
+    """Raised for photos that will not be answered because the batcher has ended."""
 
 
-class Waiting(NamedTuple):
-    """A photo that was accepted."""
+class QueuedPhoto(NamedTuple):
+    """Accepted photo and its future answer."""
 
     photo: bytes
     answer: Future[tuple[Verdict, Probabilities]]
 
 
 class Batcher:
-    """Photos of many requests, gathered into batches for one classifier, in a thread of its own."""
+    """Thread that gathers photos of many requests into batches for one classifier."""
 
-    def __init__(self, model: Artefact, limits: Limits, figures: Figures, workers: int | None = None) -> None:
+    def __init__(self, model: Artefact, limits: Limits, metrics: Metrics, workers: int | None = None) -> None:
         self._classify = Classifier(model, workers=workers, max_pixels=limits.pixels)
-        self._limits, self._figures = limits, figures
-        self._queue: queue.Queue[Waiting | None] = queue.Queue(limits.queue)
+        self._limits, self._metrics = limits, metrics
+        self._queue: queue.Queue[QueuedPhoto | None] = queue.Queue(limits.queue)
         self._warm, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
     def submit(self, photo: bytes) -> Future[tuple[Verdict, Probabilities]]:
-        """Return what becomes the photo's verdict and probabilities. Raises queue.Full, and Closed where none will."""
+        """Return the future verdict and (num_classes,) probabilities of a photo. Raises queue.Full or BatcherClosed."""
         if self._closed.is_set():
-            raise Closed
-        waiting = Waiting(photo, Future())
-        self._queue.put_nowait(waiting)
-        if self._closed.is_set():  # just now
-            self._refuse_the_rest()
-        return waiting.answer
+            raise BatcherClosed
+        queued = QueuedPhoto(photo, Future())
+        self._queue.put_nowait(queued)
+        if self._closed.is_set():  # it was closed meanwhile
+            self._refuse_queued()
+        return queued.answer
 
     @property
     def ready(self) -> bool:
-        """Whether photos that are submitted get an answer, and soon."""
+        """Whether the classifier is warm and the thread alive, so that photos are answered."""
         return self._warm.is_set() and self._thread.is_alive()
 
     def __len__(self) -> int:
         return self._queue.qsize()
 
     def close(self) -> None:
-        """Answer what was submitted, and end."""
-        while self._thread.is_alive():  # a full queue empties, unless the thread dies
+        """Answer the photos submitted so far, and end the thread."""
+        while self._thread.is_alive():  # a full queue drains, unless the thread dies
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=0.1)
                 break
@@ -121,44 +121,44 @@ class Batcher:
                         self._answer(batch)
         finally:
             self._closed.set()
-            self._refuse_the_rest()
+            self._refuse_queued()
 
-    def _refuse_the_rest(self) -> None:
-        """Leave nobody waiting where the decoder cannot be used."""
+    def _refuse_queued(self) -> None:
+        """Fail the photos still queued, so that no request waits for a thread that has ended."""
         with contextlib.suppress(queue.Empty):
             while True:
-                waiting = self._queue.get_nowait()
-                if waiting is not None:
-                    waiting.answer.set_exception(Closed())
+                queued = self._queue.get_nowait()
+                if queued is not None:
+                    queued.answer.set_exception(BatcherClosed())
 
-    def _gather(self) -> tuple[list[Waiting], bool]:
-        """Return the next batch, and whether it is the last."""
-        batch: list[Waiting] = []
+    def _gather(self) -> tuple[list[QueuedPhoto], bool]:
+        """Return the next batch, and whether it is the last one."""
+        batch: list[QueuedPhoto] = []
         until = float("inf")
         while len(batch) < self._limits.batch:
             left = until - time.monotonic()
             try:
-                waiting = self._queue.get(timeout=max(0.0, left) if batch else None)
+                queued = self._queue.get(timeout=max(0.0, left) if batch else None)
             except queue.Empty:
                 break
-            if waiting is None:
+            if queued is None:
                 return batch, True
             if not batch:
                 until = time.monotonic() + self._limits.window
-            batch.append(waiting)
+            batch.append(queued)
         return batch, False
 
-    def _answer(self, batch: list[Waiting]) -> None:
+    def _answer(self, batch: list[QueuedPhoto]) -> None:
         classify = self._classify
         before = classify.decode_seconds, classify.model_seconds
         try:
-            answers = classify([waiting.photo for waiting in batch])
-        except Exception as error:  # of the batch, not of the service
-            for waiting in batch:
-                waiting.answer.set_exception(error)
+            answers = classify([queued.photo for queued in batch])
+        except Exception as error:  # fails this batch, the service goes on
+            for queued in batch:
+                queued.answer.set_exception(error)
             return
-        for waiting, answer in zip(batch, answers, strict=True):
-            waiting.answer.set_result(answer)
-        self._figures.batches.observe(len(batch))
-        self._figures.seconds.labels("decode").inc(classify.decode_seconds - before[0])
-        self._figures.seconds.labels("model").inc(classify.model_seconds - before[1])
+        for queued, answer in zip(batch, answers, strict=True):
+            queued.answer.set_result(answer)
+        self._metrics.batches.observe(len(batch))
+        self._metrics.seconds.labels("decode").inc(classify.decode_seconds - before[0])
+        self._metrics.seconds.labels("model").inc(classify.model_seconds - before[1])

@@ -1,4 +1,4 @@
-"""The model as a small HTTP service: a page for people, JSON for programs, figures for Prometheus."""
+"""HTTP service of an exported model: a page for people, JSON for programs, metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from starlette.requests import ClientDisconnect
 
 from fastcnn.errors import FastCNNError, first_line
 from fastcnn.inference.artefact import Artefact, Probabilities
-from fastcnn.inference.batcher import Batcher, Closed, Figures, Limits
+from fastcnn.inference.batcher import Batcher, BatcherClosed, Limits, Metrics
 from fastcnn.inference.classifier import ranked
 from pipelines.verdict import Verdict
 
 MEDIA_TYPES = ("image/", "application/octet-stream")
-"""What an upload's content type begins with. What a file is, its content says."""
+"""Prefixes of accepted content types. The actual format is read from the file's content."""
 
 
 class Refusal(HTTPException):
-    """An answer that is an error: its status, a word for programs, a sentence for people."""
+    """Error response: HTTP status, code for programs, message for people."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(status, message, headers or None)
@@ -41,79 +41,63 @@ class Refusal(HTTPException):
 
 
 class ClassProbability(BaseModel):
-    """One class of a prediction."""
+    """Class name and probability."""
 
     name: str = Field(alias="class")
     probability: float = Field(ge=0, le=1)
 
 
 class Answer(BaseModel):
-    """What the model says of a photo: the most probable class first."""
+    """Classes of a photo, the most probable first."""
 
     predictions: list[ClassProbability]
     model: str = Field(description="SHA-256 of the model's file")
 
 
 class Problem(BaseModel):
-    """Why there is no prediction."""
+    """Reason why there is no prediction."""
 
     code: str
     message: str
 
 
 class Failure(BaseModel):
-    """An error."""
+    """Body of an error response."""
 
     error: Problem
 
 
-def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | None = None) -> FastAPI:
-    """Return the service of an opened model, as an ASGI application.
+class Service:
+    """Routes of the service for one model, and the batcher that answers them while the application runs."""
 
-    Args:
-        model: opened.
-        limits: what is taken; the rest is refused with 408, 413, 415, 422 or 429 and {"error": {"code", "message"}}.
-        workers: decoding threads; None: one for each core.
-    """
-    limits = limits or Limits()
-    figures = Figures()
-    state: dict[str, Batcher] = {}
+    def __init__(self, model: Artefact, limits: Limits, workers: int | None) -> None:
+        self._model, self._limits, self._workers = model, limits, workers
+        self._metrics = Metrics()
+        self._page = files("fastcnn.inference").joinpath("serve.html").read_text(encoding="utf-8")
+        self._batcher: Batcher
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        batcher = state["batcher"] = Batcher(model, limits, figures, workers)
-        figures.waiting.set_function(lambda: len(batcher))
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Run the batcher while the application runs."""
+        batcher = self._batcher = Batcher(self._model, self._limits, self._metrics, self._workers)
+        self._metrics.waiting.set_function(lambda: len(batcher))
         try:
             yield
         finally:
             await asyncio.to_thread(batcher.close)
 
-    app = FastAPIOffline(  # FastAPI, but /docs loads nothing from elsewhere
-        title="fastcnn",
-        summary="Classes of photos",
-        description=f"{len(model.classes)} classes: {', '.join(model.classes)}.",
-        version=str(model.metadata["versions"].get("fastcnn", "")),
-        lifespan=lifespan,
-        redoc_url=None,
-    )
-    page = files("fastcnn.inference").joinpath("serve.html").read_text(encoding="utf-8")
+    async def index(self) -> HTMLResponse:
+        """Return the page for people."""
+        return HTMLResponse(self._page.replace("MAX_UPLOAD", str(self._limits.upload)), headers=PAGE_HEADERS)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return HTMLResponse(page.replace("MAX_UPLOAD", str(limits.upload)), headers=PAGE_HEADERS)
-
-    @app.post("/predict", openapi_extra=_UPLOAD, responses=_responses(limits), response_model_by_alias=True)
-    async def predict(
-        request: Request,
-        top_k: Annotated[int, Query(ge=1, description="Classes in the answer")] = len(model.classes),
-    ) -> Answer:
-        """Return the classes of a photo, the request's body, with their probabilities."""
+    async def predict(self, request: Request, top_k: int) -> Answer:
+        """Return the most probable classes of the photo in the request's body, and count the request."""
         start = time.perf_counter()
         status = 500
-        figures.in_progress.inc()
+        self._metrics.in_progress.inc()
         try:
-            photo = await _upload(request, limits)
-            verdict, probabilities = await _classified(state["batcher"], photo)
+            photo = await _upload(request, self._limits)
+            verdict, probabilities = await _classified(self._batcher, photo)
             if not verdict.ok:
                 status = 413 if verdict.reason == "too large" else 422
                 raise Refusal(status, verdict.reason.replace(" ", "_"), _sentence(verdict))
@@ -122,30 +106,60 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
             status = refusal.status_code
             raise
         finally:
-            figures.in_progress.dec()
-            figures.requests.labels(str(status)).inc()
-            figures.latency.observe(time.perf_counter() - start)
-        found = ranked(probabilities, model.classes, top_k)
+            self._metrics.in_progress.dec()
+            self._metrics.requests.labels(str(status)).inc()
+            self._metrics.latency.observe(time.perf_counter() - start)
+        found = ranked(probabilities, self._model.classes, top_k)
         predictions = [ClassProbability.model_validate({"class": name, "probability": p}) for name, p in found]
-        return Answer(predictions=predictions, model=model.sha256)
+        return Answer(predictions=predictions, model=self._model.sha256)
 
-    @app.get("/healthz")
-    async def alive() -> dict[str, str]:
+    async def alive(self) -> dict[str, str]:
         """Say that the process answers."""
         return {"status": "alive"}
 
-    @app.get("/readyz", responses={503: {"model": Failure, "description": "It takes no photos"}})
-    async def ready() -> dict[str, str]:
-        """Say whether photos get answers, and soon."""
-        if not state["batcher"].ready:
-            raise Refusal(503, "not_ready", "the service starts, or its decoder cannot be used: see its log")
-        return {"status": "ready", "model": model.sha256}
+    async def ready(self) -> dict[str, str]:
+        """Say whether photos are answered."""
+        if not self._batcher.ready:
+            raise Refusal(503, "not_ready", "the service is starting or its decoder has failed: see its log")
+        return {"status": "ready", "model": self._model.sha256}
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
-        """Return the figures in Prometheus' format."""
-        return Response(prometheus_client.generate_latest(figures.registry), media_type="text/plain; version=0.0.4")
+    async def metrics(self) -> Response:
+        """Return the metrics in Prometheus' text format."""
+        content = prometheus_client.generate_latest(self._metrics.registry)
+        return Response(content, media_type="text/plain; version=0.0.4")
 
+
+def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | None = None) -> FastAPI:
+    """Return the service of an exported model as an ASGI application.
+
+    Args:
+        model: the exported model, opened.
+        limits: uploads beyond them get 408, 413 or 429 and {"error": {"code", "message"}}; None: the defaults.
+        workers: decoding threads; None: one per core.
+    """
+    limits = limits or Limits()
+    service = Service(model, limits, workers)
+    app = FastAPIOffline(  # FastAPI whose /docs loads nothing from other servers
+        title="fastcnn",
+        summary="Classes of photos",
+        description=f"{len(model.classes)} classes: {', '.join(model.classes)}.",
+        version=str(model.metadata["versions"].get("fastcnn", "")),
+        lifespan=service.lifespan,
+        redoc_url=None,
+    )
+
+    async def predict(
+        request: Request,
+        top_k: Annotated[int, Query(ge=1, description="Classes in the answer")] = len(model.classes),
+    ) -> Answer:
+        """Return the classes of a photo, the request's body, with their probabilities."""
+        return await service.predict(request, top_k)
+
+    app.get("/", response_class=HTMLResponse, include_in_schema=False)(service.index)
+    app.post("/predict", openapi_extra=_UPLOAD, responses=_responses(limits), response_model_by_alias=True)(predict)
+    app.get("/healthz")(service.alive)
+    app.get("/readyz", responses={503: {"model": Failure, "description": "It takes no photos"}})(service.ready)
+    app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(service.metrics)
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _broken)
@@ -153,7 +167,7 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
 
 
 async def _upload(request: Request, limits: Limits) -> bytes:
-    """Return a request's body. Raises Refusal where it is no photo's or too large, before all of it is in memory."""
+    """Return a request's body. Raises Refusal for a wrong type or size before reading all of it into memory."""
     kind = request.headers.get("content-type", "application/octet-stream").lower()
     if not kind.startswith(MEDIA_TYPES):
         await _drain(request, limits)
@@ -165,23 +179,23 @@ async def _upload(request: Request, limits: Limits) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.patience):
+        async with asyncio.timeout(limits.timeout):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > limits.upload:
                     raise too_large
     except TimeoutError:
-        raise Refusal(408, "upload_timeout", f"the photo did not arrive within {limits.patience:g} seconds") from None
+        raise Refusal(408, "upload_timeout", f"the photo did not arrive within {limits.timeout:g} seconds") from None
     except ClientDisconnect:
         raise Refusal(400, "disconnected", "the client went away") from None
     return bytes(body)
 
 
 async def _drain(request: Request, limits: Limits) -> None:
-    """Read on for a while: a connection that is closed while the client sends is reset, and the answer lost."""
+    """Read the rest of the body: closing while the client sends resets the connection and loses the response."""
     size = 0
     with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(limits.patience):
+        async with asyncio.timeout(limits.timeout):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > 4 * limits.upload:
@@ -191,8 +205,8 @@ async def _drain(request: Request, limits: Limits) -> None:
 async def _classified(batcher: Batcher, photo: bytes) -> tuple[Verdict, Probabilities]:
     try:
         return await asyncio.wrap_future(batcher.submit(photo))
-    except Closed:
-        raise Refusal(503, "not_ready", "the service takes no photos: see its log") from None
+    except BatcherClosed:
+        raise Refusal(503, "not_ready", "the service takes no photos any more: see its log") from None
     except queue.Full:
         raise Refusal(
             429, "busy", "too many photos are waiting: try again in a second", **{"Retry-After": "1"}
@@ -253,9 +267,9 @@ PAGE_HEADERS = {
 
 
 def serve(model: Artefact, host: str, port: int, limits: Limits | None = None, *, workers: int | None = None) -> None:
-    """Serve an opened model until SIGINT or SIGTERM; what was accepted by then is answered.
+    """Serve an exported model until SIGINT or SIGTERM, then answer the accepted photos and return.
 
-    Raises FastCNNError where the address cannot be used.
+    Raises FastCNNError if the address cannot be used.
     """
     limits = limits or Limits()
     app = create_app(model, limits, workers=workers)
@@ -266,14 +280,14 @@ def serve(model: Artefact, host: str, port: int, limits: Limits | None = None, *
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(limits.patience) + 1,
+        timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise FastCNNError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; see --host, --port"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --host or --port"
         ) from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     print(f"{model.path} is served on {address} (for programs: {address}/docs); Ctrl-C ends it", flush=True)

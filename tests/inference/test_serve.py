@@ -34,7 +34,7 @@ from fastcnn.inference.classifier import Classifier
 
 pytest.importorskip("fastapi")
 
-from fastcnn.inference.batcher import Batcher, Closed, Figures, Limits
+from fastcnn.inference.batcher import Batcher, BatcherClosed, Limits, Metrics
 
 JPEG = {"Content-Type": "image/jpeg"}
 
@@ -229,7 +229,7 @@ def test_a_full_queue_refuses(model: Artefact, photos: Path, monkeypatch: pytest
         return call(self, sources)
 
     monkeypatch.setattr(Classifier, "__call__", wait)
-    batcher = Batcher(model, Limits(queue=2, batch=1, window=0), Figures())
+    batcher = Batcher(model, Limits(queue=2, batch=1, window=0), Metrics())
     first = batcher.submit(photo)
     entered.wait()
     waiting = [batcher.submit(photo) for _ in range(2)]
@@ -252,13 +252,13 @@ def test_nobody_waits_for_a_decoder_that_cannot_be_used(
 
     monkeypatch.setattr(Classifier, "warm_up", fail)
     photo = next(photos.rglob("*.jpg")).read_bytes()
-    batcher = Batcher(model, Limits(queue=1), Figures())
+    batcher = Batcher(model, Limits(queue=1), Metrics())
     early = batcher.submit(photo)
     go.set()
-    assert isinstance(early.exception(), Closed)
+    assert isinstance(early.exception(), BatcherClosed)
     batcher.close()  # though the queue may be full
     assert not batcher.ready
-    with pytest.raises(Closed):
+    with pytest.raises(BatcherClosed):
         batcher.submit(photo)
 
 
@@ -271,7 +271,7 @@ def test_an_error_costs_its_batch_alone(model: Artefact, photos: Path, monkeypat
         return call(self, sources)
 
     monkeypatch.setattr(Classifier, "__call__", fail)
-    batcher = Batcher(model, Limits(batch=1), Figures())
+    batcher = Batcher(model, Limits(batch=1), Metrics())
     broken, whole = batcher.submit(b"planted"), batcher.submit(next(photos.rglob("*.jpg")).read_bytes())
     assert isinstance(broken.exception(), RuntimeError)
     assert whole.result()[0].ok
