@@ -622,7 +622,7 @@ def test_memory_over_runs_is_flat(photos: Path) -> None:
 
     fit(config)
     used = []
-    for _ in range(5):
+    for _ in range(3):
         fit(config)
         used.append(tensors())
     assert used[-1] <= used[0] + 100_000
