@@ -29,7 +29,7 @@ class Deployed(nn.Module):
         dtype: dtype of the network's arithmetic; everything around it is fp32.
         always_resize: resize without a test of the size, which a traced program cannot make.
 
-    As TorchScript on a CPU, batches are run in chunks of `chunk` images, which is faster.
+    TorchScript on a CPU runs batches in chunks of `chunk` images, which is faster.
     """
 
     scale: Tensor

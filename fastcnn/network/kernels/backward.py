@@ -42,7 +42,7 @@ def first_weight_gradient(
     SAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write each program's (3, 16, OUT) products of photo rows and gradients, and (OUT,) sums of gradients."""
+    """Write (3, 16, OUT) products of image rows and gradients and (OUT,) sums of gradients, for each program."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     a = tl.zeros((16, CHANNELS), tl.float32)
     b, c = a, a
@@ -74,7 +74,7 @@ def first_weight_gradient(
 def finish_first(
     partial, colours, d_parameters, num_programs, length, OUT: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr
 ):
-    """Write (28 OUT,) gradients of the weights, as they lie in memory, and of the biases."""
+    """Write (28 OUT,) gradients of the weights, in memory order, and of the biases."""
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     is_weight, is_bias = place < 27 * OUT, (place >= 27 * OUT) & (place < 28 * OUT)
     channel, tap = place // 27, place % 27
@@ -179,10 +179,10 @@ def input_gradient(
     OUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the gradient of x, and each program's part of those of its batch norm: what `finish_block` says."""
+    """Write the gradient of x, and each program's partial gradients of its batch norm, for `finish_block`."""
     into = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = into < INTO
-    # Of z = (x - mean) * deviation' * gamma + beta: sums of dz and of dz * (x - mean).
+    # Sums of dz and of dz * (x - mean), where z = (x - mean) * deviation' * gamma + beta.
     sums = tl.zeros((CHANNELS,), tl.float32)
     products, mean, deviation, gain = sums, sums, sums + 1, sums + 1
     if moments_in is not None:
@@ -228,9 +228,9 @@ def finish_block(
     SIZE: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Write gradients of weights and biases as they lie in memory, and (4, INTO) of the norm that was applied to x.
+    """Write the gradients of weights and biases, in memory order, and (4, INTO) of the norm that was applied to x.
 
-    Those of the norm: its mean, 1 / deviation, gamma and beta.
+    The norm's rows are the gradients of mean, 1 / deviation, gamma and beta.
     """
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     found = column_sums(partial, place, place < length, num_programs, length, PROGRAMS)
@@ -259,7 +259,7 @@ def gradient(
     SLOPE: tl.constexpr,
     SAVED: tl.constexpr,
 ):
-    """Return (windows, channels) gradient of the winners before the activation, which they were; (windows,) places.
+    """Return (windows, channels) gradient before the activation, indices of the maxima, and (windows,) offsets.
 
     d_moments: (2, OUT) of the mean and the 1 / deviation that were taken over `num_values` pooled values; None is 0.
     """
@@ -284,7 +284,7 @@ def gradient(
 
 @triton.jit
 def winners(index, place, there, channel, OUT: tl.constexpr):
-    """Return (places, channels) which of the four of its window won: two bits of a byte for four channels."""
+    """Return (places, channels) index of each window's maximum: two bits each, four channels to a byte."""
     known = there[:, None] & (channel < OUT)[None, :]
     four = tl.load(index + place[:, None] * (OUT // 4) + channel[None, :] // 4, known, 0).to(tl.int32)
     return (four >> (2 * (channel % 4))[None, :]) & 3
@@ -292,7 +292,7 @@ def winners(index, place, there, channel, OUT: tl.constexpr):
 
 @triton.jit
 def unpooled(g, which, kind: tl.constexpr):
-    """Return (4 windows, channels) gradient at the pixels of the windows, in the order of `pixels`."""
+    """Return (4 windows, channels) gradient at the pixels of windows, in the order of `pixels`."""
     corner = tl.arange(0, 4)[:, None, None]
     spread = tl.where(which[None, :, :] == corner, g[None, :, :], 0.0)
     return narrow(tl.reshape(spread, (4 * g.shape[0], g.shape[1])), kind)
@@ -300,7 +300,7 @@ def unpooled(g, which, kind: tl.constexpr):
 
 @triton.jit
 def column_sums(partial, place, there, num_programs, length, PROGRAMS: tl.constexpr):
-    """Return the sums over programs of what stands at `place` of each, in a fixed order of additions."""
+    """Return the sums over programs of their values at `place`, in a fixed order."""
     total = tl.zeros(place.shape, tl.float32)
     for start in range(0, num_programs, PROGRAMS):
         program = start + tl.arange(0, PROGRAMS)

@@ -47,7 +47,7 @@ def block(
         eps: what is added to the variances in them.
 
     Returns (N, H / 2, W / 2, K) pooled; (..., K / 4) uint8, two bits each; slopes as pooled where the activation's
-    are saved; (2, K) and (K,) fp32. What is not there has length 0.
+    are saved; (2, K) and (K,) fp32. Outputs that a block does not have are of length 0.
     """
     maps = Maps(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3], weight.shape[0])
     assert x.is_contiguous()

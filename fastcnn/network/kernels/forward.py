@@ -1,7 +1,7 @@
-"""Triton kernels of a block's forward: convolution, activation, 2x2 max pool and the statistics of what comes out.
+"""Triton kernels of a block's forward: convolution, activation, 2x2 max pool and statistics of the pooled values.
 
-A program takes tiles of pooling windows. The four sums of a window stay in a thread's registers; the winner, which of
-the four it was and, of an activation that is not monotone, its slope there are all that is written.
+A program computes tiles of pooling windows. The four sums of a window stay in registers of one thread; only the
+maximum, its index among the four and, for an activation that is not monotone, the slope there are written.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastcnn.network.kernels.tiles import dot, narrow, pixels, windows
 @triton.jit
 def first_forward(
     images,  # (M, 2 height, 2 width, 3) uint8
-    photos,  # (N,) which of them; None takes all
-    moves,  # (N, 3) int32: see photo_row; None moves none
+    photos,  # (N,) indices into images; None: all
+    moves,  # (N, 3) int32: see photo_row; None: none
     colours,  # (3, 3) fp32: see first_weights
     weight,
     bias,
@@ -40,7 +40,7 @@ def first_forward(
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The block that reads photos: normalised, flipped and shifted as they are loaded."""
+    """First block: reads uint8 images, which are normalised, mirrored and shifted while loading."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     count = tl.zeros((CHANNELS,), tl.float32)
     mean, spread = count, count
@@ -91,7 +91,7 @@ def block_forward(
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block that reads what another has pooled, and applies that one's batch norm as it loads."""
+    """Later block: reads pooled values of the block before it and applies that block's batch norm while loading."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     count = tl.zeros((CHANNELS,), tl.float32)
     mean, spread = count, count
@@ -118,7 +118,7 @@ def block_forward(
 
 @triton.jit
 def normalised(x, moments, gamma, beta, photo, row, column, valid, channel, height, width, NUM: tl.constexpr):
-    """Return (pixels, channels) of x, batch norm applied; 0 outside: the convolution pads after the norm."""
+    """Return (pixels, channels) normalised values of x; 0 outside, as the convolution pads after the norm."""
     inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     place = (photo * height + row) * width + column
     z = tl.load(x + place[:, None] * NUM + channel[None, :], inside[:, None], 0.0)
@@ -131,12 +131,12 @@ def normalised(x, moments, gamma, beta, photo, row, column, valid, channel, heig
 
 @triton.jit
 def photo_row(images, photos, moves, colours, photo, row, column, valid, height, width):
-    """Return (pixels, 16): the neighbours that a row of taps reaches, of 3 colours and a 1 each; a fourth is not used.
+    """Return (pixels, 16) neighbours under a row of taps: three of them with 3 colours and a 1 each, a fourth unused.
 
-    Colours are whole numbers, the mean's nearest already subtracted: exact in 16 bits too. What of the normalisation
-    is left over is in the weights: its scale with each colour, and its rest with the 1, which is 0 outside the photo.
+    Colours are integers after subtraction of the rounded mean, exact in 16 bits too. The weights hold the rest of the
+    normalisation: its scale with each colour, its offset with the 1, which is 0 outside the image.
 
-    moves: of each photo 1, or -1 where it is mirrored, and the column and row that come to stand in the first ones.
+    moves: as in `UnreadBatch`.
     """
     side = tl.arange(0, 16)
     colour = side % 4
@@ -159,7 +159,7 @@ def photo_row(images, photos, moves, colours, photo, row, column, valid, height,
 
 @triton.jit
 def first_weights(weight, colours, channel, y, OUT: tl.constexpr):
-    """Return (16, channels) weights of a row of taps with the normalisation in them.
+    """Return (16, channels) weights of a row of taps, with the normalisation folded in.
 
     colours: of each colour the whole number that was subtracted, the scale, and what is left to add.
     """
@@ -191,7 +191,7 @@ def pool(
     MONOTONE: tl.constexpr,
     SAVED: tl.constexpr,
 ):
-    """Write windows' winners, which they were and their slopes; return the winners as they were written, in fp32.
+    """Write the maxima of windows, their indices and slopes; return the maxima as they were written, in fp32.
 
     The first of equal ones wins, and NaN wins over all, as in torch.
     """
@@ -238,7 +238,7 @@ def challenge(best, argument, which, x, NUMBER: tl.constexpr, VALUE: tl.constexp
 
 @triton.jit
 def gathered(out, valid, count, mean, spread):
-    """Return number, mean and sum of squares around it, a tile's values added (Chan, Golub and LeVeque, 1983).
+    """Return count, mean and sum of squared deviations after adding a tile (Chan, Golub and LeVeque, 1983).
 
     Sums of squares around 0 would leave nothing of the variance where it is small beside the mean.
     """
@@ -255,7 +255,7 @@ def gathered(out, valid, count, mean, spread):
 
 @triton.jit
 def store_statistics(partial, count, mean, spread, channel, OUT: tl.constexpr):
-    """Write a program's statistics."""
+    """Write the statistics of a program."""
     start, known = partial + tl.program_id(0) * (3 * OUT) + channel, channel < OUT
     tl.store(start, count, known)
     tl.store(start + OUT, mean, known)
@@ -266,7 +266,7 @@ def store_statistics(partial, count, mean, spread, channel, OUT: tl.constexpr):
 def finish_statistics(
     partial, moments, variance, num_programs, eps, OUT: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr
 ):
-    """Write (2, OUT) mean and 1 / deviation, and (OUT,) the unbiased variance, in one fixed order of additions."""
+    """Write (2, OUT) mean and 1 / deviation and (OUT,) unbiased variance, summed in a fixed order."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = (channel < OUT)[None, :]
     count, total = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
@@ -288,6 +288,6 @@ def finish_statistics(
 
 @triton.jit
 def program_statistics(partial, start, num_programs, channel, known, OUT: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Return where the statistics of some programs begin, and whether they are there."""
+    """Return the offsets of the statistics of some programs, and whether these programs exist."""
     program = start + tl.arange(0, PROGRAMS)
     return partial + program[:, None] * (3 * OUT) + channel[None, :], (program < num_programs)[:, None] & known
