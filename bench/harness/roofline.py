@@ -1,8 +1,8 @@
 """The least that a training step must move and compute, counted from the network's shapes: the floor of its time.
 
 `passes` counts library convolutions with perfect pointwise fusion around them, `fused_passes` the kernels of
-`network/kernels`: each pass reads its inputs and writes its outputs once, and nothing is kept between passes. What
-neighbouring programs of a kernel read again, the edges of tiles and rows of taps, is for the cache and not counted.
+`network/kernels`: each pass reads its inputs and writes its outputs once, and nothing is kept between passes. Values
+that neighbouring programs of a kernel read again, at the edges of tiles, come from the cache and are not counted.
 A pass takes the longer of its bytes over the bandwidth and its FLOPs over the matrix rate; passes follow each other.
 Launches, latencies and the optimizer's few hundred KB are left out.
 """

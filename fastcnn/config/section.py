@@ -33,7 +33,7 @@ _EXPECTED = {
     "string": "a text",
     "value_error": "{error}",  # a ValueError in a validator says what is expected
 }
-"""What was expected, by the type of a pydantic error or the first word of that type."""
+"""Expected values, by the type of a pydantic error or the first word of that type."""
 
 
 def option_name(field: str) -> str:

@@ -1,4 +1,4 @@
-"""What ends a run early, a signal, a disk, memory or a loss that is not finite, and how to continue after it."""
+"""Failures that end a run early: a signal, a full disk, memory or a loss that is not finite; and how to continue."""
 
 from __future__ import annotations
 

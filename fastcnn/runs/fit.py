@@ -203,7 +203,7 @@ def _prepare_photos(run: RunContext) -> Dataset:
     """Return the dataset: scanned, decoded into the cache and split. Raises DataError if it fills no batch."""
     config, device, console = run.config, run.device, run.console
     if run.ranks.restarts:
-        console.line(f"restart {run.ranks.restarts}: going on in {run.run_dir}")
+        console.line(f"restart {run.ranks.restarts}: continuing in {run.run_dir}")
     if not run.has_checkpoint and run.ranks.first:
         write_config(run.run_dir, config)  # so that a run killed before its first step can be resumed as well
     own_split = run.run_dir / "split.csv"

@@ -1,4 +1,4 @@
-"""What a finished run leaves: test figures, result.json, report, exports, and the trackers' last records."""
+"""Results of a finished run: test figures, result.json, report, exports, and the trackers' last records."""
 
 from __future__ import annotations
 

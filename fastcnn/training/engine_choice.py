@@ -27,7 +27,7 @@ def choose(
     On a CPU that is eager. On a GPU the graphed engine is ready in about a second; its step is timed, and each of
     `PRIOR` is built and timed too where the predicted saving over the run exceeds the predicted cost. Both predictions
     are what an earlier run of the same `signature` measured (a second compilation is cheaper: inductor and triton keep
-    their results on disk), else those of `PRIOR`. What was built stays where it is the fastest.
+    their results on disk), else those of `PRIOR`. The fastest of those built is returned.
 
     slowest: a time of this rank -> the longest of all ranks, so that all choose the same.
     """

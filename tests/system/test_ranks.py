@@ -173,7 +173,7 @@ def test_a_rank_killed_in_mid_run_starts_again_from_the_checkpoint(uneven: Path,
                 break
         seen += list(run.stdout)
     assert run.returncode == 0, "".join(seen)
-    assert sum(line.startswith("restart 1: going on in ") for line in seen) == 1
+    assert sum(line.startswith("restart 1: continuing in ") for line in seen) == 1
     assert figures(Path("run")) == [pytest.approx(row, abs=EXACT) for row in figures(whole.run_dir)]
     assert len(figures(Path("run"))) == 6
     assert json.loads(Path("run/result.json").read_text())["finished"] is True
