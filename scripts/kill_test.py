@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,7 +165,9 @@ def outcome(run_dir: Path) -> dict[str, object]:
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     for key in ("finished", "best_epoch", "val_accuracy", "val_loss", "num_train", "num_val"):
         found[f"result.json: {key}"] = result[key]
-    exported = torch.jit.load(str(run_dir / "model.torchscript"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit's own
+        exported = torch.jit.load(str(run_dir / "model.torchscript"))
     found["model.torchscript"] = [(k, v.numpy().tobytes()) for k, v in exported.state_dict().items()]
     return found
 
