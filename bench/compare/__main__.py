@@ -361,7 +361,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.photos is None:
             args.photos = folder / "photos"
             script = [sys.executable, str(ROOT / "scripts" / "make_dataset.py"), str(args.photos)]
-            subprocess.run([*script, "--classes", "10", "--photos", "200"], check=True, stdout=subprocess.DEVNULL)
+            # One process: a signal that ends this one would leave workers that write into the folder as it is removed.
+            script += ["--classes", "10", "--photos", "200", "--workers", "1"]
+            subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         args.photos = args.photos.resolve()
         return summary(measure(trees, names, folder, args), names, args)
 

@@ -150,6 +150,7 @@ def children(process: int) -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
 def test_a_rank_killed_in_mid_run_starts_again_from_the_checkpoint(uneven: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "epochs": 6, "augment": "flip,mixup", "dropout": 0.2, "cache_dir": str(tmp_path / "cache")}

@@ -359,7 +359,7 @@ def compiled_against_eager(num_states: int, activation: str, backend: str = "ind
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("gelu", marks=pytest.mark.long)])
 def test_compiled_gradients_from_equal_states(activation: str) -> None:
     """By dynamo and autograd alone; by inductor's kernels in the long form."""
     torch._dynamo.reset()
@@ -385,8 +385,11 @@ PARTS = ("read", "collect", "update")
     ("optimizer", "dtype", "options"),
     [
         ("adam", torch.float32, {"augmentations": ("flip", "shift"), "clip_norm": 1.0}),
-        ("adamw", torch.bfloat16, {"augmentations": tuple(AUGMENTATIONS)}),
-        ("sgd", torch.float32, {"class_weights": torch.tensor([0.5, 1.5, 1.0, 1.0]), "label_smoothing": 0.1}),
+        pytest.param("adamw", torch.bfloat16, {"augmentations": tuple(AUGMENTATIONS)}, marks=pytest.mark.long),
+        pytest.param(
+            *("sgd", torch.float32, {"class_weights": torch.tensor([0.5, 1.5, 1.0, 1.0]), "label_smoothing": 0.1}),
+            marks=pytest.mark.long,
+        ),
         ("adam", torch.float16, {"skip_nan": True}),
     ],
 )
