@@ -151,7 +151,8 @@ def resolve_machine(config: Config, group: Ranks) -> Config:
             f"--device {config.device} is one device, and there are {group.count} ranks: give {device.type}"
         )
     cores = max(1, num_cores() // group.local_count)
-    init_is_path = config.init_from and Path(config.init_from).exists()  # else a name under runs/
+    init = Path(config.init_from or "")
+    init_is_path = init.is_file() or (init / run_folder.CONFIG).is_file()  # else a name under runs/
     return dataclasses.replace(
         config,
         data=str(Path(config.data).resolve()),

@@ -101,6 +101,14 @@ def test_a_dry_run_takes_as_many_steps_as_asked(photos: Path) -> None:
     assert checkpoint.load(run.run_dir / "last.pt")["step"] == 4
 
 
+def test_init_from_finds_a_run_beside_a_folder_of_its_name(photos: Path, run_dir: Path) -> None:
+    shutil.copytree(run_dir, "runs/first")
+    Path("first").mkdir()  # no run
+    config = Config(data=str(photos), init_from="first", epochs=1, limit_train_batches=1, **SMALL)
+    assert fit(config, run_dir="second").summary["epochs"] == 1
+    assert "init_from: first\n" in Path("second/config.yaml").read_text()
+
+
 def test_init_from_takes_the_weights_and_another_output_layer(photos: Path, run_dir: Path, tmp_path: Path) -> None:
     plain = {**SMALL, "epochs": 1, "limit_train_batches": 1, "lr": 1e-9}
     same = fit(Config(data=str(photos), init_from=str(run_dir), **plain))
