@@ -161,7 +161,7 @@ def results_file(args: argparse.Namespace, experiment: Experiment) -> Path:
     return Path(folder) / f"parity-{name}-{args.image_size}{'-ingredients' if args.ingredients else ''}.json"
 
 
-def settings_of(args: argparse.Namespace, experiment: Experiment) -> dict[str, Any]:
+def settings_of(experiment: Experiment) -> dict[str, Any]:
     """Return the settings that a run's figures depend on, besides seed and code."""
     names = ("epochs", "batch_size", "lr", "schedule", "image_size")
     return {
@@ -179,7 +179,7 @@ def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> Run
     Runs of both sides are taken from the other table's file too, where it is of the same experiment. Raises
     FastCNNError where the file itself is of another.
     """
-    settings = settings_of(args, experiment)
+    settings = settings_of(experiment)
     other = path.with_name(re.sub(r"(-ingredients)?\.json$", "" if args.ingredients else "-ingredients", path.name))
     runs: Runs = {}
     for file in (other.with_suffix(".json"), path):
@@ -213,7 +213,7 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
         rows,
         command=_command(args),
         settings={
-            **settings_of(args, experiment),
+            **settings_of(experiment),
             "seeds": args.seeds,
             "margin": args.margin,
             "loss_margin": args.loss_margin,

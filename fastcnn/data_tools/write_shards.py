@@ -77,7 +77,7 @@ def write(
         # A photo and its label have a header each, and are padded to whole blocks.
         files.check_space(out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "the content of the shards")
         with signals.raising(), _beside(out) as partial:
-            return _write(found, partial, out, photos_each or len(found), bytes_each, seed, console)
+            return _write(found, partial, photos_each or len(found), bytes_each, seed, console)
     except OSError as error:
         raise FastCNNError(f"cannot write the shards into {out}: {error.strerror or error}") from None
 
@@ -101,9 +101,7 @@ def _beside(out: Path) -> Iterator[Path]:
     partial.rmdir()
 
 
-def _write(
-    found: Index, folder: Path, out: Path, photos_each: int, bytes_each: int, seed: int, console: Console
-) -> Written:
+def _write(found: Index, folder: Path, photos_each: int, bytes_each: int, seed: int, console: Console) -> Written:
     splits = [name for name in ("train", "val", "test") if (found.folders == name).any()]
     rows = [("photo", "path")]
     no_images: list[str] = []
