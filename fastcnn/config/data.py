@@ -27,11 +27,7 @@ STRENGTHS: dict[Augmentation, tuple[float, float]] = {
 }
 """Default and largest strength of each augmentation."""
 
-PRESETS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "light": ("flip", "shift"),
-    "strong": ("flip", "crop", "colour"),
-}
+PRESETS: dict[str, tuple[str, ...]] = {"none": (), "light": ("flip", "shift"), "strong": ("flip", "crop", "colour")}
 """Named lists of augmentations."""
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from queue import SimpleQueue
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastcnn.data.feeds import Epoch, Feed, Fill, RankSlice, SamplingWeights, shuffled
+from fastcnn.data.feeds import Epoch, Feed, Fill, Positions, RankSlice
 from fastcnn.errors import warn
 
 NUM_BUFFERS = 2  # batches in memory: the step uses one while the other is filled
@@ -44,42 +45,29 @@ class BufferedFeed(Feed):
             batch_size=size,
         )
         self.fill = fill
-        kind = PinnedBatchBuffer if device.type == "cuda" else BatchBuffer
-        self.buffers = list(map(kind, self.images.split(size), self.labels.split(size)))
-        self._producer: Producer | None = None
+        self.buffers = list(map(BatchBuffer, self.images.split(size), self.labels.split(size)))
+        self._thread: ThreadPoolExecutor | None = None
+        self._fills: Iterator[Callable[[], BatchBuffer]]
+        self._filling: deque[Future[BatchBuffer]]
         self._replaced: dict[str, str] = {}
         self._num_reported = 0
 
-    def start_epoch(
-        self, seed: int, epoch: int, cursor: int = 0, sampling_weights: SamplingWeights | None = None
-    ) -> Feed:
-        """See `Feed.start_epoch`. Only whole batches are filled: training drops the tail of the order."""
-        size = self.rank_slice.batch_size
-        assert cursor % size == 0, f"{cursor} images are no whole batches of {size}"
-        self.cursor.fill_(cursor)
-        batches = range(cursor // size, len(self) // size)
-        return self._start(shuffled(len(self), (seed, epoch), sampling_weights), (seed, epoch), batches)
-
-    def start_in_order(self) -> Feed:
-        """See `Feed.start_in_order`. The last batch may be shorter."""
-        self.cursor.zero_()
-        return self._start(np.arange(len(self)), None, range(-(-len(self) // self.rank_slice.batch_size)))
-
     def drive(self, run: Callable[[int], None], num_steps: int) -> None:
         """See `Feed.drive`. Raises the error that the thread met."""
-        assert self._producer, "the epoch was not started"
         for _ in range(num_steps):
-            buffer = self.buffers[self._producer.wait() % NUM_BUFFERS]
+            assert self._filling, "the epoch has no more batches"
+            buffer = self._filling[0].result()  # an error stays in the queue: a second call raises it again
+            self._filling.popleft()
             buffer.take()
             run(1)
             buffer.release()
-            self._producer.release()
+            self._submit(1)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the thread. No copy is in flight afterwards, so that an engine may be built."""
-        assert self._producer
-        self._producer.stop()
-        self._producer = None
+        assert self._thread
+        self._thread.shutdown(cancel_futures=True)
+        self._thread = None
         for buffer in self.buffers:
             buffer.wait()
         if error is None and len(self._replaced) > self._num_reported:
@@ -91,123 +79,75 @@ class BufferedFeed(Feed):
                 f"({reason}); other photos of the batch are used instead"
             )
 
-    def _start(self, order: npt.NDArray[np.intp], epoch: Epoch | None, batches: range) -> Feed:
-        assert self._producer is None, "the last epoch was not ended"
-
-        def fill(batch: int) -> None:
-            buffer, positions = self.buffers[batch % NUM_BUFFERS], order[self.rank_slice.positions(batch)]
-            buffer.wait()
-            images, labels = (host[: len(positions)].numpy() for host in (buffer.host_images, buffer.host_labels))
-            self._replaced |= self.fill(positions, images, labels, epoch)
-            buffer.send()
-
+    def _start(self, order: Positions, epoch: Epoch | None, cursor: int) -> None:
+        assert self._thread is None, "the last epoch was not ended"
+        size = self.rank_slice.batch_size
+        assert cursor % size == 0, f"{cursor} images are no whole batches of {size}"
+        end = -(-len(order) // size) if epoch is None else len(order) // size  # training drops the tail of the order
         for buffer in self.buffers:
             buffer.release()  # writes of this epoch come after every read before it
-        self._producer = Producer(fill, batches)
-        return self
+        self._thread, self._filling = ThreadPoolExecutor(1, "feed"), deque()
+        self._fills = (functools.partial(self._fill, batch, order, epoch) for batch in range(cursor // size, end))
+        self._submit(NUM_BUFFERS)
+
+    def _submit(self, count: int) -> None:
+        assert self._thread, "the epoch was not started"
+        self._filling += [self._thread.submit(fill) for fill in itertools.islice(self._fills, count)]
+
+    def _fill(self, batch: int, order: Positions, epoch: Epoch | None) -> BatchBuffer:
+        buffer, positions = self.buffers[batch % NUM_BUFFERS], order[self.rank_slice.positions(batch)]
+        buffer.wait()
+        images, labels = (host[: len(positions)].numpy() for host in (buffer.host_images, buffer.host_labels))
+        self._replaced |= self.fill(positions, images, labels, epoch)
+        buffer.send()
+        return buffer
 
 
 class BatchBuffer:
-    """Memory of one batch. On a CPU the thread writes where the step reads; on a device it is copied there."""
+    """Memory of one batch. On a CPU the thread writes where the step reads; on a device it is copied there.
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-        self.host_images, self.host_labels = (
-            tensor if tensor.device.type == "cpu" else self._host(tensor) for tensor in (images, labels)
-        )
-
-    def wait(self) -> None:
-        """Wait until the host's memory may be written (called by the thread)."""
-
-    def send(self) -> None:
-        """Start copying the written batch to the device (called by the thread)."""
-
-    def take(self) -> None:
-        """Order the next step after the copy (called by the main thread)."""
-        if self.host_images is not self.images:
-            self.images.copy_(self.host_images)
-            self.labels.copy_(self.host_labels)
-
-    def release(self) -> None:
-        """Order the next copy after the step (called by the main thread)."""
-
-    def _host(self, tensor: Tensor) -> Tensor:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-class PinnedBatchBuffer(BatchBuffer):
-    """Memory of one batch on an NVIDIA GPU: copied from pinned memory, on a stream beside the step's.
-
-    Two events order the streams without the host waiting for the step: the step waits for `copied`, the next copy into
-    the same memory for `taken`.
+    On an NVIDIA GPU it is copied from pinned memory, on a stream beside the step's. Two events order the streams
+    without the host waiting for the step: the step waits for `copied`, the next copy into the same memory for `taken`.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        super().__init__(images, labels)
-        self.stream = torch.cuda.Stream(images.device)
-        self.copied, self.taken = torch.cuda.Event(), torch.cuda.Event()
+        self.images, self.labels = self.host_images, self.host_labels = images, labels
+        self.stream: torch.cuda.Stream | None = None
+        if images.device.type != "cpu":
+            self._keep_apart()
+        if images.device.type == "cuda":
+            self.host_images, self.host_labels = self.host_images.pin_memory(), self.host_labels.pin_memory()
+            self.stream = torch.cuda.Stream(images.device)
+            self.copied, self.taken = torch.cuda.Event(), torch.cuda.Event()
 
     def wait(self) -> None:
-        """See `BatchBuffer.wait`: the last copy out of the pinned memory has ended."""
-        self.copied.synchronize()
+        """Wait until the host's memory may be written: the last copy out of it has ended (called by the thread)."""
+        if self.stream:
+            self.copied.synchronize()
 
     def send(self) -> None:
-        """See `BatchBuffer.send`."""
-        with torch.cuda.stream(self.stream):  # also makes its device the thread's
-            self.stream.wait_event(self.taken)
-            self.images.copy_(self.host_images, non_blocking=True)
-            self.labels.copy_(self.host_labels, non_blocking=True)
-            self.copied.record(self.stream)
+        """Start copying the written batch to the device (called by the thread)."""
+        if self.stream:
+            with torch.cuda.stream(self.stream):  # also makes its device the thread's
+                self.stream.wait_event(self.taken)
+                self._copy()
+                self.copied.record(self.stream)
 
     def take(self) -> None:
-        """See `BatchBuffer.take`."""
-        torch.cuda.current_stream(self.images.device).wait_event(self.copied)
+        """Order the next step after the copy (called by the main thread)."""
+        if self.stream:
+            torch.cuda.current_stream(self.images.device).wait_event(self.copied)
+        elif self.host_images is not self.images:
+            self._copy()
 
     def release(self) -> None:
-        """See `BatchBuffer.release`."""
-        self.taken.record(torch.cuda.current_stream(self.images.device))
+        """Order the next copy after the step (called by the main thread)."""
+        if self.stream:
+            self.taken.record(torch.cuda.current_stream(self.images.device))
 
-    def _host(self, tensor: Tensor) -> Tensor:
-        return super()._host(tensor).pin_memory()
+    def _keep_apart(self) -> None:
+        self.host_images, self.host_labels = (torch.zeros_like(t, device="cpu") for t in (self.images, self.labels))
 
-
-class Producer:
-    """A thread that fills batches in turn, at most NUM_BUFFERS ahead of the one in use."""
-
-    def __init__(self, fill: Callable[[int], None], batches: range) -> None:
-        self._fill, self._batches = fill, batches
-        self._idle = threading.Semaphore(NUM_BUFFERS)
-        self._ready: SimpleQueue[int | BaseException] = SimpleQueue()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> int:
-        """Return the number of the next batch once it is filled. Raises what filling it raised."""
-        batch = self._ready.get()
-        if isinstance(batch, BaseException):
-            self._ready.put(batch)  # a second call raises it again instead of waiting for ever
-            raise batch
-        return batch
-
-    def release(self) -> None:
-        """Give back the buffer of a batch that has been used."""
-        self._idle.release()
-
-    def stop(self) -> None:
-        """End the thread after the batch that it is filling."""
-        self._stopped = True
-        self._idle.release()
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            for batch in self._batches:
-                self._idle.acquire()
-                if self._stopped:
-                    return
-                self._fill(batch)
-                self._ready.put(batch)
-            raise AssertionError(f"the epoch has {len(self._batches)} batches")
-        except BaseException as error:  # raised again in the main thread
-            self._ready.put(error)
+    def _copy(self) -> None:
+        self.images.copy_(self.host_images, non_blocking=self.stream is not None)
+        self.labels.copy_(self.host_labels, non_blocking=self.stream is not None)

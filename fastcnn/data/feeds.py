@@ -15,13 +15,21 @@ CHUNK = 256  # images copied to a device at once, which bounds the host memory t
 Epoch = tuple[int, int]
 """(seed, epoch): determines the order of the training images and everything random about each."""
 
-SamplingWeights = npt.NDArray[np.float64]
-"""(N,) probability of drawing each training image; they sum to 1."""
+Positions = npt.NDArray[np.intp]
+"""(n,) positions of images in a split, or of photos in an index."""
 
-Fill = Callable[[npt.NDArray[np.intp], npt.NDArray[np.uint8], npt.NDArray[np.int64], Epoch | None], dict[str, str]]
-"""(positions in the split (n,), images (n, H, W, 3), labels (n,), epoch) -> path and reason of each image that had to
-be replaced by another: writes the pixels and labels of those images. The epoch is None in an evaluation, where nothing
-may be replaced."""
+Pixels = npt.NDArray[np.uint8]
+"""(n, H, W, 3) pixels of images."""
+
+Labels = npt.NDArray[np.int64]
+"""(n,) labels of images."""
+
+SamplingWeights = npt.NDArray[np.float64] | None
+"""(N,) probability of drawing each training image; they sum to 1. None: every image once per epoch."""
+
+Fill = Callable[[Positions, Pixels, Labels, Epoch | None], dict[str, str]]
+"""Writes pixels and labels of the images at these positions in the split; returns path and reason of each image that
+had to be replaced by another. The epoch is None in an evaluation, where nothing may be replaced."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +87,23 @@ class Feed:
         """Return the number of images."""
         return len(self.permutation)
 
-    def start_epoch(
-        self, seed: int, epoch: int, cursor: int = 0, sampling_weights: SamplingWeights | None = None
-    ) -> Feed:
+    def start_epoch(self, seed: int, epoch: int, cursor: int = 0, sampling_weights: SamplingWeights = None) -> Feed:
         """Shuffle for an epoch and return the feed; the order depends on (seed, epoch) alone, so resuming repeats it.
 
-        Args:
-            seed: seed of the run.
-            epoch: number of the epoch.
-            cursor: images of the epoch that an interrupted run has taken already.
-            sampling_weights: probability of drawing each image; None takes each once.
+        cursor: images of the epoch that an interrupted run has taken already.
         """
-        order = shuffled(len(self), (seed, epoch), sampling_weights)
-        self.permutation.copy_(torch.from_numpy(order if self.rows is None else self.rows[order]))
         self.cursor.fill_(cursor)
+        self._start(shuffled(len(self), (seed, epoch), sampling_weights), (seed, epoch), cursor)
         return self
 
     def start_in_order(self) -> Feed:
-        """Go back to the first image, without shuffling, and return the feed."""
+        """Start an evaluation at the first image, without shuffling, and return the feed."""
         self.cursor.zero_()
+        self._start(np.arange(len(self)), None, 0)
         return self
+
+    def _start(self, order: Positions, epoch: Epoch | None, cursor: int) -> None:
+        self.permutation.copy_(torch.from_numpy(order if self.rows is None else self.rows[order]))
 
     def drive(self, run: Callable[[int], None], num_steps: int) -> None:
         """Call an engine's `run` for the next steps, each as soon as its images are there."""
@@ -137,22 +142,17 @@ class ShardedFeed(Feed):
         self.positions = (first + np.arange(rank_slice.size)).ravel()  # (num_rows,) in an epoch's order
         self.permutation[torch.from_numpy(self.positions).to(device)] = torch.arange(num_rows, device=device)
 
-    def start_epoch(
-        self, seed: int, epoch: int, cursor: int = 0, sampling_weights: SamplingWeights | None = None
-    ) -> Feed:
-        """See `Feed.start_epoch`. Images that an interrupted run has taken already are not read."""
-        self.cursor.fill_(cursor)
-        mine = shuffled(len(self), (seed, epoch), sampling_weights)[self.positions]
+    def _start(self, order: Positions, epoch: Epoch | None, cursor: int) -> None:
+        mine = order[self.positions]
         for start in range(cursor // self.rank_slice.batch_size * self.rank_slice.size, len(mine), CHUNK):
             photos = mine[start : start + CHUNK]
             images, labels = np.empty((len(photos), *self.images.shape[1:]), np.uint8), np.empty(len(photos), np.int64)
-            self.fill(photos, images, labels, (seed, epoch))
+            self.fill(photos, images, labels, epoch)
             self.images[start : start + CHUNK] = torch.from_numpy(images).to(self.images.device)
             self.labels[start : start + CHUNK] = torch.from_numpy(labels).to(self.images.device)
-        return self
 
 
-def shuffled(count: int, epoch: Epoch, sampling_weights: SamplingWeights | None = None) -> npt.NDArray[np.intp]:
+def shuffled(count: int, epoch: Epoch, sampling_weights: SamplingWeights = None) -> Positions:
     """Return an epoch's order of `count` images: each once, or drawn with replacement by weights (count,)."""
     generator = np.random.default_rng(epoch)
     if sampling_weights is None:

@@ -14,27 +14,21 @@ from fastcnn.config import Loader
 from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.cache import Cache
 from fastcnn.data.crops import crop_boxes
-from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, RankSlice, ShardedFeed
+from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, Labels, Pixels, Positions, RankSlice, ShardedFeed
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system.device import free_memory_bytes
 from fastcnn.system.ranks import ALONE, Ranks
 
-MEMORY_SHARE = {"cuda": 0.6, "cpu": 0.5}  # part of the free memory that images may take: the network needs the rest
+GPU_MEMORY_SHARE, CPU_MEMORY_SHARE = 0.6, 0.5  # of the free memory, for images: the network needs the rest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a split is fed to the step."""
+class Options(RankSlice):
+    """How a split is fed to the step of one rank."""
 
     device: torch.device
     """Where the step runs."""
-    batch_size: int
-    """Images a step, of all ranks."""
-    rank: int = 0
-    """The rank that is fed."""
-    num_ranks: int = 1
-    """Ranks among which each batch is divided."""
     decoder: str = "turbo"
     """Decoder of streamed photos, a name in `pipelines.BACKENDS`."""
     workers: int | None = None
@@ -44,13 +38,8 @@ class Options:
     max_pixels: int = pipelines.MAX_PIXELS
     """Pixels above which a streamed photo is refused."""
 
-    @property
-    def rank_slice(self) -> RankSlice:
-        """The part of each batch that the rank takes."""
-        return RankSlice(self.batch_size, self.rank, self.num_ranks)
 
-
-def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+def resident(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed that holds all of `photos` (positions in the index) on the device."""
     device = options.device
     images = torch.empty((len(photos), *cache.images.shape[1:]), dtype=torch.uint8, device=device)
@@ -68,7 +57,7 @@ def resident(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: 
     )
 
 
-def shared(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+def shared(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed of `photos` whose pixels are the cache's own pages: in memory once for all processes.
 
     Only a CPU can read those pages; on any other device the feed is a resident one.
@@ -87,21 +76,21 @@ def shared(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
     )
 
 
-def mapped(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+def mapped(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed of two batches of `photos`, whose pixels are read from the cache while the step works."""
-    fill, size = _fill_from_cache(index, cache, photos), cache.images.shape[1]
-    return BufferedFeed(fill, len(photos), size, options.rank_slice, options.device)
+    fill = _fill_from_cache(index, cache, photos)
+    return BufferedFeed(fill, len(photos), cache.images.shape[1], options, options.device)
 
 
-def sharded(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+def sharded(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed that holds this rank's slice of every batch of an epoch; with one rank, a resident one."""
     if options.num_ranks == 1:
         return resident(index, cache, photos, options)
-    fill, size = _fill_from_cache(index, cache, photos), cache.images.shape[1]
-    return ShardedFeed(fill, len(photos), size, options.rank_slice, options.device)
+    fill = _fill_from_cache(index, cache, photos)
+    return ShardedFeed(fill, len(photos), cache.images.shape[1], options, options.device)
 
 
-def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Options) -> Feed:
+def stream(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed of two batches of `photos`, decoded from their files while the step works.
 
     A training photo that cannot be decoded any more is replaced by the next usable one of its batch; in an evaluation
@@ -110,12 +99,7 @@ def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
     size, device = cache.images.shape[1], options.device
     gpu = device.index if device.type == "cuda" and options.decoder == "dali" else None
 
-    def fill(
-        positions: npt.NDArray[np.intp],
-        images: npt.NDArray[np.uint8],
-        labels: npt.NDArray[np.int64],
-        epoch: Epoch | None,
-    ) -> dict[str, str]:
+    def fill(positions: Positions, images: Pixels, labels: Labels, epoch: Epoch | None) -> dict[str, str]:
         chosen = photos[positions]
         verdicts = pipelines.decode(
             index.sources(chosen),
@@ -140,10 +124,10 @@ def stream(index: Index, cache: Cache, photos: npt.NDArray[np.intp], options: Op
             images[i], labels[i] = images[other], labels[other]
         return {index.paths[chosen[i]]: reason for i, reason in bad.items()}
 
-    return BufferedFeed(fill, len(photos), size, options.rank_slice, device)
+    return BufferedFeed(fill, len(photos), size, options, device)
 
 
-LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]] = {
+LOADERS: dict[str, Callable[[Index, Cache, Positions, Options], Feed]] = {
     "resident": resident,
     "shared": shared,
     "sharded": sharded,
@@ -152,13 +136,8 @@ LOADERS: dict[str, Callable[[Index, Cache, npt.NDArray[np.intp], Options], Feed]
 }
 
 
-def _fill_from_cache(index: Index, cache: Cache, photos: npt.NDArray[np.intp]) -> Fill:
-    def fill(
-        positions: npt.NDArray[np.intp],
-        images: npt.NDArray[np.uint8],
-        labels: npt.NDArray[np.int64],
-        epoch: Epoch | None,
-    ) -> dict[str, str]:
+def _fill_from_cache(index: Index, cache: Cache, photos: Positions) -> Fill:
+    def fill(positions: Positions, images: Pixels, labels: Labels, epoch: Epoch | None) -> dict[str, str]:
         cache.read(photos[positions], images)
         labels[:] = index.labels[photos[positions]]
         return {}
@@ -166,27 +145,20 @@ def _fill_from_cache(index: Index, cache: Cache, photos: npt.NDArray[np.intp]) -
     return fill
 
 
-def _crops(photos: npt.NDArray[np.intp], epoch: Epoch | None, scale: float | None) -> pipelines.Boxes | None:
+def _crops(photos: Positions, epoch: Epoch | None, scale: float | None) -> pipelines.Boxes | None:
     """Return the function that draws each photo's crop once its size is known; None shows whole photos."""
     if epoch is None or scale is None:
         return None
     seed, number = epoch
 
     def box(i: int, width: int, height: int) -> npt.NDArray[np.float64]:
-        boxes = crop_boxes(seed, number, photos[i : i + 1], np.array([[width, height]]), (scale, 1.0))
-        return boxes.reshape(4)
+        return crop_boxes(seed, number, photos[i : i + 1], np.array([[width, height]]), (scale, 1.0)).reshape(4)
 
     return box
 
 
 def choose(
-    loader: Loader,
-    needed: int,
-    *,
-    on_disk: bool,
-    device: torch.device,
-    memory_limit: int | None = None,
-    ranks: Ranks = ALONE,
+    loader: Loader, needed: int, *, on_disk: bool, device: torch.device, memory_limit: int | None, ranks: Ranks = ALONE
 ) -> tuple[Loader, str]:
     """Return the loader that `loader` means here, and the reason where it is "auto".
 
@@ -212,12 +184,10 @@ def choose(
         return loader, ""
     if not on_disk:
         return "stream", f"there is no room on disk for the photos' {_mib(needed)}; see also --cache-dir"
-    if memory_limit is not None:
-        limit, whose = memory_limit, "that --memory-limit allows"
-    else:
-        kind = "cuda" if device.type == "cuda" else "cpu"
-        limit = int(free_memory_bytes(device) * MEMORY_SHARE[kind]) // (1 if kind == "cuda" else ranks.local_count)
-        whose = "that they may take of the free memory"
+    limit, whose = memory_limit, "that --memory-limit allows"
+    if limit is None:
+        share = GPU_MEMORY_SHARE if device.type == "cuda" else CPU_MEMORY_SHARE / ranks.local_count
+        limit, whose = int(free_memory_bytes(device) * share), "that they may take of the free memory"
     if needed <= limit:
         return "resident", f"the photos take {_mib(needed)} of the {_mib(limit)} {whose}"
     if ranks.count > 1 and needed / ranks.count <= limit:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
 from fastcnn.data.dataset import Dataset
-from fastcnn.data.feeds import Feed, SamplingWeights
+from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import FastCNNError, fall_back, first_line, warn
 from fastcnn.network import sync_layers
@@ -208,10 +208,10 @@ def class_weights(labels: npt.NDArray[np.int64], num_classes: int) -> Tensor:
     return torch.from_numpy(len(labels) / (np.count_nonzero(counts) * counts.clip(min=1))).float()
 
 
-def sampling_weights(labels: npt.NDArray[np.int64], num_classes: int) -> SamplingWeights:
+def sampling_weights(labels: npt.NDArray[np.int64], num_classes: int) -> npt.NDArray[np.float64]:
     """Return (N,) probabilities of drawing each image that draw all classes equally often."""
     weights = class_weights(labels, num_classes)[labels] / len(labels)
-    sampling: SamplingWeights = weights.numpy().astype(np.float64)
+    sampling: npt.NDArray[np.float64] = weights.numpy().astype(np.float64)
     sampling /= sampling.sum()
     return sampling
 

@@ -54,7 +54,7 @@ class RunState:
     model: SmallCNN
     step: TrainingStep
     ranks: Ranks = ALONE
-    sampling_weights: SamplingWeights | None = None
+    sampling_weights: SamplingWeights = None
     """Probability of drawing each training image. None: every image once per epoch."""
     engine_reason: str = ""
     """Why `--engine auto` chose its engine."""

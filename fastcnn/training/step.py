@@ -123,9 +123,7 @@ class TrainingStep:
         # Steps that updated nothing because a loss was not finite: each of them, or all from the first on.
         self.skipped = torch.zeros((), device=device)
 
-    def start_epoch(
-        self, seed: int, epoch: int, done: int = 0, sampling_weights: SamplingWeights | None = None
-    ) -> Feed:
+    def start_epoch(self, seed: int, epoch: int, done: int = 0, sampling_weights: SamplingWeights = None) -> Feed:
         """Return the feed at the start of an epoch, or `done` steps into it: see `Feed.start_epoch`."""
         if len(self.draws):
             self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
