@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.report import tables
 from bench.report.record import Row, own_record, row_of_runs
+from bench.report.tables import TABLES
 from fastcnn.config import Config, read_recipe, read_yaml, resolve
 from fastcnn.data import dataset
 from fastcnn.data.loaders import Options, resident
@@ -52,17 +52,18 @@ def main() -> None:
             runs[recipe].append(measured(config))
             print(f"seed {seed}  {recipe:20}  {runs[recipe][-1]}", flush=True)
     rows = compared(runs, args.data.name)
-    for row in rows:
-        print(": ".join(tables.recipe(row)[1:]))
+    shown = [item for item in args.set if "/" not in item]
+    command = f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)}"
+    record = own_record(
+        rows,
+        command=f"{command} --seeds {args.seeds} --set {' '.join(shown)}",
+        settings={"seeds": args.seeds, "options": shown},
+        seconds=sum(row["seconds"] for found in runs.values() for row in found),
+    )
+    for line in TABLES["recipes"].lines(record):
+        print(": ".join(line[1:]))
     if args.out:
-        shown = [item for item in args.set if "/" not in item]
-        command = f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)}"
-        own_record(
-            rows,
-            command=f"{command} --seeds {args.seeds} --set {' '.join(shown)}",
-            settings={"seeds": args.seeds, "options": shown},
-            seconds=sum(row["seconds"] for found in runs.values() for row in found),
-        ).write(args.out)
+        record.write(args.out)
 
 
 def measured(config: Config) -> dict[str, float]:

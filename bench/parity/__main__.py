@@ -221,7 +221,7 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
         },
         seconds=sum(found["seconds"] for mine in runs.values() for found in mine.values()),
         commit=_commit(),
-        skipped=skipped,
+        skipped=[{"name": name, "reason": reason} for name, reason in skipped.items()],
     )
 
 

@@ -62,8 +62,8 @@ def _made_with(record: Record, results: Path) -> str:
         "command": f"`{record.command}`",
         "date": f"{record.date} UTC, {record.seconds:,.0f} s in all",
         "commit": record.commit or "not known",
-        "machine": ", ".join(f"{name} {value}" for name, value in record.hardware.items()),
-        "versions": tables.versions(record),
+        "machine": tables.listed(record.hardware),
+        "versions": tables.listed(record.versions),
         "the machine's own rates, a second": own.replace("copy ", "bytes copied ").replace(" G,", " G,"),
         "results": f"`{results.name}`",
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.report.record import GROWING, Record, Row
-from bench.report.tables import STAGES, grown, machine, rate
+from bench.report.tables import STAGES, machine, rate
 
 OURS, THEIRS = "#1f5fa8", "#b4b4b4"
 MOST_BARS = 24  # in one panel: more are drawn as lines over the batch
@@ -264,7 +264,7 @@ def _limits(axes: Axes, rates: dict[str, float], x: Any) -> None:
 def growth(plt: Any, record: Record) -> Figure:
     """Draw seconds a photo and peak memory over photos, and images/s over the batch."""
     photos, batches = (
-        sorted((row["extra_info"] for row in grown(record, by)), key=lambda info: info[key])
+        sorted((row["extra_info"] for row in record.grown(by)), key=lambda info: info[key])
         for by, key in (("photos", "num_photos"), ("batch", "batch"))
     )
     if not photos and not batches:

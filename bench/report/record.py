@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
+
+from fastcnn.storage import files
 
 FORMAT = 1
 GROWING = ("scan", "decode", "upload", "train", "eval")
@@ -25,32 +26,36 @@ Row = dict[str, Any]
 class Record:
     """Contents of a results file, under the same names."""
 
-    format: int
+    format: int = FORMAT
     machine: str
     """A folder's name for the hardware."""
     hardware: dict[str, Any]
     versions: dict[str, str]
-    rates: dict[str, float]
+    rates: dict[str, float] = field(default_factory=dict)
     """The machine's own: bytes copied a second, matrix FLOP/s by precision."""
     settings: dict[str, Any]
     """device, scale, and what its sizes are."""
     command: str
     date: str
     """UTC, to the second."""
-    commit: str | None
+    commit: str | None = None
     """Commit id; with "+" where files had been changed."""
     seconds: float
     """All of the benchmarks together."""
     rows: list[Row]
-    growth: dict[str, Any] | None
-    skipped: list[dict[str, str]]
+    growth: dict[str, Any] | None = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
     """name and reason of every benchmark left out."""
-    failed: list[str]
+    failed: list[str] = field(default_factory=list)
     """Names of the benchmarks that failed."""
 
     def of(self, group: str) -> list[Row]:
         """Return a group's rows, in the order in which they ran."""
         return [row for row in self.rows if row["group"] == group]
+
+    def grown(self, by: str) -> list[Row]:
+        """Return the rows of runs that grow by "photos" or "batch"."""
+        return [row for row in self.of("growth") if row["extra_info"]["grows"] == by]
 
     @property
     def groups(self) -> list[str]:
@@ -58,17 +63,15 @@ class Record:
         return list(dict.fromkeys(row["group"] for row in self.rows))
 
     def write(self, folder: Path) -> Path:
-        """Write the results file into a folder and return its path."""
-        path = folder / f"{re.sub('[^0-9T-]', '', self.date).replace('T', '-')}.json"
+        """Write the results file into a folder, named for the date, and return its path."""
+        path = folder / f"{self.date.replace(':', '').replace('T', '-')}.json"
         self.save(path)
         return path
 
     def save(self, path: Path) -> None:
         """Write the results file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        files.write(path, json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Record:
@@ -87,13 +90,9 @@ def record(found: dict[str, Any], *, command: str, settings: dict[str, Any], sec
     # A benchmark whose check failed after it was timed has a row too.
     rows = [_row(one) for one in found["benchmarks"] if one["fullname"] not in failed]
     commit = found["commit_info"].get("id")
-    info = found["machine_info"]
     return Record(
-        format=FORMAT,
-        machine=slug(info["hardware"]),
-        hardware=info["hardware"],
-        versions=info["versions"],
-        rates=info["rates"],
+        machine=slug(found["machine_info"]["hardware"]),
+        **found["machine_info"],
         settings=settings,
         command=command,
         date=found["datetime"][:19],
@@ -106,35 +105,26 @@ def record(found: dict[str, Any], *, command: str, settings: dict[str, Any], sec
     )
 
 
-def own_record(
-    rows: list[Row],
-    *,
-    command: str,
-    settings: dict[str, Any],
-    seconds: float,
-    commit: str | None = None,
-    skipped: Mapping[str, str] = MappingProxyType({}),
-) -> Record:
-    """Return the record of rows that were measured on this machine, now. skipped: name -> reason."""
+def _row(one: dict[str, Any]) -> Row:
+    stats = one["stats"]
+    times = {f"{name}_seconds": stats[name] for name in ("median", "min", "max")}
+    return {"group": one["group"], "name": one["name"], "n": stats["rounds"], **times, "extra_info": one["extra_info"]}
+
+
+def own_record(rows: list[Row], **others: Any) -> Record:
+    """Return the record of rows that were measured on this machine, now. others: Record's, at least command, settings
+    and seconds."""
     from bench.harness.machine import slug
     from fastcnn.system.device import describe_hardware, pick_device, versions
 
     hardware = describe_hardware(pick_device("auto"))
     return Record(
-        format=FORMAT,
         machine=slug(hardware),
         hardware=hardware,
         versions=versions() | {"scipy": metadata.version("scipy")},
-        rates={},
-        settings=settings,
-        command=command,
         date=datetime.now(UTC).isoformat()[:19],
-        commit=commit,
-        seconds=seconds,
         rows=rows,
-        growth=None,
-        skipped=[{"name": name, "reason": reason} for name, reason in skipped.items()],
-        failed=[],
+        **others,
     )
 
 
@@ -142,12 +132,6 @@ def row_of_runs(group: str, name: str, seconds: Sequence[float], info: dict[str,
     """Return the row of runs that took so many seconds each."""
     times = {"median_seconds": statistics.median(seconds), "min_seconds": min(seconds), "max_seconds": max(seconds)}
     return {"group": group, "name": name, "n": len(seconds), **times, "extra_info": info}
-
-
-def _row(one: dict[str, Any]) -> Row:
-    stats = one["stats"]
-    times = {f"{name}_seconds": stats[name] for name in ("median", "min", "max")}
-    return {"group": one["group"], "name": one["name"], "n": stats["rounds"], **times, "extra_info": one["extra_info"]}
 
 
 def without_paths(text: str) -> str:
@@ -170,26 +154,28 @@ def growth(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     Each run has num_photos, photo_seconds, peak_memory_bytes and bytes_per_photo. Memory is what a run took beyond the
     smallest one, which holds the interpreter, torch and the step; the sizes give bytes_per_photo for each photo more.
     """
-    runs = sorted(runs, key=lambda run: run["num_photos"])
     if len(runs) < 2:
         return None
-    first, points = runs[0], []
-    for run in runs:
-        more = run["num_photos"] - first["num_photos"]
-        point = {
-            "num_photos": run["num_photos"],
-            "photo_seconds": run["photo_seconds"]["total"],
-            "over_fewest": run["photo_seconds"]["total"] / first["photo_seconds"]["total"],
-            "peak_memory_bytes": run["peak_memory_bytes"],
-        }
-        if more:
-            point["more_bytes"] = run["peak_memory_bytes"] - first["peak_memory_bytes"]
-            point["more_bytes_by_size"] = more * run["bytes_per_photo"]
-            point["memory_over_sizes"] = point["more_bytes"] / point["more_bytes_by_size"]
-        points.append(point)
+    first, *larger = sorted(runs, key=lambda run: run["num_photos"])
+    points = [_point(first, first)]
+    for run in larger:
+        more_bytes = run["peak_memory_bytes"] - first["peak_memory_bytes"]
+        by_size = (run["num_photos"] - first["num_photos"]) * run["bytes_per_photo"]
+        memory = {"more_bytes": more_bytes, "more_bytes_by_size": by_size, "memory_over_sizes": more_bytes / by_size}
+        points.append(_point(run, first) | memory)
     return {
         "points": points,
         # Less is not growth: what all runs need alike is spread over more photos.
         "seconds_hold": all(point["over_fewest"] - 1 <= SECONDS_WITHIN for point in points),
         "memory_holds": all(point["memory_over_sizes"] - 1 <= MEMORY_WITHIN for point in points[1:]),
+    }
+
+
+def _point(run: dict[str, Any], fewest: dict[str, Any]) -> dict[str, float]:
+    seconds = run["photo_seconds"]["total"]
+    return {
+        "num_photos": run["num_photos"],
+        "photo_seconds": seconds,
+        "over_fewest": seconds / fewest["photo_seconds"]["total"],
+        "peak_memory_bytes": run["peak_memory_bytes"],
     }

@@ -1,31 +1,27 @@
-"""Results as tables: a title, a head and lines, from one record; Markdown around them."""
+"""Results as tables: columns and the figures that fill them, from one record; Markdown around them."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from bench.report.record import Record, Row
 
-Lines = list[list[str]]
-
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+STAGES = ("start", "import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report")
+MEASURES = {"accuracy": "accuracy", "held_out_losses": "held-out loss", "train_losses": "training loss"}
+
+Figures = dict[str, Any]
+"""What a line of a table shows, by names that the columns' formats use."""
 
 
 def fill(text: str, make: Callable[[str], str]) -> str:
     """Return a text with what `make` gives for NAME between each <!-- table: NAME --> and <!-- end -->."""
     return MARKED.sub(lambda match: f"{match[1]}{make(match[2])}{match[3]}", text)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns, and what gives a record's lines: none where the record lacks what they are made of."""
-
-    title: str
-    head: Sequence[str]
-    lines: Callable[[Record], Lines]
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -34,20 +30,34 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A title, what gives the figures of each line, and columns: heads, and formats that a line's figures fill."""
+
+    title: str
+    figures: Callable[[Record], Iterable[Figures]]
+    head: list[str]
+    cells: list[str]
+
+    def lines(self, record: Record) -> list[list[str]]:
+        """Return a record's lines: none where the record lacks what they are made of."""
+        return [[cell.format_map(line) for cell in self.cells] for line in self.figures(record)]
+
+
 def machine(record: Record) -> str:
     """Return the machine in a few words."""
     hardware = record.hardware
     return hardware.get("gpu") or f"{hardware.get('cpu') or hardware['machine']}, {hardware['cores']} cores"
 
 
-def versions(record: Record) -> str:
-    """Return the versions in a line."""
-    return ", ".join(f"{name} {version}" for name, version in record.versions.items())
+def listed(facts: dict[str, Any]) -> str:
+    """Return names and values in a line."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def ratio(over: dict[str, float]) -> str:
     """Return a ratio with the lowest and the highest of its pairs."""
-    return f"{over['median']:.2f} ({over['low']:.2f} to {over['high']:.2f})"
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format_map(over)
 
 
 def rate(images_per_second: float) -> str:
@@ -55,249 +65,209 @@ def rate(images_per_second: float) -> str:
     return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
 
 
-def _over(row: Row) -> str:
-    return "<br>".join(f"{ratio(over)} {name}" for name, over in row["extra_info"]["over"].items())
-
-
-# Columns of a group besides the rates, by their heads.
-EXTRAS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
-    "decode": {"mean difference from Pillow, levels": lambda info: f"{info['mean_difference_levels']:.2f}"},
-    "step": {
-        "of the matrix rate": lambda info: f"{info['share_of_matrix_rate']:.2f}",
-        "of the copy bandwidth": lambda info: f"{info['share_of_copy_bandwidth']:.2f}",
-        "of the counted floor": lambda info: f"{info['share_of_floor']:.2f}",
-        "seconds to be ready": lambda info: f"{info['build_seconds']:.2f}",
-    },
-    "infer": {
-        "median ms": lambda info: f"{info['median_milliseconds']:.2f}",
-        "p99 ms": lambda info: f"{info['p99_milliseconds']:.2f}",
-    },
-}
-
-
-def rates(group: str, title: str = "") -> Table:
-    """Return the table of a group: a line a benchmark, with what the group notes besides."""
-    extras = EXTRAS.get(group, {})
-
-    def lines(record: Record) -> Lines:
-        return [
-            [
-                row["name"],
-                rate(row["extra_info"]["images_per_second"]),
-                _over(row) or "-",
-                *(shown(row["extra_info"]) for shown in extras.values()),
-                str(row["n"]),
-            ]
-            for row in record.of(group)
-        ]
-
-    return Table(title or group, ["what", "images/s", "times as fast as (low to high)", *extras, "n"], lines)
-
-
-def _runs(record: Record) -> list[Row]:
-    return [row for row in record.of("train") if "stages" in row["extra_info"]]
-
-
-def _steady(record: Record) -> Lines:
-    lines = []
-    for row in _runs(record):
-        info = row["extra_info"]
-        steady, accuracy = info["steady_images_per_second"], info["val_accuracy"]
-        ours = f"fastcnn ({info['engine']}, {info['precision']})"
-        lines.append([ours, rate(steady["fastcnn"]), "-", f"{accuracy['fastcnn']:.3f}", str(row["n"])])
-        for name, over in info["steady_over"].items():
-            short = name.partition(".py")[0]
-            lines.append([name, rate(steady[short]), ratio(over), f"{accuracy[short]:.3f}", str(over["n"])])
-    return lines
-
-
-def _cold(record: Record) -> Lines:
-    lines = []
-    for row in _runs(record):
-        info = row["extra_info"]
-        what = f"{info['num_photos']:,} photos, {info['epochs']} epochs"
-        lines.append([f"fastcnn, {what}", f"{row['median_seconds']:.1f}", "-", str(row["n"])])
-        for name, over in info["over"].items():
-            lines.append([name, f"{info['baseline_seconds'][name]:.1f}", ratio(over), str(over["n"])])
-    return lines
-
-
-STAGES = ("start", "import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report")
-
-
-def _stages(record: Record) -> Lines:
-    return [
-        [
-            f"{cache} cache",
-            *(f"{seconds[stage]:.2f}" for stage in STAGES),
-            f"{seconds['total'] + seconds['start']:.1f}",
-            f"{row['extra_info']['seconds_to_first_step'][cache]:.2f}",
-            str(row["n"]),
-        ]
-        for row in _runs(record)
-        for cache, seconds in row["extra_info"]["stages"].items()
-    ]
-
-
-def _growth(record: Record) -> Lines:
-    by_photos = {row["extra_info"]["num_photos"]: row for row in grown(record, "photos")}
-    lines = []
-    for point in (record.growth or {"points": []})["points"]:
-        row = by_photos[point["num_photos"]]
-        stages = row["extra_info"]["photo_seconds"]
-        beyond = "-"
-        if "memory_over_sizes" in point:
-            beyond = f"{point['more_bytes'] / 2**20:,.0f} / {point['more_bytes_by_size'] / 2**20:,.0f} MiB"
-            beyond += f" = {point['memory_over_sizes']:.2f}"
-        lines.append(
-            [
-                f"{point['num_photos']:,}",
-                *(f"{stages[stage] * 1e3:.2f}" for stage in ("decode", "train", "eval")),
-                f"{point['photo_seconds'] * 1e3:.2f}",
-                f"{point['over_fewest']:.2f}",
-                f"{point['peak_memory_bytes'] / 2**20:,.0f}",
-                beyond,
-                str(row["n"]),
-            ]
-        )
-    return lines
-
-
-def grown(record: Record, by: str) -> list[Row]:
-    """Return the rows of runs that grow by "photos" or "batch"."""
-    return [row for row in record.rows if row["extra_info"].get("grows") == by]
-
-
-def _batches(record: Record) -> Lines:
-    return [
-        [
-            f"{row['extra_info']['batch']:,}",
-            f"{row['extra_info']['num_photos']:,}",
-            rate(row["extra_info"]["steady_images_per_second"]),
-            f"{row['extra_info']['peak_memory_bytes'] / 2**20:,.0f}",
-            str(row["n"]),
-        ]
-        for row in grown(record, "batch")
-    ]
-
-
-def _profile(record: Record) -> Lines:
-    return [
-        [
-            row["name"],
-            f"{profile['kernels_per_step']:.1f}",
-            f"{profile['idle_share']:.2f}",
-            f"{profile['synchronisations']:.0f}",
-        ]
-        for row in record.rows
-        if (profile := row["extra_info"].get("profile"))
-    ]
-
-
-def recipe(row: Row) -> list[str]:
-    """Return a recipe's line: on which photos, its name, accuracy, what it has over the first, speed, n."""
-    info = row["extra_info"]
-    accuracy = f"{info['mean_accuracy']:.4f} ({info['standard_deviation']:.4f})"
-    difference, speed = "-", "-"
-    if "difference" in info:
-        points = {name: 100 * value for name, value in info["difference"].items()}
-        difference = f"{points['mean']:+.1f} ({points['low']:+.1f} to {points['high']:+.1f})"
-        speed = f"{info['speed']:.2f}"
-    return [f"{info['data']}, {info['num_held_out']} held out", row["name"], accuracy, difference, speed, str(row["n"])]
-
-
-def _recipes(record: Record) -> Lines:
-    return [recipe(row) for row in record.of("recipes")]
-
-
-MEASURES = {"accuracy": "accuracy", "held_out_losses": "held-out loss", "train_losses": "training loss"}
-
-
-def points(comparison: dict[str, float]) -> str:
-    """Return a difference with its 90% interval, in hundredths."""
-    return "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(
-        **{name: 100 * comparison[name] for name in ("mean", "low", "high")}
-    )
+def points(difference: dict[str, float], digits: int = 2) -> str:
+    """Return a difference with its interval, in hundredths."""
+    mean, low, high = (f"{100 * difference[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def spread(row: Row) -> str:
     """Return the mean accuracy with the standard deviation over seeds."""
-    return f"{row['extra_info']['mean_accuracy']:.4f} ({row['extra_info']['standard_deviation']:.4f})"
+    return "{mean_accuracy:.4f} ({standard_deviation:.4f})".format_map(row["extra_info"])
 
 
-def _differences(row: Row) -> list[str]:
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.0f}"
+
+
+def _table(title: str, figures: Callable[[Record], Iterable[Figures]], head: str, cells: str) -> Table:
+    return Table(title, figures, head.split(" | "), cells.split(" | "))
+
+
+def rates(group: str, title: str = "", extras: Mapping[str, str] = MappingProxyType({})) -> Table:
+    """Return the table of a group: a line a benchmark, with extra columns (head -> format)."""
+    columns = {
+        "what": "{name}",
+        "images/s": "{rate}",
+        "times as fast as (low to high)": "{ratios}",
+        **extras,
+        "n": "{n}",
+    }
+    return Table(title or group, functools.partial(_raced, group=group), list(columns), list(columns.values()))
+
+
+def _raced(record: Record, group: str) -> Iterator[Figures]:
+    for row in record.of(group):
+        info = row["extra_info"]
+        ratios = "<br>".join(f"{ratio(over)} {name}" for name, over in info["over"].items())
+        yield {**row, **info, "rate": rate(info["images_per_second"]), "ratios": ratios or "-"}
+
+
+def _trained(record: Record, over: str, ours: str) -> Iterator[Figures]:
+    """Yield the figures of fastcnn and of each script that it was raced against.
+
+    over: the ratios' name in extra_info; ours: format of fastcnn's own name.
+    """
+    for row in record.of("train"):
+        info = row["extra_info"]
+        seconds = {"fastcnn": row["median_seconds"], **info["baseline_seconds"]}
+        for name in seconds:
+            script = name.partition(".py")[0]
+            raced = info[over].get(name)
+            yield {
+                "what": name if raced else ours.format_map(info),
+                "rate": rate(info["steady_images_per_second"][script]),
+                "seconds": seconds[name],
+                "ratio": ratio(raced) if raced else "-",
+                "accuracy": info["val_accuracy"][script],
+                "n": raced["n"] if raced else row["n"],
+            }
+
+
+def _stages(record: Record) -> Iterator[Figures]:
+    for row in record.of("train"):
+        for cache, seconds in row["extra_info"]["stages"].items():
+            to_first_step = row["extra_info"]["seconds_to_first_step"][cache]
+            command = seconds["total"] + seconds["start"]
+            yield {**seconds, "cache": cache, "command": command, "to_first_step": to_first_step, "n": row["n"]}
+
+
+def _profiled(record: Record) -> list[Figures]:
+    return [{**row, **row["extra_info"]["profile"]} for row in record.rows if "profile" in row["extra_info"]]
+
+
+def _grown(record: Record) -> Iterator[Figures]:
+    by_photos = {row["extra_info"]["num_photos"]: row for row in record.grown("photos")}
+    for point in record.growth["points"] if record.growth else []:
+        row = by_photos[point["num_photos"]]
+        milliseconds = {stage: 1e3 * seconds for stage, seconds in row["extra_info"]["photo_seconds"].items()}
+        sizes = {name: _mebibytes(count) for name, count in point.items() if "bytes" in name}
+        beyond = "-"
+        if "more_bytes" in point:
+            beyond = (
+                "{more_bytes} / {more_bytes_by_size} MiB".format_map(sizes) + f" = {point['memory_over_sizes']:.2f}"
+            )
+        yield {**point, **milliseconds, **sizes, "beyond": beyond, "n": row["n"]}
+
+
+def _batches(record: Record) -> Iterator[Figures]:
+    for row in record.grown("batch"):
+        info = row["extra_info"]
+        shown = {"rate": rate(info["steady_images_per_second"]), "memory": _mebibytes(info["peak_memory_bytes"])}
+        yield {**row, **info, **shown}
+
+
+def _recipes(record: Record) -> Iterator[Figures]:
+    for row in record.of("recipes"):
+        info = row["extra_info"]
+        over = {"points": "-", "speed": "-"}
+        if "difference" in info:
+            over = {"points": points(info["difference"], 1), "speed": f"{info['speed']:.2f}"}
+        yield {**row, **info, **over, "spread": spread(row)}
+
+
+def _compared(row: Row) -> Figures:
+    """Return the figures of an arm of a parity experiment: its accuracy, and each measure's difference from seed.py."""
     measures = row["extra_info"].get("measures")
-    return [points(measures[name]) for name in MEASURES] if measures else ["-"] * len(MEASURES)
+    differences = {name: points(measures[name]) if measures else "-" for name in MEASURES}
+    return {"name": row["name"], "n": row["n"], "spread": spread(row), **differences}
 
 
-def _parity(record: Record) -> Lines:
-    rows, settings = record.of("parity"), record.settings
+def _parity(record: Record) -> list[Figures]:
+    rows = record.of("parity")
     if len(rows) < 2:
         return []
-    what = f"{settings['data']}, {settings['image_size']} px, {settings['epochs']} epochs, {settings['schedule']}"
-    verdict = rows[1]["extra_info"].get("verdict", "undecided")
-    return [
-        [
-            f"{what}, {settings['num_held_out']:,} held out",
-            *(spread(row) for row in rows),
-            *_differences(rows[1]),
-            f"{settings['margin']:g}",
-            verdict,
-            str(rows[1]["n"]),
-        ]
-    ]
+    return [{**record.settings, **_compared(rows[1]), "seed_spread": spread(rows[0])}]
 
 
-def _ingredients(record: Record) -> Lines:
-    lines = [[row["name"], spread(row), *_differences(row), str(row["n"])] for row in record.of("ingredients")]
-    return lines + [
-        [one["name"], f"not measured: {one['reason']}", *[""] * len(MEASURES), "0"] for one in record.skipped if lines
-    ]
+def _ingredients(record: Record) -> list[Figures]:
+    compared = [_compared(row) for row in record.of("ingredients")]
+    empty = {**dict.fromkeys(MEASURES, ""), "n": 0}
+    left_out = [{**empty, "name": one["name"], "spread": f"not measured: {one['reason']}"} for one in record.skipped]
+    return compared + left_out if compared else []
 
 
-RECIPES_HEAD = (
-    "photos | recipe | accuracy (standard deviation) | points over the first (95% interval) | "
-    "images/s over the first | seeds"
-)
-PARITY_HEAD = (
-    "photos | seed.py: accuracy (standard deviation) | fastcnn | difference, points (90% interval) | "
-    "held-out loss, % | training loss, % | margin, points | verdict | seeds"
-)
-INGREDIENTS_HEAD = (
-    "what | accuracy (standard deviation) | over seed.py, points (90% interval) | held-out loss, % | "
-    "training loss, % | seeds"
-)
-GROWTH_HEAD = (
-    "photos | decode, ms a photo | train | eval | all that grows | over the fewest | peak memory, MiB | "
-    "more than the fewest / by the photos' sizes | n"
-)
 TABLES = {
-    "steady": Table(
+    "steady": _table(
         "Training, from the second epoch on",
-        ["what", "images/s", "fastcnn is times as fast (low to high)", "val accuracy", "n"],
-        _steady,
+        functools.partial(_trained, over="steady_over", ours="fastcnn ({engine}, {precision})"),
+        "what | images/s | fastcnn is times as fast (low to high) | val accuracy | n",
+        "{what} | {rate} | {ratio} | {accuracy:.3f} | {n}",
     ),
-    "cold": Table(
+    "cold": _table(
         "From the start of the command, nothing decoded, to the trained model",
-        ["what", "seconds", "fastcnn is times as fast (low to high)", "n"],
-        _cold,
+        functools.partial(_trained, over="over", ours="fastcnn, {num_photos:,} photos, {epochs} epochs"),
+        "what | seconds | fastcnn is times as fast (low to high) | n",
+        "{what} | {seconds:.1f} | {ratio} | {n}",
     ),
-    "stages": Table(
-        "Where the seconds of a run go", ["seconds", *STAGES, "command", "to the first step", "n"], _stages
+    "stages": _table(
+        "Where the seconds of a run go",
+        _stages,
+        f"seconds | {' | '.join(STAGES)} | command | to the first step | n",
+        " | ".join(
+            ["{cache} cache", *(f"{{{stage}:.2f}}" for stage in STAGES), "{command:.1f} | {to_first_step:.2f} | {n}"]
+        ),
     ),
-    "step": rates("step", "The training step, photos resident"),
-    "profile": Table(
+    "step": rates(
+        "step",
+        "The training step, photos resident",
+        {
+            "of the matrix rate": "{share_of_matrix_rate:.2f}",
+            "of the copy bandwidth": "{share_of_copy_bandwidth:.2f}",
+            "of the counted floor": "{share_of_floor:.2f}",
+            "seconds to be ready": "{build_seconds:.2f}",
+        },
+    ),
+    "profile": _table(
         "A step on a GPU, profiled over 20",
-        ["what", "kernels a step", "share of time that the GPU waits", "synchronisations in 20"],
-        _profile,
+        _profiled,
+        "what | kernels a step | share of time that the GPU waits | synchronisations in 20",
+        "{name} | {kernels_per_step:.1f} | {idle_share:.2f} | {synchronisations:.0f}",
     ),
-    "decode": rates("decode", "Decoding JPEGs"),
+    "decode": rates(
+        "decode", "Decoding JPEGs", {"mean difference from Pillow, levels": "{mean_difference_levels:.2f}"}
+    ),
     "loader": rates("loader", "Loading"),
     "augment": rates("augment", "Augmentation"),
-    "recipes": Table("Recipes at equal epochs, after the last", RECIPES_HEAD.split(" | "), _recipes),
-    "parity": Table("Accuracy against seed.py's", PARITY_HEAD.split(" | "), _parity),
-    "ingredients": Table("One change at a time", INGREDIENTS_HEAD.split(" | "), _ingredients),
-    "growth": Table("As photos grow (batch 32, one epoch, nothing decoded)", GROWTH_HEAD.split(" | "), _growth),
-    "batch": Table("As the batch grows", ["batch", "photos", "images/s", "peak memory, MiB", "n"], _batches),
-    "infer": rates("infer", "The exported model on the CPU"),
+    "recipes": _table(
+        "Recipes at equal epochs, after the last",
+        _recipes,
+        "photos | recipe | accuracy (standard deviation) | points over the first (95% interval) | "
+        "images/s over the first | seeds",
+        "{data}, {num_held_out} held out | {name} | {spread} | {points} | {speed} | {n}",
+    ),
+    "parity": _table(
+        "Accuracy against seed.py's",
+        _parity,
+        "photos | seed.py: accuracy (standard deviation) | fastcnn | difference, points (90% interval) | "
+        "held-out loss, % | training loss, % | margin, points | verdict | seeds",
+        "{data}, {image_size} px, {epochs} epochs, {schedule}, {num_held_out:,} held out | {seed_spread} | {spread} | "
+        "{accuracy} | {held_out_losses} | {train_losses} | {margin:g} | {verdict} | {n}",
+    ),
+    "ingredients": _table(
+        "One change at a time",
+        _ingredients,
+        "what | accuracy (standard deviation) | over seed.py, points (90% interval) | held-out loss, % | "
+        "training loss, % | seeds",
+        "{name} | {spread} | {accuracy} | {held_out_losses} | {train_losses} | {n}",
+    ),
+    "growth": _table(
+        "As photos grow (batch 32, one epoch, nothing decoded)",
+        _grown,
+        "photos | decode, ms a photo | train | eval | all that grows | over the fewest | peak memory, MiB | "
+        "more than the fewest / by the photos' sizes | n",
+        "{num_photos:,} | {decode:.2f} | {train:.2f} | {eval:.2f} | {total:.2f} | {over_fewest:.2f} | "
+        "{peak_memory_bytes} | {beyond} | {n}",
+    ),
+    "batch": _table(
+        "As the batch grows",
+        _batches,
+        "batch | photos | images/s | peak memory, MiB | n",
+        "{batch:,} | {num_photos:,} | {rate} | {memory} | {n}",
+    ),
+    "infer": rates(
+        "infer",
+        "The exported model on the CPU",
+        {"median ms": "{median_milliseconds:.2f}", "p99 ms": "{p99_milliseconds:.2f}"},
+    ),
 }
