@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from bench.report import tables
 from bench.report.record import MEMORY_WITHIN, SECONDS_WITHIN, Record
-from bench.report.tables import TABLES, Table, markdown, rates
+from bench.report.tables import TABLES, markdown, rates
 
 
 def report(record: Record, results: Path, pictures: dict[str, str]) -> str:
     """Return report.md: what it was measured on, tables, pictures (name -> why it was left out), what is missing."""
     parts = [f"# Benchmarks: {tables.machine(record)}", _made_with(record, results)]
-    for table in _tables(record):
+    known = {"train", "growth", *TABLES}
+    others = [rates(group) for group in record.groups if group not in known]
+    for table in (*TABLES.values(), *others):
         if lines := table.lines(record):
             parts.append(f"## {table.title}\n\n{markdown(table.head, lines)}")
             if table is TABLES["growth"]:
@@ -24,7 +25,8 @@ def report(record: Record, results: Path, pictures: dict[str, str]) -> str:
         parts.append("## Failed\n\n" + "\n".join(f"- {name}" for name in record.failed))
     if record.skipped:
         parts.append(
-            "## Left out\n\n" + "\n".join(f"- {one['name']}: {_one_line(one['reason'])}" for one in record.skipped)
+            "## Left out\n\n"
+            + "\n".join(f"- {one['name']}: {' '.join(one['reason'].split())}" for one in record.skipped)
         )
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -50,12 +52,6 @@ def summary(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _tables(record: Record) -> list[Table]:
-    """Return the tables to show: those that are known, and one for every group that has none of its own."""
-    known = {"train", "growth", *TABLES}
-    return [*TABLES.values(), *(rates(group) for group in record.groups if group not in known)]
-
-
 def _made_with(record: Record, results: Path) -> str:
     own = ", ".join(f"{name.partition('_')[0]} {value / 1e9:,.0f} G" for name, value in record.rates.items())
     facts = {
@@ -78,18 +74,10 @@ def _judged(record: Record) -> str:
     assert record.growth
     points = record.growth["points"]
     last = points[-1]
-    hold = functools.partial(_holds, record.growth)
+    within = {hold: "it is" if record.growth[hold] else "it is NOT" for hold in ("seconds_hold", "memory_holds")}
     return (
         f"A photo at {last['num_photos']:,} takes {last['over_fewest']:.2f} of the time that it takes at "
-        f"{points[0]['num_photos']:,} ({hold('seconds_hold')} within {SECONDS_WITHIN:.0%} at every size); "
+        f"{points[0]['num_photos']:,} ({within['seconds_hold']} within {SECONDS_WITHIN:.0%} at every size); "
         f"memory grows by {last['memory_over_sizes']:.2f} of the photos' sizes "
-        f"({hold('memory_holds')} within {MEMORY_WITHIN:.0%})."
+        f"({within['memory_holds']} within {MEMORY_WITHIN:.0%})."
     )
-
-
-def _holds(growth: dict[str, bool], what: str) -> str:
-    return "it is" if growth[what] else "it is NOT"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -205,24 +205,17 @@ def roofline(plt: Any, record: Record) -> Figure:
     _limits(axes, record.rates, x)
     kinds = list(dict.fromkeys((row["extra_info"]["engine"], row["extra_info"]["precision"]) for row in rows))
     colours = dict(zip(kinds, plt.get_cmap("tab20").colors[::2] * len(kinds), strict=False))
-    labelled: set[str] = set()
-
-    def point(intensity: float, flop_per_second: float, label: str, **style: Any) -> None:
-        axes.plot(
-            intensity, flop_per_second / 1e9, label=None if label in labelled else label, linestyle="none", **style
-        )
-        labelled.add(label)
-
     for row, intensity in zip(rows, intensities, strict=True):
         info = row["extra_info"]
         colour = colours[info["engine"], info["precision"]]
         measured = info["flops"] / info["step_seconds"]
         floor = measured / info["share_of_floor"]
         axes.plot([intensity] * 2, [measured / 1e9, floor / 1e9], color=colour, linewidth=0.8, alpha=0.5)
-        point(intensity, measured, f"{info['engine']}, {info['precision']}: measured", color=colour, marker="o")
-        point(intensity, floor, "at the counted floor", color="k", marker="_", markersize=12)
+        kind = f"{info['engine']}, {info['precision']}: measured"
+        axes.plot(intensity, measured / 1e9, "o", color=colour, label=kind)
+        axes.plot(intensity, floor / 1e9, "_", color="k", markersize=12, label="at the counted floor")
         for name, images in info["baseline_images_per_second"].items():
-            point(intensity, info["flops"] / info["batch"] * images, name, marker="x", color=THEIRS)
+            axes.plot(intensity, info["flops"] / info["batch"] * images / 1e9, "x", color=THEIRS, label=name)
     axes.set(
         xscale="log",
         yscale="log",
@@ -231,7 +224,9 @@ def roofline(plt: Any, record: Record) -> Figure:
         title=f"The training step beneath the machine's own rates: {machine(record)}",
     )
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="lower right")
     return figure
 
 
