@@ -46,28 +46,27 @@ class NothingToDraw(Exception):
 
 def throughput(plt: Any, record: Record) -> Figure:
     """Draw images/s of every contender and its baselines, a panel a group."""
-    panels: dict[str, Callable[[Axes], None]] = {}
-    heights = []
+    panels: list[
+        tuple[str, float, Callable[[Axes, Any], None], Any]
+    ] = []  # title, height, what draws it, and from what
     for group in record.groups:
         rows = record.of(group)
-        bars = _bars(rows)
         if group == "growth":
             continue
-        if len(bars) > MOST_BARS and all("batch" in row["extra_info"] for row in rows):
-            for network in dict.fromkeys(map(_network, rows)):
-                mine = [row for row in rows if _network(row) == network]
-                panels[f"{group}: {network}"] = lambda axes, mine=mine: _lines(axes, mine)  # type: ignore[misc]
-                heights.append(3.0)
-        else:
-            panels[group] = lambda axes, bars=bars: _draw_bars(axes, bars)  # type: ignore[misc]
-            heights.append(0.5 + 0.3 * len(bars))
+        bars = _bars(rows)
+        if len(bars) <= MOST_BARS or not all("batch" in row["extra_info"] for row in rows):
+            panels.append((group, 0.5 + 0.3 * len(bars), _draw_bars, bars))
+            continue
+        for network in dict.fromkeys(map(_network, rows)):
+            panels.append((f"{group}: {network}", 3.0, _lines, [row for row in rows if _network(row) == network]))
     if not panels:
         raise NothingToDraw("nothing but growth was run")
+    heights = [height for _, height, _, _ in panels]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(9, sum(heights) + 0.5 * len(panels)), height_ratios=heights, squeeze=False
     )
-    for axis, (title, draw_panel) in zip(axes.flat, panels.items(), strict=True):
-        draw_panel(axis)
+    for axis, (title, _, draw_panel, shown) in zip(axes.flat, panels, strict=True):
+        draw_panel(axis, shown)
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     figure.suptitle(f"Throughput: {machine(record)}", fontsize=12)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
