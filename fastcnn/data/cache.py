@@ -18,6 +18,7 @@ A set whose pixels fit nowhere has a cache of verdicts alone: its header says so
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -26,7 +27,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -38,17 +39,8 @@ import numpy.typing as npt
 import pipelines
 from fastcnn.config import DataConfig
 from fastcnn.data import cache_files
-from fastcnn.data.cache_files import (
-    FORMAT,
-    append_chunk,
-    chunks_of,
-    ensure_header,
-    find_missing,
-    map_rows,
-    read_header,
-    read_journal,
-    read_row,
-)
+from fastcnn.data.cache_files import CacheFiles, chunks_of, read_header, read_journal, read_row
+from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.shards import forget
 from fastcnn.errors import FastCNNError, fall_back
@@ -65,7 +57,7 @@ class Cache:
     """The decoded photos of an index."""
 
     folder: Path
-    images: npt.NDArray[np.uint8]
+    images: Pixels
     """(R, size, size, 3), memory-mapped, read-only; R is 0 in a cache of verdicts alone."""
     rows: npt.NDArray[np.int64]
     """(N,) row in `images` of each photo of the index, -1 where it has none."""
@@ -87,15 +79,15 @@ class Cache:
     def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
         """Return the cache of `index.take(keep)`, for keep (N,)."""
         reasons, damage = tuple(compress(self.reasons, keep)), tuple(compress(self.damage, keep))
-        return Cache(**{**vars(self), "rows": self.rows[keep], "reasons": reasons, "damage": damage})
+        return dataclasses.replace(self, rows=self.rows[keep], reasons=reasons, damage=damage)
 
-    def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+    def pixels(self, photos: Positions) -> Pixels:
         """Return a copy (n, size, size, 3) of the pixels of photos, given by their positions in the index."""
         out = np.empty((len(photos), *self.images.shape[1:]), np.uint8)
         self.read(photos, out)
         return out
 
-    def pages(self) -> npt.NDArray[np.uint8]:
+    def pages(self) -> Pixels:
         """Return `images` as an array that torch accepts: the same pages, copied where they are written to.
 
         Raises FastCNNError where the file is gone, was replaced or is too short.
@@ -105,7 +97,7 @@ class Cache:
                 raise FastCNNError(f"{file.name} became shorter while it was used: run again")
             return np.memmap(file, np.uint8, "c", shape=self.images.shape)
 
-    def read(self, photos: npt.NDArray[np.intp], out: npt.NDArray[np.uint8]) -> None:
+    def read(self, photos: Positions, out: Pixels) -> None:
         """Write the pixels of photos, given by their positions in the index, into `out` (n, size, size, 3).
 
         They are read, not copied from the map: pages of the map that were touched count as this process's memory, which
@@ -159,23 +151,26 @@ def build(
 
     Raises FastCNNError where the cache cannot be written, or the decoder fails on every photo.
     """
-    header = _header(index, config, gpu, keep_pixels)
-    folder = _folder(header, config.cache_dir)
-    start = time.perf_counter()
+    files = _files(index, config, gpu, keep_pixels)
+    folder, start = files.folder, time.perf_counter()
     try:
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
         with lock if ranks.first else contextlib.nullcontext() as unwritable:
             journal: cache_files.Journal = {}
-            missing = ranks.broadcast(lambda: _look(index, folder, header, journal, unwritable))
-            if read_header(folder) != header:  # the first rank has just written it
+            missing = ranks.broadcast(lambda: _look(index, files, journal, unwritable))
+            if read_header(folder) != files.header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
-            with _decoding_workers(config, gpu, strict) as decoding:
-                _decode(index, missing, folder, header, decoding, ranks, progress)
+            # In worker processes, a photo that crashes the decoder costs that photo alone.
+            with Workers(config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels) as decoding:
+                _decode(index, missing, files, decoding, ranks, progress)
+            end_early()
+            if reason := decoding.note:
+                fall_back(f"photos were decoded in this process, which a damaged one may end: {reason}", strict=strict)
             ranks.wait()  # the lock is the first rank's
             if len(missing) or not ranks.first:
                 journal = read_journal(folder)
@@ -185,14 +180,13 @@ def build(
         raise FastCNNError(
             f"cannot write the cache {folder}: {error.strerror or error}; choose another with --cache-dir"
         ) from None
-    return _open(index, folder, config.decoded_size, journal, len(missing), time.perf_counter() - start)
+    return _open(index, files, journal, len(missing), time.perf_counter() - start)
 
 
 def fits_on_disk(index: Index, config: DataConfig, *, gpu: int | None = None) -> bool:
     """Return whether the pixels of an index are in its cache or have room there; arguments as for `build`."""
-    folder = _folder(_header(index, config, gpu, True), config.cache_dir)
-    there = (folder / "pixels.bin").stat().st_size if (folder / "pixels.bin").exists() else 0
-    return len(index) * config.decoded_size**2 * 3 - there <= free_bytes(folder)
+    files = _files(index, config, gpu, True)
+    return (len(index) - files.num_rows()) * files.row_bytes <= free_bytes(files.folder)
 
 
 def default_folder(cache_dir: str | Path | None = None) -> Path:
@@ -251,9 +245,9 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
     return freed + (forget(default_folder(cache_dir)) if key is None else 0)
 
 
-def _header(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool) -> dict[str, Any]:
-    header = {
-        "format": FORMAT,
+def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool) -> CacheFiles:
+    header: dict[str, Any] = {
+        "format": cache_files.FORMAT,
         "root": str(index.root.resolve()),
         "image_size": config.decoded_size,
         "resize": "squash-bilinear-antialias",
@@ -261,74 +255,63 @@ def _header(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool
     }
     if config.max_pixels != pipelines.MAX_PIXELS:
         header["max_pixels"] = config.max_pixels
-    return header if keep_pixels else {**header, "pixels": False}
-
-
-def _folder(header: dict[str, Any], cache_dir: str | Path | None) -> Path:
+    if not keep_pixels:
+        header["pixels"] = False
     key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    return default_folder(cache_dir) / key
+    return CacheFiles(default_folder(config.cache_dir) / key, header)
 
 
 def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
     return [path.parent for path in default_folder(cache_dir).glob("*/cache.json")]
 
 
-def _look(
-    index: Index, folder: Path, header: dict[str, Any], journal: cache_files.Journal, unwritable: OSError | None
-) -> npt.NDArray[np.intp]:
+def _look(index: Index, files: CacheFiles, journal: cache_files.Journal, unwritable: OSError | None) -> Positions:
     """Read the journal of a cache into `journal`; return the positions of the photos that have to be decoded.
 
     Raises `unwritable` where there are some, FastCNNError where the disk has no room for them.
     """
-    size, keep_pixels = header["image_size"], header.get("pixels", True)
-    ensure_header(folder, header, unwritable)
-    journal.update(read_journal(folder))
-    missing = find_missing(index, journal, folder, size, keep_pixels)
+    files.ensure_header(unwritable)
+    journal.update(read_journal(files.folder))
+    missing = files.find_missing(index, journal)
     if len(missing) and unwritable:
         raise unwritable
     advice = "`fastcnn cache clear`, or choose another place with --cache-dir"
-    check_space(folder, len(missing) * size**2 * 3 * keep_pixels, "the cache", advice)
+    check_space(files.folder, len(missing) * files.row_bytes * files.keeps_pixels, "the cache", advice)
     return missing
 
 
 def _decode(
     index: Index,
-    missing: npt.NDArray[np.intp],
-    folder: Path,
-    header: dict[str, Any],
+    missing: Positions,
+    files: CacheFiles,
     decoding: Workers,
     ranks: Ranks,
     progress: Callable[[int, int], None],
 ) -> None:
     """Decode this rank's chunks of the missing photos and append each in its turn, while the next is decoded."""
-    side, keep_pixels = header["image_size"], header.get("pixels", True)
-    size = max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
+    side, size = files.image_size, max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
     chunks = chunks_of(missing, size)
     mine = range(ranks.rank, len(chunks), ranks.count)
     buffers = [shared((size, side, side, 3)) for _ in range(2 if mine else 0)]
-    writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(lambda: None)
         for number in mine:
             photos = chunks[number]
             buffers.reverse()
             pixels = buffers[0][: len(photos)]
             verdicts = decoding.decode(index.sources(photos), side, pixels)
-            if writing:
-                writing.result()
-            append = functools.partial(append_chunk, folder, index, photos, pixels, verdicts, keep_pixels)
+            writing.result()
+            append = functools.partial(files.append_chunk, index, photos, pixels, verdicts)
             writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
             progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
-        if writing:
-            writing.result()
+        writing.result()
 
 
-def _open(
-    index: Index, folder: Path, image_size: int, journal: cache_files.Journal, num_decoded: int, seconds: float
-) -> Cache:
+def _open(index: Index, files: CacheFiles, journal: cache_files.Journal, num_decoded: int, seconds: float) -> Cache:
     entries = [journal[path] for path in index.paths]
-    images, inode = map_rows(folder, image_size)
+    images, inode = files.map_rows()
     return Cache(
-        folder=folder,
+        folder=files.folder,
         images=images,
         inode=inode,
         rows=np.array([entry["row"] for entry in entries], np.int64),
@@ -337,13 +320,3 @@ def _open(
         num_decoded=num_decoded,
         decode_seconds=seconds,
     )
-
-
-@contextlib.contextmanager
-def _decoding_workers(config: DataConfig, gpu: int | None, strict: bool) -> Iterator[Workers]:
-    """Yield the decoder in worker processes: a photo that crashes it costs that photo alone."""
-    with Workers(config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels) as decoding:
-        yield decoding
-    end_early()
-    if decoding.note:
-        fall_back(f"photos were decoded in this process, which a damaged one may end: {decoding.note}", strict=strict)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 import pipelines
+from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.errors import warn
 from fastcnn.storage import files
@@ -30,7 +30,119 @@ _SUM = b', "sum": '
 Journal = dict[str, dict[str, Any]]
 """Path -> its entry: path, size, mtime, row, crc, reason and perhaps damage."""
 
-_Sequence = TypeVar("_Sequence", npt.NDArray[np.intp], Sequence[tuple[int, int, int]])
+_Sequence = TypeVar("_Sequence", Positions, Sequence[tuple[int, int, int]])
+
+
+class CacheFiles:
+    """The files in the folder of a cache, and the header that they must have."""
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        self.folder, self.header = folder, header
+        self.pixels, self.journal = folder / "pixels.bin", folder / "photos.jsonl"
+        self.keeps_pixels: bool = header.get("pixels", True)
+        self.image_size: int = header["image_size"]
+        self.row_bytes: int = self.image_size**2 * 3
+
+    def num_rows(self) -> int:
+        """Return the number of whole rows of pixels."""
+        return self.pixels.stat().st_size // self.row_bytes if self.pixels.exists() else 0
+
+    def ensure_header(self, unwritable: OSError | None) -> None:
+        """Write the header of a new cache; where another one stands, delete the files of other photos under it.
+
+        Raises `unwritable`, the reason why nothing can be written, where that would be necessary.
+        """
+        found = read_header(self.folder)
+        if found == self.header:
+            return
+        if unwritable:
+            raise unwritable
+        old = [path for path in (self.journal, self.pixels) if path.exists()]
+        if old or found:
+            other = next((name for name in self.header if found.get(name) != self.header[name]), "format")
+            why = f"its {other} is another" if found else "its header is damaged"
+            warn(f"the cache {self.folder} cannot be used ({why}): decoding every photo again")
+        for path in old:  # unlinked, not truncated: a process that reads them can go on
+            path.unlink()
+        files.write(self.folder / "cache.json", json.dumps(self.header, indent=1))
+
+    def find_missing(self, index: Index, journal: Journal) -> Positions:
+        """Return the positions of the photos without an entry, or with an outdated one or damaged pixels."""
+        missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are verified
+        for i, photo in enumerate(index.paths):
+            entry = journal.get(photo)
+            if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
+                missing.append(i)
+            elif self.keeps_pixels and not entry["reason"]:
+                kept.append((entry["row"], i, entry["crc"]))
+            elif entry["row"] != -1 or entry["reason"] in _TRANSIENT:
+                missing.append(i)
+        damaged = self._find_damaged(sorted(kept))
+        if damaged:
+            some = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
+            warn(f"the pixels of {some} in the cache {self.folder} are damaged: decoding them again")
+        return np.array(sorted(missing + damaged), np.intp)
+
+    def append_chunk(
+        self, index: Index, photos: Positions, pixels: Pixels, verdicts: Sequence[pipelines.Verdict]
+    ) -> None:
+        """Append the rows of usable photos, then a line for every photo: a line is never there without its row."""
+        good = np.array([self.keeps_pixels and verdict.ok for verdict in verdicts])
+        row = self._append_rows(pixels[good]) if self.keeps_pixels else 0
+        lines = []
+        for i, verdict, image, kept in zip(photos, verdicts, pixels, good, strict=True):
+            entry: dict[str, Any] = {
+                "path": index.paths[i],
+                "size": int(index.sizes[i]),
+                "mtime": int(index.mtimes[i]),
+                "row": row if kept else -1,
+                "crc": zlib.crc32(image) if kept else 0,
+                "reason": verdict.reason,
+            }
+            if verdict.warning:
+                entry["damage"] = verdict.warning
+            row += bool(kept)
+            lines.append(journal_line(entry))
+        with self.journal.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a line that was cut short must not swallow the first of these
+                    file.write(b"\n")
+            file.write(b"".join(lines))
+
+    def map_rows(self) -> tuple[Pixels, int | None]:
+        """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the inode of their file."""
+        shape = (self.num_rows(), self.image_size, self.image_size, 3)
+        if shape[0] == 0:
+            return np.zeros(shape, np.uint8), None
+        with self.pixels.open("rb") as file:
+            return np.memmap(file, np.uint8, "r", shape=shape), os.fstat(file.fileno()).st_ino
+
+    def _find_damaged(self, kept: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Return the positions, of `kept` (row, position, checksum), of rows that no longer have their checksum."""
+        num_rows = self.num_rows()
+
+        def check(part: Sequence[tuple[int, int, int]]) -> list[int]:
+            pixels = np.empty(self.row_bytes, np.uint8)
+            with self.pixels.open("rb", buffering=0) as file:
+                return [
+                    i
+                    for row, i, checksum in part
+                    if not (0 <= row < num_rows and read_row(file, row, pixels) and zlib.crc32(pixels.data) == checksum)
+                ]
+
+        if not num_rows:
+            return [i for _, i, _ in kept]
+        with ThreadPoolExecutor() as threads:  # reading and summing release the interpreter's lock
+            return [i for part in threads.map(check, chunks_of(kept, CHUNK)) for i in part]
+
+    def _append_rows(self, pixels: Pixels) -> int:
+        """Append rows; return the number of the first."""
+        with self.pixels.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
+            row = -(-file.tell() // self.row_bytes)
+            file.truncate(row * self.row_bytes)  # completes the row that an interrupted build left cut short
+            file.write(pixels.data)
+        return row
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -42,26 +154,6 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         return {}
     return {name: value for name, value in header.items() if isinstance(value, str | int)}
-
-
-def ensure_header(folder: Path, header: dict[str, Any], unwritable: OSError | None) -> None:
-    """Write the header of a new cache; where another one stands, delete the files under it, which hold other photos.
-
-    Raises `unwritable`, the reason why nothing can be written, where that would be necessary.
-    """
-    found = read_header(folder)
-    if found == header:
-        return
-    if unwritable:
-        raise unwritable
-    old = [path for name in ("photos.jsonl", "pixels.bin") if (path := folder / name).exists()]
-    if old or found:
-        other = next((name for name in header if found.get(name) != header[name]), "format") if found else ""
-        why = f"its {other} is another" if other else "its header is damaged"
-        warn(f"the cache {folder} cannot be used ({why}): decoding every photo again")
-    for path in old:  # unlinked, not truncated: a process that reads them can go on
-        path.unlink()
-    files.write(folder / "cache.json", json.dumps(header, indent=1))
 
 
 def read_journal(folder: Path) -> Journal:
@@ -85,49 +177,8 @@ def journal_line(entry: dict[str, Any]) -> bytes:
     return body + _SUM + str(zlib.crc32(body)).encode() + b"}\n"
 
 
-def find_missing(
-    index: Index, journal: Journal, folder: Path, image_size: int, keep_pixels: bool
-) -> npt.NDArray[np.intp]:
-    """Return the positions of the photos that have no entry, or one that is out of date or whose pixels are damaged."""
-    missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are verified
-    for i, photo in enumerate(index.paths):
-        entry = journal.get(photo)
-        if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
-            missing.append(i)
-        elif keep_pixels and not entry["reason"]:
-            kept.append((entry["row"], i, entry["crc"]))
-        elif entry["row"] != -1 or entry["reason"] in _TRANSIENT:
-            missing.append(i)
-    damaged = find_damaged(folder / "pixels.bin", sorted(kept), image_size)
-    if damaged:
-        some = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
-        warn(f"the pixels of {some} in the cache {folder} are damaged: decoding them again")
-    return np.array(sorted(missing + damaged), np.intp)
-
-
-def find_damaged(path: Path, kept: Sequence[tuple[int, int, int]], image_size: int) -> list[int]:
-    """Return the positions, of `kept` (row, position, checksum), of rows that no longer have their checksum."""
-
-    def check(part: Sequence[tuple[int, int, int]]) -> list[int]:
-        pixels = np.empty((image_size, image_size, 3), np.uint8)
-        num_rows = path.stat().st_size // pixels.nbytes
-        with path.open("rb", buffering=0) as file:
-            return [
-                i
-                for row, i, checksum in part
-                if not (0 <= row < num_rows and read_row(file, row, pixels) and zlib.crc32(pixels.data) == checksum)
-            ]
-
-    if not kept:
-        return []
-    if not path.exists():
-        return [i for _, i, _ in kept]
-    with ThreadPoolExecutor() as threads:  # reading and summing release the interpreter's lock
-        return [i for part in threads.map(check, chunks_of(kept, CHUNK)) for i in part]
-
-
-def read_row(file: io.FileIO, row: int, out: npt.NDArray[np.uint8]) -> bool:
-    """Write a row of pixels.bin into `out` (size, size, 3); return whether the file is long enough."""
+def read_row(file: io.FileIO, row: int, out: Pixels) -> bool:
+    """Write a row of pixels.bin into `out`; return whether the file is long enough."""
     file.seek(int(row) * out.nbytes)
     return file.readinto(out.data) == out.nbytes
 
@@ -137,60 +188,6 @@ def chunks_of(sequence: _Sequence, size: int) -> list[_Sequence]:
     return [sequence[start : start + size] for start in range(0, len(sequence), size)]
 
 
-def append_chunk(
-    folder: Path,
-    index: Index,
-    photos: npt.NDArray[np.intp],
-    pixels: npt.NDArray[np.uint8],
-    verdicts: Sequence[pipelines.Verdict],
-    keep_pixels: bool,
-) -> None:
-    """Append the rows of usable photos, then a line for every photo: a line is never there without its row."""
-    good = np.array([keep_pixels and verdict.ok for verdict in verdicts])
-    row = _append_rows(folder / "pixels.bin", pixels[good]) if keep_pixels else 0
-    lines = []
-    for i, verdict, image, kept in zip(photos, verdicts, pixels, good, strict=True):
-        entry: dict[str, Any] = {
-            "path": index.paths[i],
-            "size": int(index.sizes[i]),
-            "mtime": int(index.mtimes[i]),
-            "row": row if kept else -1,
-            "crc": zlib.crc32(image) if kept else 0,
-            "reason": verdict.reason,
-        }
-        if verdict.warning:
-            entry["damage"] = verdict.warning
-        row += bool(kept)
-        lines.append(journal_line(entry))
-    with (folder / "photos.jsonl").open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a line that was cut short must not swallow the first of these
-                file.write(b"\n")
-        file.write(b"".join(lines))
-
-
-def map_rows(folder: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
-    """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the inode of their file."""
-    path = folder / "pixels.bin"
-    rows = path.stat().st_size // (size * size * 3) if path.exists() else 0
-    if rows == 0:
-        return np.zeros((0, size, size, 3), np.uint8), None
-    with path.open("rb") as file:
-        images = np.memmap(file, np.uint8, "r", shape=(rows, size, size, 3))
-        return images, os.fstat(file.fileno()).st_ino
-
-
 def _is_entry(entry: object) -> bool:
     kinds = {"path": str, "size": int, "mtime": int, "row": int, "crc": int, "reason": str}
     return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
-
-
-def _append_rows(path: Path, pixels: npt.NDArray[np.uint8]) -> int:
-    """Append rows; return the number of the first."""
-    with path.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
-        row_bytes = int(np.prod(pixels.shape[1:]))
-        row = -(-file.tell() // row_bytes)
-        file.truncate(row * row_bytes)  # completes the row that an interrupted build left cut short
-        file.write(pixels.data)
-    return row
