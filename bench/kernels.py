@@ -1,15 +1,19 @@
-"""Fused kernels without a GPU: their machine code, and how many of them a training step launches.
+"""GPU kernels without a GPU: machine code, issued instructions, launches, and the least time of a step by engine.
 
-    python -m bench.kernels [--types bf16 fp16 fp32] [--architectures 80 90] [--activations relu gelu ...] [--quick]
-    python -m bench.kernels --launches [--types bf16 fp16 fp32] [--augment flip shift ...]
+    python -m bench.kernels [--types bf16 fp16 fp32] [--architectures 80 90] [--filters 32,32,32,32,32]
+    python -m bench.kernels --bounds [--write]
 
-The first prints registers, spills and tensor-core instructions of each kernel, compiled by Triton for an architecture.
+The first compiles every launch of a step's own kernels through Triton's specialisation, for a pretended GPU, and
+prints registers, spilled bytes, shared memory and the warp instructions that a launch issues: those of each loop times
+its rounds, and all others once. It fails where a kernel spills.
 
-The second runs steps on a CPU and counts what they would launch on a GPU: each recorded `Launch` of the blocks' Triton
-kernels; outside of compiled parts each ATen operator that is neither a view nor an allocation, as one launch, which is
-the least (a reduction may take two); in compiled parts the kernels and library calls in the code that inductor makes
-for an H100. The graphs are traced on the CPU and then moved to a pretended GPU, so they are fused as they are there.
-Kernels within a library call count as one: figures may be too low by a few. `gpu_profile.py` counts on a real GPU.
+The second prints, for each engine and batch, what bounds a step of the reference network: launches at 2 us each, the
+instructions of our kernels if every scheduler issued one a cycle, bytes over the bandwidth and FLOPs over the matrix
+rate. `--write` puts the table into docs/engines.md. Launches are counted by running the step on a CPU, for small
+images: each of our own; outside of compiled parts each ATen operator that is neither a view nor an allocation, as one,
+which is the least; in compiled parts the kernels and library calls in the code that inductor makes for an H100. Library
+convolutions are assumed: bytes and matrix rate alone. Figures may be too low by a few; `gpu_profile.py` counts on a
+real GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -37,225 +41,299 @@ from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from bench.harness.roofline import passes
 from bench.harness.step_setup import make_step, random_feed
 from bench.report.tables import markdown
 from fastcnn.config import STRENGTHS
-from fastcnn.network.fused_forward import FusedForward
-from fastcnn.network.kernels import autotune
-from fastcnn.network.small_cnn import ACTIVATIONS
-from fastcnn.system.device import DTYPES
+from fastcnn.network.kernels import cpu_max_pool
+from fastcnn.network.kernels import launch as launches
+from fastcnn.network.kernels.launch import Launch
 from fastcnn.training import engines
-from fastcnn.training.step import forward
+from fastcnn.training.step import StepFunctions, TrainingStep
 
+ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = ["bf16", "fp16", "fp32"]
-FILTERS = [(32,) * 5, (64,) * 5, (32, 64, 128, 256, 512)]
-ARCHITECTURES = [80, 90]
-TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8", "int32": "i32", "int64": "i64"}
+REFERENCE = (32,) * 5
+BATCHES = (32, 256, 2048)
 GPU = torch.device("cuda", 0)
-BLOCKS = "blocks"
+OWN = "own kernels"
 NO_LAUNCH = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
-CALLS = re.compile(r"\b(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.(?!fastcnn)[\w.]+|\w+\.copy_)\(")
-OWN_CALLS = re.compile(r"\btorch\.ops\.fastcnn\.move_towards\.default\(")  # the blocks' operators count by themselves
+CALLS = re.compile(r"\b(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+|\w+\.copy_)\(")
+MARKS = "<!-- bounds -->", "<!-- end of bounds -->"
+
+
+class Card(NamedTuple):
+    """Rates of a GPU, from its maker's data sheet; bandwidths as copies reach them."""
+
+    name: str
+    bytes_per_second: float
+    flop_per_second: dict[str, float]
+    """Dense products by precision: on tensor cores in 16 bits, without them in fp32."""
+    multiprocessors: int = 132
+    hertz: float = 1.755e9
+
+
+SCHEDULERS = 4  # of a multiprocessor, each of which issues one warp instruction a cycle
+LAUNCH_SECONDS = 2e-6  # between the ends of two small kernels of a replayed graph: assumed
+RATES = {"bf16": 788e12, "fp16": 788e12, "fp32": 59e12}
+CARDS = [Card("H200", 4.3e12, RATES), Card("H100", 3.0e12, RATES)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table; return 1 where a kernel spills, or multiplies 16-bit values without tensor cores."""
+    """Print a table; return 1 where a kernel spills registers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
-    parser.add_argument("--activations", nargs="+", default=list(ACTIVATIONS), choices=ACTIVATIONS)
-    parser.add_argument("--quick", action="store_true", help="32x5 filters, the tiles that are used unmeasured")
-    parser.add_argument("--launches", action="store_true", help="count the launches of a step instead")
-    parser.add_argument("--augment", nargs="*", default=[], choices=list(STRENGTHS), help="with --launches")
+    parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90])
+    parser.add_argument("--filters", type=lambda text: tuple(map(int, text.split(","))), default=REFERENCE)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--bounds", action="store_true", help="what bounds a step instead, by engine and batch")
+    parser.add_argument("--write", action="store_true", help="with --bounds: into docs/engines.md")
     options = parser.parse_args(arguments)
-    if options.launches:
-        return print_launches(options.types, options.augment)
-    return print_code(options)
-
-
-def print_code(options: argparse.Namespace) -> int:
-    """Print a line a kernel; return 1 where one is bad."""
-    head = ["kernel", "sm", "type", "what", "registers", "spilled bytes", "shared bytes", "tensor-core instructions"]
+    if options.bounds:
+        text = bounds_table(options.batches)
+        print(text, end="")
+        if options.write:
+            page = ROOT / "docs" / "engines.md"
+            before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+            page.write_text(f"{before}{MARKS[0]}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+        return 0
+    head = ["kernel", "sm", "type", "grid", "warps", "registers", "spilled bytes", "shared bytes", "instructions"]
     print(markdown(head, []), end="")
-    bad = total = 0
-    filters, every_tile = (FILTERS[:1], False) if options.quick else (FILTERS, True)
-    for code in compiled_kernels(options.types, options.architectures, options.activations, filters, every_tile):
-        total += 1
-        bad += code.bad
-        print(f"| {' | '.join(map(str, vars(code).values()))} |{' WRONG' if code.bad else ''}", flush=True)
-    print(f"{total} kernels, {bad} that spill or multiply 16-bit values without tensor cores")
+    found = []
+    for precision, architecture, batch in itertools.product(options.types, options.architectures, options.batches):
+        for code in machine_code(own_launches(precision, options.filters, batch), architecture):
+            found.append(code)
+            cells = code.kernel, architecture, precision, code.grid, code.warps, code.registers, code.spilled_bytes
+            print(f"| {' | '.join(map(str, (*cells, code.shared_bytes, code.instructions)))} |", flush=True)
+    bad = sum(code.spilled_bytes > 0 for code in found)
+    print(f"{len(found)} launches, {bad} of which spill registers")
     return int(bad > 0)
 
 
-def print_launches(precisions: Sequence[str], augment: Sequence[str]) -> int:
-    """Print the launches of a step by engine and part; return 0."""
-    columns = [BLOCKS, *engines.FUNCTIONS]
-    print(markdown(["engine", "precision", *columns, "all"], []), end="")
-    for precision, engine in itertools.product(precisions, ("fused", "fused+compiled")):
-        found = count_launches(engine, precision, augment)
-        figures = [str(found[name]) for name in columns]
-        print(f"| {engine} | {precision} | {' | '.join(figures)} | {found.total()} |", flush=True)
-    return 0
+# Machine code
 
 
 @dataclass(frozen=True)
 class Code:
-    """Machine code of a kernel, compiled for an architecture."""
+    """Machine code of a launch."""
 
     kernel: str
-    architecture: int
-    precision: str
-    what: str
-    """Shapes, tile and activation."""
+    grid: str
+    warps: int
+    programs: int
     registers: int
     """Registers of a thread; there are 255."""
     spilled_bytes: int
     """Stack and local memory of a thread."""
     shared_bytes: int
     """Shared memory of a program."""
-    tensor_core: int
-    """mma and wgmma instructions."""
+    instructions: int
+    """Instructions that a warp issues."""
 
-    @property
-    def bad(self) -> bool:
-        """Whether it spills, or multiplies 16-bit values without tensor cores."""
-        multiplies = self.precision != "fp32" and not self.kernel.startswith("finish")
-        return self.spilled_bytes > 0 or (multiplies and not self.tensor_core)
-
-
-def compiled_kernels(
-    precisions: Sequence[str],
-    architectures: Sequence[int],
-    activations: Sequence[str],
-    filters: Sequence[tuple[int, ...]],
-    every_tile: bool,
-) -> Iterator[Code]:
-    """Yield every kernel of these networks at 128 px once, by each tile that may be chosen or by the first of them."""
-    seen = set()
-    for precision, activation, widths in itertools.product(precisions, activations, filters):
-        for launch in kernel_launches(widths, DTYPES[precision], activation, every_tile=every_tile):
-            for architecture in architectures:
-                source, what = _source(launch)
-                key = launch.kernel.__name__, architecture, precision, what
-                if key not in seen:
-                    seen.add(key)
-                    yield _compiled(launch, source, what, architecture, precision)
+    def issue_seconds(self, card: Card) -> float:
+        """Return the seconds that a GPU takes to issue them all, if it never waits."""
+        waves = -(-self.programs // card.multiprocessors)
+        return waves * max(1.0, self.warps / SCHEDULERS) * self.instructions / card.hertz
 
 
-def kernel_launches(
-    filters: Sequence[int],
-    dtype: torch.dtype,
-    activation: str = "relu",
-    batch: int = 32,
-    side: int = 128,
-    every_tile: bool = False,
-) -> list[Any]:
-    """Return the launches of a training step with batch norm. Nothing is computed."""
-    from fastcnn.network.kernels import block_gradients, block_operators
-
-    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=kind, device="meta")
-
-    with autotune.recording(every_tile) as found:
-        x, moments = empty(batch, side, side, 3, kind=torch.uint8), None
-        photos, moves = empty(batch, kind=torch.int64), empty(batch, 3, kind=torch.int32)
-        for number, (into, out) in enumerate(zip((3, *filters), filters, strict=False)):
-            weight, bias = empty(out, into, 3, 3).to(memory_format=torch.channels_last), empty(out)
-            gamma = empty(into, kind=torch.float32)
-            if number == 0:
-                colours = empty(3, 3, kind=torch.float32)
-                made = _direct(block_operators.first_block)(
-                    x, photos, moves, colours, weight, bias, activation, True, 1e-5
-                )
-            else:
-                made = _direct(block_operators.block)(x, moments, gamma, gamma, weight, bias, activation, True, 1e-5)
-            pooled, index, slopes, out_moments, _ = made
-            gradients = pooled, out_moments
-            kept = pooled, index, slopes, out_moments, activation
-            if number == 0:
-                _direct(block_gradients.first_block_backward)(*gradients, x, photos, moves, colours, *kept)
-            else:
-                _direct(block_gradients.block_backward)(*gradients, x, moments, gamma, gamma, weight, *kept)
-            x, moments = pooled, out_moments
+def own_launches(precision: str, filters: Sequence[int] = REFERENCE, batch: int = 32, size: int = 128) -> list[Launch]:
+    """Return the launches of our own kernels in a step of the hybrid engine. They are recorded, not run."""
+    step = make_step(random_feed(torch.device("meta"), 2 * batch, size), tuple(filters), batch, precision)
+    with recorded_hybrid() as found:
+        step(engines.hybrid(step))
     return list(found)
 
 
-def _direct(operator: Any) -> Any:
-    """Return an operator's own function: on the device "meta" torch would call the fake one."""
-    return operator._init_fn
+@contextlib.contextmanager
+def recorded_hybrid() -> Iterator[list[Launch]]:
+    """Let the hybrid engine's functions be made without a GPU, and record the launches of its kernels."""
+    with mock.patch.object(engines, "unavailable", return_value=""), launches.recording() as found:
+        yield found
 
 
-def _source(launch: Any) -> tuple[Any, str]:
-    """Return the source that triton compiles, and in words the shapes and the tile."""
-    from triton.compiler import ASTSource
+def machine_code(found: Sequence[Launch], architecture: int) -> Iterator[Code]:
+    """Yield the machine code of each launch, compiled as Triton would at its first call on such a GPU."""
+    from triton.runtime.driver import driver
 
-    signature, constants, attributes = {}, {}, {}
-    for number, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
-            attributes[(number,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[(number,)] = [["tt.divisibility", 16]]
-    shown = [str(v) for v in constants.values() if isinstance(v, int) and not isinstance(v, bool)]
-    names = [v.__name__ for v in constants.values() if hasattr(v, "__name__")]
-    return ASTSource(launch.kernel, signature, constants, attributes), " ".join(shown + names[:1])
+    with mock.patch.object(driver, "_active", _pretended_driver(architecture)):
+        for launch in found:
+            yield _machine_code(launch)
 
 
-def _compiled(launch: Any, source: Any, what: str, architecture: int, precision: str) -> Code:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    made = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+def _machine_code(launch: Launch) -> Code:
+    made = launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options())
+    usage, listing = (
+        _tool(made.asm["cubin"], *command) for command in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
     )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [str(tools / "cuobjdump"), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    code = made.asm["ptx"]
     return Code(
         kernel=launch.kernel.__name__,
-        architecture=architecture,
-        precision=precision,
-        what=what,
+        grid="x".join(map(str, launch.grid)),
+        warps=launch.warps,
+        programs=launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1),
         registers=numbers["REG"],
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=made.metadata.shared,
-        tensor_core=len(re.findall(r"\bmma\.sync|\bwgmma\.mma_async", code)),
+        instructions=issued_instructions(listing, rounds(launch)),
     )
 
 
+def rounds(launch: Launch) -> list[int]:
+    """Return how often each loop of a kernel is run by one program, in the order of its source."""
+    name, arguments, grid = launch.kernel.__name__, launch.arguments, launch.grid
+    programs = -(-grid[0] // 32)  # read 32 at a time
+    if name.startswith("pool"):
+        tiles = -(-arguments["num_windows"] // (arguments["WINDOWS"] * grid[0]))
+        if name == "pool_forward":
+            return [tiles, programs, programs, tiles] if arguments["NORMALISE"] else [tiles]
+        return [tiles, programs, programs, tiles, programs] if arguments["REDUCE"] else [tiles, programs]
+    if name == "head_forward":
+        features = arguments["PIXELS"] * arguments["CHANNELS"]
+        return [-(-features // arguments["CHUNK"]), -(-arguments["NEURONS"] // arguments["COLUMNS"])]
+    if name == "head_backward":
+        return [-(-arguments["num_images"] // arguments["ROWS"])]  # a program runs one of its two loops
+    if name == "adam_update":
+        return [-(-arguments[count] // arguments["BLOCK"]) for count in ("num_checked", "num_images")]
+    return []
+
+
+def issued_instructions(listing: str, rounds: Sequence[int]) -> int:
+    """Return the instructions that a warp issues: each loop's times its rounds, all others once.
+
+    Loops that wait for other programs count once. Where the compiler has made more or fewer loops of them than the
+    source has, all count the most rounds: too many rather than too few.
+    """
+    labels: dict[str, int] = {}
+    found: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found.append(instruction[1])
+    loops = []
+    for place, text in enumerate(found):
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
+        if target and target[1] in labels and labels[target[1]] < place:
+            first = labels[target[1]]
+            if not any("ATOM" in one for one in found[first:place]):
+                loops.append((first, place))
+    loops = [loop for loop in loops if not any(a <= loop[0] and loop[1] <= b and (a, b) != loop for a, b in loops)]
+    while found and found[-1].startswith(("NOP", "BRA")):  # padding
+        found.pop()
+    each = list(rounds) if len(rounds) == len(loops) else [max(rounds, default=1)] * len(loops)
+    return len(found) + sum((times - 1) * (last - first + 1) for times, (first, last) in zip(each, loops, strict=True))
+
+
+def _tool(cubin: bytes, name: str, option: str) -> str:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tools / name), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _pretended_driver(architecture: int) -> Any:
+    """Return what Triton asks of a GPU before it compiles."""
+    from triton.backends.compiler import GPUTarget
+
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_active_torch_device=lambda: GPU,
+        get_current_device=lambda: architecture,  # what is compiled is kept by device
+        set_current_device=lambda device: None,
+        get_current_stream=lambda device: 0,
+    )
+
+
+# Bounds
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a step of an engine takes at least, each by itself."""
+
+    engine: str
+    batch: int
+    num_launches: int
+    instruction_seconds: float
+    """Of our own kernels; 0 where there are none."""
+    bytes: float
+    flops: float
+
+    def seconds(self, card: Card, precision: str) -> dict[str, float]:
+        """Return each bound by its name."""
+        return {
+            "launches": self.num_launches * LAUNCH_SECONDS,
+            "instructions": self.instruction_seconds,
+            "bytes": self.bytes / card.bytes_per_second,
+            "matrix": self.flops / card.flop_per_second[precision],
+        }
+
+
+def bounds(engine: str, batch: int, precision: str = "bf16") -> Bounds:
+    """Return what bounds a step of the reference network at 128 px."""
+    issued = 0.0
+    if engine == "hybrid":
+        issued = sum(code.issue_seconds(CARDS[0]) for code in machine_code(own_launches(precision, batch=batch), 90))
+    moved = passes(REFERENCE, batch=batch, element_bytes=4 if precision == "fp32" else 2)
+    number = count_launches(engine, precision, batch=batch).total()
+    return Bounds(engine, batch, number, issued, sum(one.bytes for one in moved), sum(one.flops for one in moved))
+
+
+def bounds_table(batches: Sequence[int], precision: str = "bf16") -> str:
+    """Return a table of engines, batches and cards, with a column for what a GPU measures."""
+    head = ["engine", "batch", "launches", "instructions", "bytes", "matrix"]
+    head += [f"{card.name} {what}" for card in CARDS for what in ("at least", "at most")] + ["measured"]
+    lines = []
+    for engine, batch in itertools.product(("eager", "compiled", "hybrid"), batches):
+        found = bounds(engine, batch, precision)
+        here = found.seconds(CARDS[0], precision)
+        cells = [
+            f"{found.num_launches}",
+            *(f"{here[name] * 1e6:,.0f} us" for name in ("instructions", "bytes", "matrix")),
+        ]
+        cells[1] = cells[1] if found.instruction_seconds else "-"
+        for card in CARDS:
+            most = max(found.seconds(card, precision).values())
+            cells += [f"{most * 1e6:,.0f} us", f"{batch / most:,.0f} images/s"]
+        lines.append([f"{engine}+graphed" if engine != "eager" else "graphed", f"{batch:,}", *cells, "not measured"])
+    return markdown(head, lines)
+
+
+# Launches
+
+
 def count_launches(
-    engine: str, precision: str, augment: Sequence[str] = (), batch: int = 32, size: int = 128
+    engine: str, precision: str, augment: Sequence[str] = (), batch: int = 32, size: int = 32
 ) -> Counter[str]:
-    """Return the launches of a step of the reference network: the blocks', and those of each part beside them."""
+    """Return the launches of a step of the reference network: our own, and those of each part beside them."""
     strengths = [(name, STRENGTHS[name][0]) for name in augment]  # type: ignore[index]
-    step = make_step(random_feed(torch.device("cpu"), 2 * batch, size), (32,) * 5, batch, precision, strengths)
+    step = make_step(random_feed(torch.device("cpu"), 2 * batch, size), REFERENCE, batch, precision, strengths)
     counting = Counting()
-    functions = dataclasses.replace(step.functions, forward=FusedForward(forward), reads_unread_batches=True)
-    if engine == "fused+compiled":
-        functions = engines.with_compiled(functions, backend=counting.backend)
-    counted: dict[str, Any] = {name: counting.under(name, getattr(functions, name)) for name in engines.FUNCTIONS}
-    functions = dataclasses.replace(functions, **counted)
-    with pretended_gpu(), autotune.recording() as blocks:
+    with pretended_gpu(), mock.patch.object(cpu_max_pool, "usable", return_value=False), recorded_hybrid() as own:
+        functions = _functions(engine, step, counting.backend)
+        counted: dict[str, Any] = {name: counting.under(name, getattr(functions, name)) for name in engines.FUNCTIONS}
+        functions = dataclasses.replace(functions, **counted)
         step(functions)  # compiles
         counting.found.clear()
-        blocks.clear()
+        own.clear()
         with counting:
             step(functions)
     torch._dynamo.reset()
-    counting.found[BLOCKS] = len(blocks)
+    counting.found[OWN] = len(own)
     return counting.found
+
+
+def _functions(engine: str, step: TrainingStep, backend: Any) -> StepFunctions:
+    """Return an engine's functions, compiled by another compiler."""
+    if engine == "compiled":
+        return engines.with_compiled(step.functions, backend=backend)
+    if engine == "hybrid":
+        return engines.with_compiled(engines.hybrid(step), ["read"], backend)
+    return step.functions
 
 
 class Counting(TorchDispatchMode):
@@ -268,9 +346,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        blocks = func.namespace == "fastcnn" and name != "move_towards"
-        if not (self.compiled or blocks or func.is_view or name in NO_LAUNCH):
-            self.found[self.part] += 1
+        if not (self.compiled or func.is_view or name in NO_LAUNCH):
+            # The gradients of a convolution's input and weight are a launch each.
+            self.found[self.part] += sum(args[-1][:2]) if name == "convolution_backward" else 1
         return func(*args, **(kwargs or {}))
 
     def under(self, name: str, part: Callable[..., Any]) -> Callable[..., Any]:
@@ -295,7 +373,7 @@ class Counting(TorchDispatchMode):
 
     def _counted(self, graph: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         code = "\n".join(line for line in gpu_code(graph, inputs).splitlines() if not line.startswith("#"))
-        number = len(CALLS.findall(code)) + len(OWN_CALLS.findall(code))
+        number = len(CALLS.findall(code)) + code.count("torch.ops.aten.convolution_backward")
 
         def run(args: list[Any]) -> Any:
             self.found[self.part] += number

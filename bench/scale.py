@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bench.harness.roofline import floor_seconds, fused_passes
+from bench.harness.roofline import floor_seconds, passes
 from bench.report.record import Record, read
 from bench.report.tables import fill, markdown
 
@@ -168,7 +168,7 @@ def step(batch: float, gpus: int, rates: Values, *, sync_batch_norm: bool = True
     """Return a step of `batch` photos a GPU; no GPU is the two measured cores. feed: the loader's seconds a photo."""
     if gpus:
         per_batch = max(1, round(batch))
-        floor = floor_seconds(fused_passes(FILTERS, batch=per_batch), rates["bandwidth"], rates["matrix"])
+        floor = floor_seconds(passes(FILTERS, batch=per_batch), rates["bandwidth"], rates["matrix"])
         compute = floor / rates["share"] * batch / per_batch
     else:
         compute = batch / rates["cpu_step"]

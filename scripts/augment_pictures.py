@@ -42,7 +42,6 @@ def main() -> None:
         config = Config(augment=(name,))
         augment = Augment(config.augmentations, args.size)
         changed = augment(photos, indices, indices, augment.draw(COUNT, (0, 1))).images
-        assert isinstance(changed, torch.Tensor)  # the images, not an UnreadBatch
         path = args.out / f"{name}.jpg"
         sheet(photos.numpy(), changed.numpy()).save(path, quality=88)
         print(f"{path}: {config.augment[0]}")

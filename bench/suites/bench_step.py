@@ -1,7 +1,7 @@
 """The training step: images a second by engine, batch, filters and precision, over plain loops on the same shapes.
 
 Beside the rates stand their shares: FLOP/s over the machine's matrix rate, bytes/s over its copy bandwidth, both
-measured in this process, and time over the counted floor (`harness/roofline.py`): the fused kernels' own for theirs.
+measured in this process, and time over the counted floor (`harness/roofline.py`).
 Compiling and capturing are apart, as `build_seconds`.
 """
 
@@ -22,17 +22,24 @@ from torch import Tensor
 from bench.harness import machine
 from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
-from bench.harness.roofline import floor_seconds, fused_passes, passes
-from bench.harness.step_setup import MEAN, STD, make_step, random_feed, run_steps, steps_a_slice
+from bench.harness.roofline import floor_seconds, passes
+from bench.harness.step_setup import make_step, random_feed, run_steps, steps_a_slice
 from bench.harness.timing import Apart, clocked
-from fastcnn.network import fused_forward
-from fastcnn.network.pixels import Normalise
+from fastcnn.network import hybrid_forward
+from fastcnn.network.small_cnn import BatchNorm
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 
+STEPS_PER_REPLAY = 8
+
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
     **engines.ENGINES,
-    "graphed, 8 a replay": functools.partial(engines.graphed, steps_per_replay=8),
+    **{
+        f"{name}, {STEPS_PER_REPLAY} a replay": engines.engine(
+            build, functools.partial(engines.graphed, steps_per_replay=STEPS_PER_REPLAY)
+        )
+        for name, build in (("graphed", lambda step: step.functions), ("hybrid+graphed", engines.hybrid))
+    },
 }
 
 
@@ -104,7 +111,9 @@ def rivals(device: torch.device) -> Iterator[Rivals]:
 def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int, ...], batch: int, engine: str) -> None:
     """Ours."""
     device, size, rounds = race.device, race.scale["image_size"], race.scale["rounds"]
-    step = make_step(random_feed(device, max(512, 2 * batch), size), filters, batch, precision)
+    # On a GPU an epoch of 16 steps: shorter than 8 steps, none of them would be replayed 8 at a time.
+    images = max(512, (2 * STEPS_PER_REPLAY if on_gpu(device) else 2) * batch)
+    step = make_step(random_feed(device, images, size), filters, batch, precision)
     start = time.perf_counter()
     try:
         runner = ENGINES[engine](step)
@@ -127,56 +136,52 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     score = step.sums.read()
     assert score.count == batch * num_steps * (rounds + 1)
     assert math.isfinite(score.loss)
-    race.note(**shares(engine, filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
+    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
     if on_gpu(device) and batch == min(race.scale["batches"]):
         race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
 
 
 @pytest.mark.parametrize("batch", [32, 2048])
 def bench_first_block(race: Race, batch: int) -> None:
-    """Ours, forward and backward of the first block alone, from uint8 photos, against cuDNN's from normalised ones."""
+    """Ours: bias, activation, pooling and batch norm of the first block, forward and backward, against torch's."""
     device, size = race.device, 128
-    if not on_gpu(device) or fused_forward.unavailable(device):
-        pytest.skip(fused_forward.unavailable(device) or "needs an NVIDIA GPU")
-    from fastcnn.network.kernels.block_operators import first_block
+    if not on_gpu(device) or hybrid_forward.unavailable(device):
+        pytest.skip(hybrid_forward.unavailable(device) or "needs an NVIDIA GPU")
+    from fastcnn.network.kernels.pool_norm_layer import Norm, new_counters, pool_norm
 
-    images = random_feed(device, batch, size).images
-    normalise = Normalise(MEAN, STD, size, torch.bfloat16, device)
-    conv = torch.nn.Conv2d(3, 32, 3, padding=1).to(device, torch.bfloat16)
-    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    assert conv.bias is not None
-    weights = [conv.weight, conv.bias]
-    x, gradient = normalise(images), torch.randn(batch, 32, size // 2, size // 2, device=device).to(torch.bfloat16)
-    gradient = gradient.to(memory_format=torch.channels_last)
+    channels, counters = 32, new_counters(device)
+    sums = torch.randn(batch, channels, size, size, device=device, dtype=torch.bfloat16)
+    sums = sums.to(memory_format=torch.channels_last).requires_grad_()
+    bias = torch.zeros(channels, device=device, dtype=torch.bfloat16, requires_grad=True)
+    layer = BatchNorm(channels).to(device)
+    gradient = torch.randn_like(sums[:, :, ::2, ::2])
 
     def ours() -> Sequence[Tensor]:
-        pooled = first_block(images, None, None, normalise.colours, *weights, "relu", True, 1e-5)[0]
-        return [pooled, *torch.autograd.grad(pooled, weights, gradient.permute(0, 2, 3, 1))]
+        norm = Norm(layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.momentum, layer.eps)
+        return torch.autograd.grad(pool_norm(sums, bias, "relu", norm, counters), [sums, bias], gradient)
 
     def theirs() -> Sequence[Tensor]:
-        pooled = F.relu(F.max_pool2d(conv(x), 2))
-        moments = torch.var_mean(pooled.detach().float(), (0, 2, 3))
-        return [pooled, *torch.autograd.grad(pooled, weights, gradient), *moments]
+        pooled = layer(F.relu(F.max_pool2d(sums + bias[:, None, None], 2)))
+        return torch.autograd.grad(pooled, [sums, bias], gradient)
 
-    for a, b in zip((ours()[1], ours()[2]), (theirs()[1], theirs()[2]), strict=True):
+    for a, b in zip(ours(), theirs(), strict=True):
         assert F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.98
     race.benchmark.group = "block"
     race(
-        f"first block, forward and backward, bf16, 32 filters, batch {batch}",
+        f"first block after its convolution, forward and backward, bf16, {channels} filters, batch {batch}",
         ours,
-        {"cuDNN": clocked(theirs, device)},
+        {"torch": clocked(theirs, device)},
         images=batch,
         batch=batch,
     )
 
 
 def shares(
-    engine: str, filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
+    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
 ) -> dict[str, float]:
     """Return a step's FLOP/s and bytes/s as shares of the machine's own rates, and the counted floor's of its time."""
     rates = machine.rates(device)
-    count = fused_passes if engine.startswith("fused") else passes
-    counted = count(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
+    counted = passes(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
     matrix = rates["fp32_flop_per_second" if precision == "fp32" else "bf16_flop_per_second"]
     flops, moved = sum(one.flops for one in counted), sum(one.bytes for one in counted)
     return {

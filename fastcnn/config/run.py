@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastcnn.config.section import Interval, Section
-from fastcnn.errors import UsageError, nearest
+from fastcnn.errors import UsageError, nearest, warn
 
 Engine = Literal[
     "auto",
     "eager",
     "compiled",
-    "fused",
-    "fused+compiled",
+    "hybrid",
     "graphed",
     "compiled+graphed",
-    "fused+graphed",
-    "fused+compiled+graphed",
+    "hybrid+graphed",
 ]
 Precision = Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16"]
 Export = Literal["torchscript", "onnx", "pt2"]
@@ -36,6 +34,21 @@ def _known_device(device: str) -> str:
     return device
 
 
+EARLIER_ENGINES = {
+    "fused": "hybrid",
+    "fused+compiled": "hybrid",
+    "fused+graphed": "hybrid+graphed",
+    "fused+compiled+graphed": "hybrid+graphed",
+}
+
+
+def _engine_of_today(name: object) -> object:
+    if not isinstance(name, str) or name not in EARLIER_ENGINES:
+        return name
+    warn(f"there is no {name} engine any more: using {EARLIER_ENGINES[name]}, which computes the same")
+    return EARLIER_ENGINES[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Execution on the hardware, reproducibility, checkpoints, reports and tracking."""
@@ -47,7 +60,7 @@ class RunConfig(Section):
     precision: Precision = "auto"
     """Arithmetic precision. auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU. fp64 is for
     comparisons."""
-    engine: Engine = "auto"
+    engine: Annotated[Engine, BeforeValidator(_engine_of_today)] = "auto"
     """Execution of the training step. auto: measured, the fastest for this run."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Number of CPU threads for arithmetic. Default: one per core."""

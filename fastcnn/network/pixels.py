@@ -1,39 +1,12 @@
-"""Pixels as the network reads them: unread batches, resizing and normalisation."""
+"""Pixels as the network reads them: resizing and normalisation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class UnreadBatch(NamedTuple):
-    """Image indices and moves for a kernel to apply while it loads."""
-
-    images: Tensor
-    """(M, size, size, 3) uint8."""
-    photos: Tensor | None
-    """(N,) int64 indices into `images`; None: all."""
-    moves: Tensor | None
-    """(N, 3) int32 per image: 1, or -1 where it is mirrored, then the column and row of its first pixel; None: none.
-
-    Column x of the batch is column `clamp(mirror * x + first)` of the image: the edge is repeated.
-    """
-
-    def read(self) -> Tensor:
-        """Return the batch, (N, size, size, 3) uint8."""
-        images, side = self.images, self.images.shape[1]
-        photos = torch.arange(len(images), device=images.device) if self.photos is None else self.photos
-        if self.moves is None:
-            return images.index_select(0, photos)
-        line = torch.arange(side, device=images.device)
-        columns = (self.moves[:, :1] * line + self.moves[:, 1:2]).clamp(0, side - 1)  # (N, W)
-        rows = (line + self.moves[:, 2:]).clamp(0, side - 1)  # (N, H)
-        places = (photos[:, None, None] * side + rows[:, :, None]) * side + columns[:, None, :]  # (N, H, W)
-        return images.view(-1, 3).index_select(0, places.view(-1)).view(len(photos), side, side, 3)
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -68,10 +41,6 @@ class Normalise:
     ) -> None:
         self.scale, self.shift = (row.to(device) for row in normalisation(mean, std, image_size))
         self.dtype, self.image_size = dtype, image_size
-        # For 16-bit kernels: integers to subtract, scales, and remainders to add.
-        middle = [min(max(round(255 * m), 0), 255) for m in mean]
-        rest = [(c / 255 - m) / s for c, m, s in zip(middle, mean, std, strict=True)]
-        self.colours = torch.tensor([middle, [1 / (255 * s) for s in std], rest], device=device)  # (3, 3) fp32
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the normalised images. Arithmetic is fp32; the result is rounded once."""

@@ -21,7 +21,7 @@ from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import FastCNNError, fall_back, first_line, warn
 from fastcnn.network import sync_layers
-from fastcnn.network.fused_forward import plain_blocks
+from fastcnn.network.hybrid_forward import plain_blocks
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
@@ -250,7 +250,7 @@ def make_engine(state: RunState) -> Engine:
         )
     else:
         engine, name = engines.build(config.engine, step, strict=config.strict)
-        plain = plain_blocks(step.network) if name.startswith("fused") else ""
+        plain = plain_blocks(step.network) if name.startswith("hybrid") else ""
         if plain:
             fall_back(plain, strict=config.strict)
     state.config = dataclasses.replace(config, engine=cast(EngineName, name))

@@ -10,7 +10,8 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,25 @@ def synchronize(device: torch.device) -> None:
     """Wait for all work queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def capture(steps: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of some steps. Capturing runs nothing. Raises RuntimeError where it fails."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: another thread's CUDA calls (pinning memory, say) neither break the capture nor get into it.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        steps()
+    _captured.add(graph)
+    return graph.replay
+
+
+def release_captures() -> None:
+    """Reset all graphs that were captured: NCCL does not end while one holds its work (pytorch #115388)."""
+    for graph in list(_captured):
+        graph.reset()
+
+
+_captured: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def release_memory() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, first_line
 from fastcnn.system import launch
+from fastcnn.system.device import release_captures
 
 Value = TypeVar("Value")
 JOIN_TIMEOUT = timedelta(minutes=10)  # until all ranks have started
@@ -194,6 +195,7 @@ def joined(device: str) -> Iterator[Ranks]:
             raise
         raise ReportedElsewhere(_exit_code(ranks)) from None
     finally:
+        release_captures()
         dist.destroy_process_group()  # so that no other rank waits for this one
 
 

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.network.pixels import UnreadBatch
-
 LUMA = (0.299, 0.587, 0.114)
 GREY = 128
 
@@ -26,8 +24,8 @@ GREY = 128
 class Batch(NamedTuple):
     """Images and labels of one step."""
 
-    images: Tensor | UnreadBatch
-    """(N, size, size, 3) uint8, or an unread batch for a kernel that reads images itself."""
+    images: Tensor
+    """(N, size, size, 3) uint8."""
     labels: Tensor
     """(N,) int64."""
     others: Tensor | None = None
@@ -170,24 +168,18 @@ class Augment:
             row += kind.draws
         return torch.from_numpy(draws)
 
-    def __call__(
-        self, images: Tensor, photos: Tensor, labels: Tensor, draws: Tensor | None = None, unread: bool = False
-    ) -> Batch:
+    def __call__(self, images: Tensor, photos: Tensor, labels: Tensor, draws: Tensor | None = None) -> Batch:
         """Return the augmented batch of the images at indices `photos` (N,) of `images` (M, H, H, 3) uint8.
 
         labels: (N,) int64.
         draws: (num_draws, N) from `draw`; None where no augmentation needs any.
-        unread: return an `UnreadBatch` of images where pixels are only moved, for a kernel to apply while it loads.
         """
         numbers = iter(() if draws is None else draws.split(self.counts))
         view = View(len(photos), images.shape[1], images.device)
         for kind, strength in self.geometry:
             kind.apply(view, next(numbers), strength)
         if self.whole_pixels and view.side == self.size:
-            found = UnreadBatch(images, photos, _moves(view) if self.geometry else None)
-            if unread and not self.pixels and not self.mixes:
-                return Batch(found, labels)
-            batch = found.read()
+            batch = _moved(images, photos, view) if self.geometry else images.index_select(0, photos)
         else:
             batch = _sampled(images.index_select(0, photos), view, self.size)
         for kind, strength in self.pixels:
@@ -208,11 +200,14 @@ class Augment:
         return Batch(batch, labels, labels.index_select(0, pairs), share)
 
 
-def _moves(view: View) -> Tensor:
-    """Return (N, 3) int32 moves, as `UnreadBatch` has them, of a view of whole pixels."""
-    mirror, end = view.width.sign(), view.side - 1
-    start = torch.where(mirror < 0, end, 0)
-    return torch.stack([mirror, start + view.x, view.y], 1).round().int()
+def _moved(images: Tensor, photos: Tensor, view: View) -> Tensor:
+    """Return (N, side, side, 3) uint8: a view of whole pixels of the images at indices `photos`; edges are repeated."""
+    side, line = view.side, torch.arange(view.side, device=images.device)
+    mirror, x, y = (one.round().long()[:, None] for one in (view.width.sign(), view.x, view.y))
+    columns = (mirror * line + torch.where(mirror < 0, side - 1, 0) + x).clamp(0, side - 1)  # (N, W)
+    rows = (line + y).clamp(0, side - 1)  # (N, H)
+    places = (photos[:, None, None] * side + rows[:, :, None]) * side + columns[:, None, :]  # (N, H, W)
+    return images.view(-1, 3).index_select(0, places.view(-1)).view(len(photos), side, side, 3)
 
 
 def _sampled(images: Tensor, view: View, size: int) -> Tensor:

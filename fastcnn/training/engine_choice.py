@@ -11,7 +11,13 @@ from typing import Any
 
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
-from fastcnn.training.engines import ENGINES, Eager, Engine, NoEngine, Step, build, time_step
+from fastcnn.training.engines import ENGINES, Eager, Engine, NoEngine, Step, build, on_gpu, time_step
+
+CANDIDATES = ("hybrid+graphed", "compiled+graphed")
+"""Engines to try after the graphed one, which is ready in about a second."""
+
+UNMEASURED_AFTER = 60.0
+"""Seconds that a run must take, as measured, for an engine to be tried whose cost and saving nobody has measured."""
 
 
 def choose(
@@ -24,24 +30,21 @@ def choose(
 ) -> tuple[Engine, str, str]:
     """Return the engine that ends a run of `num_steps` soonest, its name, and why.
 
-    On a CPU that is eager. On a GPU the graphed engine is ready in about a second; its step is timed, and each of
-    `PRIOR` is built and timed too where the predicted saving over the run exceeds the predicted cost. Both predictions
-    are what an earlier run of the same `signature` measured (a second compilation is cheaper: inductor and triton keep
-    their results on disk), else those of `PRIOR`. The fastest of those built is returned.
+    On a CPU that is eager. On a GPU the graphed engine is built and its step timed. Each of `CANDIDATES` is built and
+    timed where that pays: by what an earlier run of the same `signature` measured on this machine, or, where none did,
+    if the run is longer than `UNMEASURED_AFTER`. The fastest of those built is returned; all are remembered.
 
     slowest: a time of this rank -> the longest of all ranks, so that all choose the same.
     """
-    device = step.state()[0].device
-    if device.type != "cuda":
+    if not on_gpu(step):
         return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
     engine, name = build("graphed", step, strict=strict)
     seconds = slowest(time_step(engine, step))
     if name == "eager":
         return engine, name, "nothing can be captured here"
     best, reasons = seconds, [f"{seconds * 1e6:,.0f} us a step when captured"]
-    for other, prior in PRIOR.items():
-        found = _history().get(signature, {}).get(other, {})
-        worth, why = worth_building(other, num_steps, best, {**prior, **found}, seconds)
+    for other in CANDIDATES:
+        worth, why = worth_building(other, num_steps, best, _history().get(signature, {}).get(other))
         reasons.append(why)
         if not slowest(worth):
             continue
@@ -52,35 +55,28 @@ def choose(
             reasons.append(f"no {other} here: {error}")
             continue
         cost, its_seconds = slowest(time.perf_counter() - start), slowest(time_step(candidate, step))
-        _remember(signature, other, {"build_seconds": cost, "saving": 1 - its_seconds / seconds})
+        _remember(signature, other, {"build_seconds": cost, "step_seconds": its_seconds})
+        reasons.append(f"{its_seconds * 1e6:,.0f} us a step by {other}, built in {cost:,.1f} s")
         if its_seconds < best:
             engine, name, best = candidate, other, its_seconds
     return engine, name, "; ".join(reasons)
 
 
-PRIOR = {  # DESIGN's estimates; not measured yet
-    "fused+graphed": {"build_seconds": 30.0, "saving": 0.7},
-    "fused+compiled+graphed": {"build_seconds": 60.0, "saving": 0.8},
-    "compiled+graphed": {"build_seconds": 60.0, "saving": 0.4},
-}
-"""Engines to try after the graphed one: seconds to build each, and the fraction of the graphed step that it saves."""
-
-
-def worth_building(
-    name: str, num_steps: int, best: float, prediction: dict[str, float], seconds: float | None = None
-) -> tuple[bool, str]:
+def worth_building(name: str, num_steps: int, best: float, measured: dict[str, float] | None) -> tuple[bool, str]:
     """Return whether building an engine pays over the run, and the calculation in words.
 
-    best: seconds per step of the best engine so far; seconds: of the one that the predicted saving refers to.
+    best: seconds per step of the best engine so far; measured: what an earlier run found; None: nothing.
     """
-    predicted = (best if seconds is None else seconds) * (1 - prediction["saving"])
-    cost, saving = prediction["build_seconds"], num_steps * (best - predicted)
-    why = f"{name} would take about {cost:,.0f} s and save {max(saving, 0):,.1f} s over {num_steps:,} steps"
+    if measured is None:
+        whole = num_steps * best
+        return whole > UNMEASURED_AFTER, f"{name} is not measured here, and the run takes {whole:,.1f} s without it"
+    cost, saving = measured["build_seconds"], num_steps * (best - measured["step_seconds"])
+    why = f"{name} took {cost:,.1f} s to build and would save {max(saving, 0):,.1f} s over {num_steps:,} steps"
     return saving > cost, why
 
 
 def _history_file() -> Path:
-    return user_cache_folder() / "engines-2.json"
+    return user_cache_folder() / "engines-3.json"
 
 
 def _history() -> dict[str, Any]:

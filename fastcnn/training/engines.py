@@ -1,4 +1,4 @@
-"""Engines: a step run as it is, compiled, with fused blocks, or captured in a CUDA graph and replayed.
+"""Engines: a step run as it is, compiled, by kernels of our own, or captured in a CUDA graph and replayed.
 
 An engine is a builder of a step's functions and a way to run them. It takes a step, whose tensors stand in
 `step.state()`, builds its functions from the plain ones and runs the step by them a number of times. Making one runs
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -17,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastcnn.errors import fall_back, first_line
-from fastcnn.network.fused_forward import FusedForward, refusals, unavailable
+from fastcnn.errors import FastCNNError, fall_back, first_line
+from fastcnn.network.hybrid_forward import HybridForward, refusals, unavailable
 from fastcnn.network.small_cnn import SmallCNN
-from fastcnn.system.device import synchronize
-from fastcnn.training.step import StepFunctions
+from fastcnn.system.device import capture, is_out_of_memory, synchronize
+from fastcnn.training.augment import Batch
+from fastcnn.training.step import StepFunctions, TrainingStep
 
 FUNCTIONS = ("read", "forward", "collect", "update")  # of StepFunctions, in turn
 REHEARSALS = 3  # before a capture: cudnn tries its algorithms, the compiler compiles, allocators fill
@@ -35,7 +35,7 @@ class Step(Protocol):
 
     @property
     def functions(self) -> StepFunctions:
-        """The plain functions, uncompiled and unfused."""
+        """The plain functions, by torch's own kernels."""
 
     @property
     def network(self) -> SmallCNN:
@@ -71,15 +71,6 @@ class Eager:
             self.step(self.functions)
 
 
-def cuda_graph(steps: Callable[[], None]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph of some steps. Capturing runs nothing."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread's CUDA calls (pinning memory, say) neither break the capture nor get into it.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        steps()
-    return graph.replay
-
-
 class Graphed:
     """The step captured whole and replayed; `steps_per_replay` of them per graph; the rest are replayed one by one.
 
@@ -91,7 +82,7 @@ class Graphed:
         step: Step,
         functions: StepFunctions | None = None,
         *,
-        capture: Callable[[Callable[[], None]], Callable[[], None]] = cuda_graph,
+        capture: Callable[[Callable[[], None]], Callable[[], None]] = capture,
         steps_per_replay: int = 1,
     ) -> None:
         self.steps_per_replay = steps_per_replay
@@ -138,20 +129,25 @@ def _side_stream(device: torch.device) -> Iterator[None]:
         return
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # what is put back after an error comes after what was queued before it
+        current.wait_stream(stream)
+
+
+def on_gpu(step: Step) -> bool:
+    """Return whether a step's tensors are on a GPU."""
+    return step.state()[0].device.type == "cuda"
 
 
 def graphed(step: Step, functions: StepFunctions | None = None, steps_per_replay: int = 1) -> Graphed:
     """Return the step captured in a CUDA graph. Raises NoEngine without a GPU, or where the capture is refused."""
-    if step.state()[0].device.type != "cuda":
+    if not on_gpu(step):
         raise NoEngine("CUDA graphs need an NVIDIA GPU")
     try:
         return Graphed(step, functions, steps_per_replay=steps_per_replay)
     except RuntimeError as error:  # out of memory is one of them
-        gc.collect()
-        torch.cuda.empty_cache()
         raise NoEngine(first_line(error)) from None
 
 
@@ -170,31 +166,42 @@ def with_compiled(
     return dataclasses.replace(functions, **made)
 
 
-def with_fused_blocks(functions: StepFunctions, step: Step) -> StepFunctions:
-    """Return StepFunctions whose forward runs the network's blocks by fused kernels.
+def compiled(step: Step) -> StepFunctions:
+    """Return a step's functions, each compiled as one graph: reading, forward, loss and backward, and the update."""
+    return with_compiled(step.functions)
 
-    Raises NoEngine where no block can be fused, or none on this device.
+
+def hybrid(step: Step) -> StepFunctions:
+    """Return a step's functions by kernels of our own around the library's convolutions.
+
+    On a GPU the reading of a batch is compiled, and so is an update that they do not take. Evaluation is the plain one.
+    Raises NoEngine where no block is for them, or where they cannot run on this device.
     """
-    reason = unavailable(step.state()[0].device)
-    found = refusals(step.network)
+    device = step.state()[0].device
+    reason, found = unavailable(device), refusals(step.network)
     if reason or all(found):
         raise NoEngine(reason or f"block 1: {found[0]}")
-    return dataclasses.replace(functions, forward=FusedForward(functions.forward), reads_unread_batches=True)
+    from fastcnn.network.kernels.pool_norm_layer import new_counters
+    from fastcnn.training import written_update
+
+    if not isinstance(step, TrainingStep):
+        return step.functions
+    counters, plain = new_counters(device), step.functions
+    functions = dataclasses.replace(
+        plain, read=lambda: _read_normalised(step), forward=HybridForward(plain.forward, counters)
+    )
+    refused = written_update.refusal(step)
+    if not refused:
+        update = written_update.WrittenUpdate(step, counters)
+        functions = dataclasses.replace(functions, collect=update.collect, update=update.update)
+    compiled = ["read", "collect", "update"] if refused else ["read"]
+    return with_compiled(functions, compiled) if on_gpu(step) else functions
 
 
-def compiled(step: Step) -> StepFunctions:
-    """Return a step's functions with forward, loss and backward compiled as one graph."""
-    return with_compiled(step.functions, ["forward"])
-
-
-def fused(step: Step) -> StepFunctions:
-    """Return a step's functions with the network's blocks fused."""
-    return with_fused_blocks(step.functions, step)
-
-
-def fused_and_compiled(step: Step) -> StepFunctions:
-    """Return a step's functions with the network's blocks fused and all that is around them compiled."""
-    return with_compiled(fused(step))
+def _read_normalised(step: TrainingStep) -> tuple[Batch, Tensor]:
+    """Return what a step reads, its images normalised: one kernel where this is compiled."""
+    batch, targets = step.read()
+    return batch._replace(images=step.normalise(batch.images)), targets
 
 
 def engine(
@@ -220,45 +227,84 @@ def engine(
 ENGINES: dict[str, Callable[[Step], Engine]] = {
     "eager": Eager,
     "compiled": engine(compiled),
-    "fused": engine(fused),
-    "fused+compiled": engine(fused_and_compiled),
+    "hybrid": engine(hybrid),
     "graphed": graphed,
     "compiled+graphed": engine(compiled, graphed),
-    "fused+graphed": engine(fused, graphed),
-    "fused+compiled+graphed": engine(fused_and_compiled, graphed),
+    "hybrid+graphed": engine(hybrid, graphed),
 }
 
 NEXT_BEST = {
     "compiled+graphed": "graphed",
-    "fused+graphed": "graphed",
-    "fused+compiled+graphed": "fused+graphed",
+    "hybrid+graphed": "graphed",
     "graphed": "eager",
     "compiled": "eager",
-    "fused": "eager",
-    "fused+compiled": "fused",
+    "hybrid": "eager",
 }
 
 
 def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
     """Return an engine and its name: the one asked for, or the next best that works, with a warning.
 
-    Raises FastCNNError instead of warning where `strict`.
+    Raises FastCNNError instead of warning where `strict`, and where a failed capture has left a GPU that runs no step.
     """
+    reason = ""
     while True:
         try:
-            return ENGINES[name](step), name
+            made = ENGINES[name](step)
+            if reason and name == "eager":
+                _try_out(step, reason)
+            return made, name
         except NoEngine as error:
-            fall_back(f"no {name} engine here ({error}): using {NEXT_BEST[name]}", strict=strict)
-            name = NEXT_BEST[name]
+            reason = str(error)
+            # Before torch 2.12 a capture that failed counts as under way (pytorch #180395): no second one then.
+            following = "eager" if name.endswith("graphed") and _capture_under_way() else NEXT_BEST[name]
+            fall_back(f"no {name} engine here ({error}): using {following}", strict=strict)
+            name = following
+
+
+def _capture_under_way() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _try_out(step: Step, reason: str) -> None:
+    """Run a step and put everything back. Raises FastCNNError where a failed capture has left nothing that runs."""
+    try:
+        with rehearsal(step):
+            step()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise FastCNNError(
+            f"capturing the step failed ({reason}) and nothing runs on this GPU afterwards ({first_line(error)}): "
+            "run again with --engine eager"
+        ) from None
+
+
+MEASURED_SECONDS = 0.05  # of steps that are timed; shorter ones would be the clock's and the launch's
 
 
 def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
-    """Return the seconds per step of an engine; the step's state is restored."""
+    """Return the seconds per step of an engine; the step's state is restored.
+
+    The first steps are not timed: a graph's first replay brings it onto the GPU.
+    """
     num_steps = min(num_steps, step.num_steps)
     device = step.state()[0].device
-    with rehearsal(step):
-        synchronize(device)
-        start = time.perf_counter()
-        engine.run(num_steps)
-        synchronize(device)
-        return (time.perf_counter() - start) / num_steps
+
+    def run(rounds: int) -> float:
+        """Return the seconds of so many times the steps, each from the same state."""
+        total = 0.0
+        for _ in range(rounds):
+            with rehearsal(step):
+                synchronize(device)
+                start = time.perf_counter()
+                engine.run(num_steps)
+                synchronize(device)
+                total += time.perf_counter() - start
+        return total
+
+    first = run(1)
+    if not on_gpu(step):
+        return first / num_steps
+    rounds = max(1, min(100, round(MEASURED_SECONDS / max(run(1), 1e-6))))
+    return run(rounds) / (rounds * num_steps)

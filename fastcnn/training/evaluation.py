@@ -54,7 +54,7 @@ class EvaluationStep:
 
     @property
     def functions(self) -> StepFunctions:
-        """The plain functions, uncompiled and unfused."""
+        """The plain functions, by torch's own kernels."""
         return StepFunctions(forward=_forward_logits if self.probabilities.size(1) else forward)
 
     def __call__(self, functions: StepFunctions | None = None) -> None:

@@ -27,7 +27,7 @@ class FlatParameters:
         self.model = model.double() if dtype == torch.float64 else model
         named = ordered(model)
         self._sizes = [p.numel() for _, p in named]
-        self.values = torch.cat([_in_memory_order(p.detach()) for _, p in named])  # (P,) fp32
+        self.values = torch.cat([in_memory_order(p.detach()) for _, p in named])  # (P,) fp32
         # The loss stands behind the gradient, so that one all-reduce brings both.
         self.reduced = self.values.new_zeros(len(self.values) + 1)
         self.gradient, self.loss = self.reduced[:-1], self.reduced[-1]
@@ -44,7 +44,7 @@ class FlatParameters:
 
         One `cat` for each dtype: a GPU copies mixed dtypes tensor by tensor.
         """
-        pieces = [_in_memory_order(g.to(memory_format=torch.channels_last) if g.dim() == 4 else g) for g in gradients]
+        pieces = [in_memory_order(g) for g in gradients]
         split = sum(self._sizes[: self._num_16bit])
         if self._num_16bit:
             self.gradient[:split].copy_(torch.cat(pieces[: self._num_16bit]))
@@ -96,7 +96,9 @@ def ordered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return sorted(model.named_parameters(), key=lambda named: id(named[1]) in norms)
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Return the elements of a dense tensor as (numel,), in memory order."""
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return the elements of a parameter or its gradient as (numel,), in the order of a parameter's memory."""
+    if tensor.dim() == 4:
+        tensor = tensor.to(memory_format=torch.channels_last)
     strides = tensor.stride()
     return tensor.permute(sorted(range(tensor.dim()), key=lambda d: -strides[d])).reshape(-1)

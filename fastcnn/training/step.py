@@ -43,16 +43,14 @@ class StepFunctions:
     A step offers its plain ones; an engine builds its own from them and gives them to each call of the step.
     """
 
-    read: Callable[[bool], tuple[Batch, Tensor]] | None = None
-    """reads_unread_batches -> batch and targets; None where the step reads it itself."""
+    read: Callable[[], tuple[Batch, Tensor]] | None = None
+    """Returns batch and targets; None where the step reads it itself."""
     forward: Callable[..., tuple[Tensor, Tensor]]
     """The one with a backward: see `forward`."""
     collect: Callable[[Sequence[Tensor], Tensor], None] | None = None
     """Gradients and losses (N,) into the flat buffer; None where nothing is trained."""
     update: Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], None] | None = None
     """Losses, predictions and labels (N,), and buffers before the batch: updates weights and sums."""
-    reads_unread_batches: bool = False
-    """Whether `forward` takes an `UnreadBatch` for images."""
 
 
 class TrainingStep:
@@ -131,7 +129,7 @@ class TrainingStep:
 
     @property
     def functions(self) -> StepFunctions:
-        """The plain functions, uncompiled and unfused."""
+        """The plain functions, by torch's own kernels."""
         return StepFunctions(read=self.read, forward=forward, collect=self.collect, update=self.update)
 
     def __call__(self, functions: StepFunctions | None = None) -> None:
@@ -140,7 +138,7 @@ class TrainingStep:
         assert functions.read
         assert functions.collect
         assert functions.update
-        batch, targets = functions.read(functions.reads_unread_batches)
+        batch, targets = functions.read()
         buffers = [buffer.clone() for buffer in self.network.buffers()] if self.skip_nan else []
         losses, predictions = functions.forward(
             self.network, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
@@ -151,12 +149,12 @@ class TrainingStep:
         self.ranks.sum_(self.parameters.reduced)
         functions.update(losses.detach(), predictions, batch.labels, buffers)
 
-    def read(self, unread: bool) -> tuple[Batch, Tensor]:
-        """Return the batch at the feed's cursor and its targets; with `unread` the images may be an `UnreadBatch`."""
+    def read(self) -> tuple[Batch, Tensor]:
+        """Return the batch at the feed's cursor and its targets."""
         feed = self.feed
         order = feed.cursor + self.offsets
         photos, draws = feed.permutation.index_select(0, order), self.draws.index_select(1, order)
-        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws, unread)
+        batch = self.augment(feed.images, photos, feed.labels.index_select(0, photos), draws)
         return batch, self._targets(batch)
 
     def collect(self, gradients: Sequence[Tensor], losses: Tensor) -> None:

@@ -175,7 +175,7 @@ def test_jitter_ranks_and_short_buffers_cost_time() -> None:
 
 
 def test_the_step_says_what_bounds_it() -> None:
-    assert scale.step(32, 1, VALUES).bottleneck == "launches"
+    assert scale.step(8, 1, VALUES).bottleneck == "launches"
     assert scale.step(2048, 1, VALUES).bottleneck == "compute"
     assert scale.step(32, 64, VALUES).bottleneck == "exchange"
     assert scale.step(32, 64, VALUES, feed=1.0).bottleneck == "feed"

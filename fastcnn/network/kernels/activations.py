@@ -14,8 +14,8 @@ def relu(x):
 
 
 @triton.jit
-def relu_slope(y):
-    return tl.where(y > 0, 1.0, 0.0)
+def relu_slope(x):
+    return tl.where(x > 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -24,8 +24,8 @@ def leaky_relu(x):
 
 
 @triton.jit
-def leaky_relu_slope(y):
-    return tl.where(y > 0, 1.0, 0.01)
+def leaky_relu_slope(x):
+    return tl.where(x > 0, 1.0, 0.01)
 
 
 @triton.jit
@@ -110,17 +110,15 @@ class Activation(NamedTuple):
     slope: Any
     monotone: bool
     """Non-decreasing: the window's maximum is taken before the activation."""
-    saved: bool
-    """Whether the slope is computed from the argument and saved; else it is computed from the value."""
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(relu, relu_slope, monotone=True, saved=False),
-    "gelu": Activation(gelu, gelu_slope, monotone=False, saved=True),
-    "silu": Activation(silu, silu_slope, monotone=False, saved=True),
-    "mish": Activation(mish, mish_slope, monotone=False, saved=True),
-    "elu": Activation(elu, elu_slope, monotone=True, saved=True),
-    "leaky_relu": Activation(leaky_relu, leaky_relu_slope, monotone=True, saved=False),
-    "selu": Activation(selu, selu_slope, monotone=True, saved=True),
-    "tanh": Activation(tanh, tanh_slope, monotone=True, saved=True),
+    "relu": Activation(relu, relu_slope, monotone=True),
+    "gelu": Activation(gelu, gelu_slope, monotone=False),
+    "silu": Activation(silu, silu_slope, monotone=False),
+    "mish": Activation(mish, mish_slope, monotone=False),
+    "elu": Activation(elu, elu_slope, monotone=True),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_slope, monotone=True),
+    "selu": Activation(selu, selu_slope, monotone=True),
+    "tanh": Activation(tanh, tanh_slope, monotone=True),
 }

@@ -1,0 +1,66 @@
+"""Machine code, launches and bounds of the hybrid engine's step, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytest.importorskip("triton")
+
+MOST = {"pool_forward": 4900, "pool_backward": 4300, "head_forward": 1700, "head_backward": 2450, "adam_update": 960}
+"""Instructions that a warp issues at batch 32 for sm_90 in bf16: a change that raises them has to say why."""
+
+
+def printed(*command: str) -> tuple[str, int]:
+    """What Python prints and its exit code, in a process of its own: without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+    assert done.stdout, done.stderr
+    return done.stdout, done.returncode
+
+
+def test_kernels_compile_for_a_gpu_and_issue_no_more_instructions() -> None:
+    """Through Triton's own specialisation; nothing is spilled."""
+    text, code = printed("-m", "bench.kernels", "--types", "bf16", "--architectures", "90", "--batches", "32")
+    assert code == 0, text
+    assert "14 launches, 0 of which spill registers" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:-1]]
+    found = {name: max(int(row[-1]) for row in rows if row[0] == name) for name in MOST}
+    assert all(found[name] <= most for name, most in MOST.items()), found
+
+
+@pytest.mark.long
+def test_all_launches_compile_for_two_gpus_in_all_types() -> None:
+    for filters in ("32,32,32,32,32", "32,64,128,256,512", "8,5,6,7,8"):
+        text, code = printed("-m", "bench.kernels", "--filters", filters)
+        print("\n" + text)
+        assert code == 0, text
+
+
+COUNT = """
+import json, sys
+from bench.kernels import CARDS, bounds, count_launches
+found = bounds("hybrid", 32)
+print(json.dumps({
+    "all": found.num_launches,
+    "augmented": count_launches("hybrid", "bf16", ["flip", "shift"]).total(),
+    "seconds": max(found.seconds(CARDS[0], "bf16").values()),
+}))
+"""
+
+
+def test_a_step_of_the_hybrid_engine_is_thirty_launches() -> None:
+    text, code = printed("-c", COUNT)
+    assert code == 0
+    found = json.loads(text.splitlines()[-1])
+    assert found["all"] <= 30
+    assert found["augmented"] <= 31
+    assert found["seconds"] < 100e-6
