@@ -30,6 +30,7 @@ from fastcnn.errors import nearest
 ROOT = Path(__file__).resolve().parents[1]
 # The most important groups run first: when time runs out, the rest is left out. Others run before growth.
 FIRST, LAST = ("train", "step", "decode", "loader", "augment", "infer"), ("growth",)
+LINES = "rows.jsonl"
 QUICK_BUDGET = 420.0  # seconds
 NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 
@@ -75,18 +76,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="what begins later is left out, and listed")
     parser.add_argument("--device", help="cpu, cuda; left out, the GPU where there is one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="left out, bench/results/<machine>")
-    parser.add_argument("--scale", choices=["full", "quick", "smoke", "tiny"], help=argparse.SUPPRESS)
+    parser.add_argument("--scale", choices=["full", "quick", "gpu", "smoke", "tiny"], help=argparse.SUPPRESS)
     return parser
 
 
 def _scale(args: argparse.Namespace) -> str:
-    return str(args.scale or ("quick" if args.quick else "full"))
+    if args.scale or not args.quick:
+        return str(args.scale or "full")
+    import torch  # seconds: not for --help
+
+    on_gpu = args.device.startswith("cuda") if args.device else torch.cuda.is_available()
+    return "gpu" if on_gpu else "quick"
 
 
 def _budget(args: argparse.Namespace) -> float:
     if args.budget is not None:
         return float(args.budget)
-    return QUICK_BUDGET if _scale(args) == "quick" else float("inf")
+    return QUICK_BUDGET if _scale(args) in ("quick", "gpu") else float("inf")
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -115,6 +121,8 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any] | None, float]:
         command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", f"--benchmark-json={written}"]
         # Photos and caches are gigabytes in the full form: each benchmark's go when it ends.
         command += [f"--basetemp={folder}/tmp", "-o", "tmp_path_retention_policy=none", f"--scale={_scale(args)}"]
+        # What is measured when the machine goes, or the time, is kept.
+        command += [f"--lines={(args.out / LINES).resolve()}"] if args.out else []
         command += [f"--photos={args.photos.resolve()}"] if args.photos else []
         command += [f"--device={args.device}"] if args.device else []
         command += [f"--budget={_budget(args)}"]

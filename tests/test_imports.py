@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,12 @@ def test_public_names_resolve() -> None:
     assert all(getattr(fastcnn, name) is not None for name in fastcnn.__all__)
     with pytest.raises(AttributeError):
         _ = fastcnn.nothing
+
+
+def test_what_tests_start_in_another_folder_finds_the_package(tmp_path: Path) -> None:
+    """Where PYTHONPATH is "." and nothing is installed, too: -S leaves site-packages out."""
+    assert all(Path(path).is_absolute() for path in os.environ["PYTHONPATH"].split(os.pathsep))
+    script = "import importlib.util; print(importlib.util.find_spec('fastcnn').origin)"
+    command = [sys.executable, "-S", "-c", script]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()).is_relative_to(ROOT)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.baselines.seed import small_cnn
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def plain(
@@ -40,8 +40,13 @@ LOOPS = {"plain": plain, "max-autotune": max_autotune}
 def random_steps(
     name: str, photos: int, size: int, filters: Sequence[int], batch_size: int, precision: str
 ) -> Callable[[], None]:
-    """Return a step of a loop over random photos, on the GPU where there is one."""
+    """Return a step of a loop over random photos, on the GPU where there is one.
+
+    precision: "fp32" is strict, as ours is: torch's own default takes TF32 for convolutions, which is "tf32" here. Set
+    for the whole process.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     images = torch.randn(photos, 3, size, size, device=device)
     return LOOPS[name](images, torch.arange(photos, device=device) % 10, filters, batch_size, precision)
 

@@ -162,6 +162,17 @@ def train_on(
     if args.schedule == "onecycle":
         steps = args.epochs * len(train_loader)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
+    step = training_step(model, optimizer, device, schedule)
+    return train_epochs(args.epochs, model, train_loader, step, lambda: evaluate(model, val_loader, device))
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> Callable[[Tensor, Tensor], float]:
+    """Return the step: it trains on a batch of images and labels, and waits for its loss."""
 
     def step(images: Tensor, labels: Tensor) -> float:
         optimizer.zero_grad()
@@ -172,7 +183,7 @@ def train_on(
             schedule.step()
         return loss.item()
 
-    return train_epochs(args.epochs, model, train_loader, step, lambda: evaluate(model, val_loader, device))
+    return step
 
 
 def photos_of(args: argparse.Namespace) -> tuple[list[str], list[Photo], list[Photo]]:
@@ -199,11 +210,13 @@ def steps_a_second(losses: Iterable[object], num_steps: int = 6) -> float:
 
 
 def loading_rate(args: argparse.Namespace, workers: int) -> float:
-    """Return steps a second of a training that decodes with so many workers."""
+    """Return steps a second of a training, on the device that it will use, that decodes with so many workers."""
     classes, photos, _ = photos_of(args)
-    model = small_cnn(len(classes), args.image_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = small_cnn(len(classes), args.image_size).to(device)
+    step = training_step(model, torch.optim.Adam(model.parameters(), lr=args.lr), device)
     loader = DataLoader(Photos(photos, args.image_size), args.batch_size, True, num_workers=workers)
-    return steps_a_second(F.cross_entropy(model(images), labels).backward() for images, labels in loader)
+    return steps_a_second(step(images, labels) for images, labels in loader)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

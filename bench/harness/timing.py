@@ -60,6 +60,10 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs), "n": len(pairs)}
 
 
+class RivalFailed(RuntimeError):
+    """A rival that could not do its steps; the message is its error."""
+
+
 class Apart:
     """Work in a process of its own, whose allocator and threads are as Python starts them; idle until it is called.
 
@@ -67,6 +71,7 @@ class Apart:
     """
 
     def __init__(self, make: str, *args: object) -> None:
+        self.failed = ""
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
@@ -74,11 +79,17 @@ class Apart:
         theirs.close()
 
     def __call__(self, num_steps: int) -> float:
-        """Do a number of steps and return the seconds that they took."""
+        """Do a number of steps and return the seconds that they took. Raises RivalFailed, then and from then on."""
+        if self.failed:
+            raise RivalFailed(self.failed)
         self._ours.send(num_steps)
-        answer: float | str = self._ours.recv()
+        try:
+            answer: float | str = self._ours.recv()
+        except EOFError:
+            answer = "its process ended"
         if isinstance(answer, str):
-            raise RuntimeError(answer)
+            self.failed = answer
+            raise RivalFailed(answer)
         return answer
 
     def close(self) -> None:

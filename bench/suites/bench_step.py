@@ -7,6 +7,7 @@ Compiling and capturing are apart, as `build_seconds`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -24,7 +25,7 @@ from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, passes
 from bench.harness.step_setup import make_step, random_feed, run_steps, steps_a_slice
-from bench.harness.timing import Apart, clocked
+from bench.harness.timing import Apart, RivalFailed, clocked
 from fastcnn.network import hybrid_forward
 from fastcnn.network.small_cnn import BatchNorm
 from fastcnn.system.device import pick_precision
@@ -82,6 +83,8 @@ class Rivals:
             loops = {"plain fp32 loop": ("plain", "fp32")}
             if precision != "fp32":
                 loops[f"plain {precision} loop"] = ("plain", precision)
+            elif on_gpu(self.device):
+                loops["plain tf32 loop"] = ("plain", "tf32")
             if on_gpu(self.device):
                 loops[f"max-autotune {precision} loop"] = ("max-autotune", precision)
             work = "bench.baselines.loops:random_steps"
@@ -90,7 +93,8 @@ class Rivals:
                 for name, (loop, kind) in loops.items()
             }
             for run in self.runs.values():
-                run(3)  # compiles
+                with contextlib.suppress(RivalFailed):  # the race leaves it out, and says why
+                    run(3)  # compiles
             self.shape = size, filters, batch, precision
         return self.runs
 

@@ -6,6 +6,7 @@ python -m pytest bench/suites/bench_step.py --scale quick  # one of them; `fastc
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--photos", type=Path, help="a folder of photos by class; left out, generated ones")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--work-dir", type=Path, help="where generated photos are kept between runs")
+    group.addoption("--lines", type=Path, help="a file that gets a JSON line a benchmark as it ends")
     group.addoption("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
 
 
@@ -141,7 +143,13 @@ def runs(photos: Path, device: torch.device, scale: dict[str, Any], tmp_path_fac
 
 
 @pytest.fixture
-def race(benchmark: Any, device: torch.device, scale: dict[str, Any], request: pytest.FixtureRequest) -> Race:
-    """Race that times a contender against baselines."""
+def race(benchmark: Any, device: torch.device, scale: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Race]:
+    """Race that times a contender against baselines. Its figures are written when the benchmark ends, too."""
     benchmark.group = request.module.__name__.rpartition("bench_")[2]
-    return Race(benchmark, device, scale)
+    yield Race(benchmark, device, scale)
+    lines: Path | None = request.config.getoption("--lines")
+    if lines and benchmark.stats:
+        row = {"group": benchmark.group, "name": benchmark.name, "seconds": benchmark.stats.stats.data}
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        with lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, **benchmark.extra_info}, default=str) + "\n")

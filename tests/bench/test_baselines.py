@@ -38,6 +38,27 @@ def test_the_seed_baseline_trains(run: Run, run_dir: Path) -> None:
     assert 0 <= row["val_accuracy"] <= 1
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_workers_are_probed_on_the_device_that_trains(
+    on_gpu: bool, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the very step: probed on a CPU, 0 workers may look as fast as any, and every ratio to seed.py be too high."""
+    import torch
+
+    from bench.baselines import seed
+
+    devices: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+
+    def training_step(model: object, optimizer: object, device: torch.device) -> Callable[..., float]:
+        return lambda images, labels: devices.append(device.type) or 0.0
+
+    monkeypatch.setattr(seed, "training_step", training_step)
+    assert seed.loading_rate(seed.own_arguments().parse_args([str(photos), *SMALL]), 0) > 0
+    assert set(devices) == {"cuda" if on_gpu else "cpu"}
+
+
 def test_the_tuned_baseline_trains_with_the_settings_given(run: Run, run_dir: Path) -> None:
     given = ["--workers", 0, "--amp", "off", "--channels-last", "on", "--compile", "off"]
     row, last = run("tuned", "--split", run_dir / "split.csv", *given)
@@ -71,6 +92,23 @@ def test_the_tuned_baseline_starts_from_the_seeds_network_and_computes_its_loss(
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     loss, _ = trainer.loss(images, labels)
     torch.testing.assert_close(loss, cross_entropy(plain(expected), labels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("fp32", False), ("bf16", False)])
+def test_the_plain_loop_takes_tf32_only_by_that_name(precision: str, allowed: bool) -> None:
+    """Ours in fp32 is strict; torch's own default is not, for convolutions."""
+    import torch
+
+    from bench.baselines import loops
+
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cublas.allow_tf32
+    try:
+        cudnn.allow_tf32 = cublas.allow_tf32 = not allowed
+        loops.random_steps("plain", 8, 32, (4,), 4, precision)()
+        assert (cudnn.allow_tf32, cublas.allow_tf32) == (allowed, allowed)
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = before
 
 
 @pytest.mark.parametrize(("name", "package"), [("timm_loader", "timm"), ("ultralytics_classify", "ultralytics")])

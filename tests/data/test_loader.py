@@ -32,6 +32,7 @@ from fastcnn.system.device import free_memory_bytes
 
 SIZE, BATCH = 32, 16
 CPU = torch.device("cpu")
+DECODER = pipelines.choose("auto", gpu=False)[0]  # a GPU box may lack simplejpeg
 BUFFERED = ["mapped", "stream"]
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -57,7 +58,7 @@ def index(photos: Path) -> Index:
 @pytest.fixture(scope="module")
 def decoded(index: Index, tmp_path_factory: pytest.TempPathFactory) -> cache.Cache:
     return cache.build(
-        index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path_factory.mktemp("cache")))
+        index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path_factory.mktemp("cache")))
     )
 
 
@@ -227,7 +228,7 @@ def test_an_interrupted_epoch_leaves_no_thread(loader: str, done: int, index: In
 
 
 def test_a_cache_that_vanishes_is_one_line(index: Index, tmp_path: Path) -> None:
-    decoded = cache.build(index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "cache")))
+    decoded = cache.build(index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "cache")))
     feed = make_feed("mapped", index, decoded)
     with (decoded.folder / "pixels.bin").open("r+b") as file:
         file.truncate(1000)
@@ -248,7 +249,7 @@ def fragile(photos: Path, tmp_path: Path) -> tuple[Index, cache.Cache]:
     shutil.copytree(photos, tmp_path / "fragile", ignore=shutil.ignore_patterns(".*"))
     index = scan(tmp_path / "fragile")
     return index, cache.build(
-        index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c")), keep_pixels=False
+        index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "c")), keep_pixels=False
     )
 
 
@@ -257,11 +258,11 @@ def test_photos_are_checked_and_not_stored(fragile: tuple[Index, cache.Cache], t
     assert checked.usable.all()
     assert not (checked.folder / "pixels.bin").exists()
     again = cache.build(
-        index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c")), keep_pixels=False
+        index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "c")), keep_pixels=False
     )
     assert (checked.num_decoded, again.num_decoded) == (120, 0)
     assert cache.list_caches(tmp_path / "c")[0]["photos"] == 120
-    stored = cache.build(index, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c")))
+    stored = cache.build(index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "c")))
     assert stored.folder != checked.folder
     assert stored.num_decoded == 120
 
@@ -505,7 +506,7 @@ def test_auto_picks_what_fits_and_says_so(photos: Path, reference: Any, monkeypa
 
 
 def test_the_disk_has_room_for_what_is_there(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(image_size=SIZE, decoder="turbo", cache_dir=str(tmp_path / "c"))
+    config = DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "c"))
     assert cache.fits_on_disk(index, config)
     full = shutil._ntuple_diskusage(1, 1, 0)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)

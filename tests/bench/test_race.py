@@ -1,0 +1,96 @@
+"""Races whose rivals fail, and what is kept of a benchmark when it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench.harness.race import SCALES, Race
+from bench.harness.timing import Apart, RivalFailed
+from tests.bench.test_bench import ROOT, outside
+
+
+class Timed:
+    """Stands in for pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.name, self.group, self.extra_info = "", "step", dict[str, Any]()
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=list[float]()))
+
+    def pedantic(self, run: Any, *, setup: Any, rounds: int, warmup_rounds: int) -> None:
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            self.stats.stats.data.append(run())
+        del self.stats.stats.data[:warmup_rounds]
+
+
+@pytest.mark.parametrize("good_rounds", [0, 2])
+def test_a_rival_that_fails_is_left_out_and_named(good_rounds: int, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = 0
+
+    def failing() -> float:
+        nonlocal calls
+        calls += 1
+        if calls > good_rounds:
+            raise RivalFailed("CUDA out of memory")
+        return 1.0
+
+    race = Race(Timed(), torch.device("cpu"), SCALES["tiny"])
+    race("ours", lambda: None, {"bad": failing, "good": lambda: 2.0}, images=8, rounds=3)
+    info = race.benchmark.extra_info
+    assert info["over"].keys() == info["baseline_seconds"].keys() == {"good"}
+    assert info["failed_baselines"] == {"bad": "CUDA out of memory"}
+    assert calls == good_rounds + 1
+    assert "bad failed: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_a_rival_that_failed_fails_from_then_on() -> None:
+    rival = Apart("bench.baselines.loops:no_such_loop")
+    for _ in range(2):
+        with pytest.raises(RivalFailed, match="no_such_loop"):
+            rival(1)
+    rival.close()
+    rival = Apart("os:_exit", 3)
+    for _ in range(2):
+        with pytest.raises(RivalFailed, match="its process ended"):
+            rival(1)
+    rival.close()
+
+
+def test_a_benchmark_is_kept_when_it_ends(tmp_path: Path) -> None:
+    lines = tmp_path / "rows.jsonl"
+    options = ["--scale=tiny", f"--lines={lines}", "-p", "no:cacheprovider"]
+    suite = [str(ROOT / "bench" / "suites" / "bench_augment.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options, *suite], cwd=ROOT, check=False, env=outside(), timeout=300
+    )
+    assert done.returncode == 0
+    (row,) = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert row["group"] == "augment"
+    assert row["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "gpu", "scale"),
+    [
+        (["--quick"], True, "gpu"),
+        (["--quick"], False, "quick"),
+        (["--quick", "--device", "cpu"], True, "quick"),
+        ([], True, "full"),
+        (["--scale", "smoke"], True, "smoke"),
+    ],
+)
+def test_quick_on_a_gpu_has_epochs_that_are_no_mere_overhead(
+    options: list[str], gpu: bool, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert command._scale(command._parser().parse_args(options)) == scale
+    assert SCALES["gpu"]["num_photos"] * 0.8 >= 10_000
