@@ -79,12 +79,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) float -> (N, out_channels, H // 2, W // 2)."""
-        x = self.conv(x)
         # TorchScript knows nothing of kernels and skips what stands under this condition alone.
         if not is_scripting():  # noqa: SIM102
             if self.pool_first and not torch.compiler.is_compiling() and cpu_max_pool.usable(x):
-                x = cpu_max_pool.max_pool(x, self.relu)
+                x = F.conv2d(x, self.conv.weight, None, padding=self.conv.padding)
+                x = cpu_max_pool.max_pool(x, self.conv.bias, self.relu)  # type: ignore[arg-type]
                 return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
+        x = self.conv(x)
         x = self.activation(self.pooled(x)) if self.pool_first else self.pooled(self.activation(x))
         return self.norm(x)  # type: ignore[no-any-return]
 
