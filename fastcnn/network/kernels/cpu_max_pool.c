@@ -19,8 +19,8 @@ static inline float from_bf16(uint16_t x) {
 static inline uint16_t to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    if (value != value) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = -(uint32_t)(value != value);
+    return (uint16_t)((rounded & ~nan) | (0x7fc0 & nan)); /* without a branch: loops of it become vectors */
 }
 
 static inline float from_f32(float x) { return x; }
@@ -38,6 +38,7 @@ static inline float to_f32(float x) { return x; }
                 const TYPE *restrict b = a + channels;                                                                 \
                 const TYPE *restrict c = a + 2 * columns * channels;                                                   \
                 const TYPE *restrict d = c + channels;                                                                 \
+                const TYPE *restrict add = bias;                                                                       \
                 TYPE *restrict to = out + (row * columns + column) * channels;                                         \
                 uint8_t *restrict which = index + (row * columns + column) * channels;                                 \
                 for (int64_t k = 0; k < channels; k++) {                                                               \
@@ -49,10 +50,14 @@ static inline float to_f32(float x) { return x; }
                     best = wins ? c[k] : best, winner = wins ? 2 : winner;                                             \
                     wins = WINS(FLOAT(d[k]), FLOAT(best));                                                             \
                     best = wins ? d[k] : best, winner = wins ? 3 : winner;                                             \
-                    best = ROUND(FLOAT(best) + FLOAT(bias[k]));                                                        \
-                    int pass = keep | !(FLOAT(best) <= 0);                                                             \
-                    to[k] = pass ? best : (TYPE)0;                                                                     \
-                    which[k] = pass ? winner : cut;                                                                    \
+                    to[k] = best;                                                                                      \
+                    which[k] = winner;                                                                                 \
+                }                                                                                                      \
+                for (int64_t k = 0; k < channels; k++) {                                                               \
+                    TYPE sum = ROUND(FLOAT(to[k]) + FLOAT(add[k]));                                                    \
+                    int pass = keep | !(FLOAT(sum) <= 0);                                                              \
+                    to[k] = pass ? sum : (TYPE)0;                                                                      \
+                    which[k] = pass ? which[k] : cut;                                                                  \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
