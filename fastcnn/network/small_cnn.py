@@ -82,8 +82,9 @@ class Block(nn.Module):
         # TorchScript knows nothing of kernels and skips what stands under this condition alone.
         if not is_scripting():  # noqa: SIM102
             if self.pool_first and not torch.compiler.is_compiling() and cpu_max_pool.usable(x):
-                x = F.conv2d(x, self.conv.weight, None, padding=self.conv.padding)
-                x = cpu_max_pool.max_pool(x, self.conv.bias, self.relu)  # type: ignore[arg-type]
+                before, after = (None, self.conv.bias) if cpu_max_pool.takes_bias(x.dtype) else (self.conv.bias, None)
+                x = F.conv2d(x, self.conv.weight, before, padding=self.conv.padding)
+                x = cpu_max_pool.max_pool(x, after, self.relu)
                 return self.norm(x if self.relu else self.activation(x))  # type: ignore[no-any-return]
         x = self.conv(x)
         x = self.activation(self.pooled(x)) if self.pool_first else self.pooled(self.activation(x))

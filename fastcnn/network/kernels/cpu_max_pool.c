@@ -1,7 +1,7 @@
 /* 2x2 max pooling over (N, H, W, C), the bias of a convolution, and ReLU where asked for: each pixel is read once, and
- * what backward needs of it is one byte instead of an int64 index and the full-size map. The bias is added to a window's
- * maximum, a quarter of the additions; its gradient is summed while the gradient is spread, in fp32, row by row. Rows
- * of windows are shared out over OpenMP's threads.
+ * what backward needs of it is one byte instead of an int64 index and the full-size map. A bias, which may be NULL, is
+ * added to a window's maximum, a quarter of the additions; its gradient is summed while the gradient is spread, in fp32,
+ * row by row. Rows of windows are shared out over OpenMP's threads.
  *
  * The winner of a tie is the first in reading order, and a NaN wins: torch's own choices. */
 #include <stdint.h>
@@ -31,7 +31,7 @@ static inline float to_f32(float x) { return x; }
 #define POOL(NAME, TYPE, FLOAT, ROUND)                                                                                 \
     void NAME##_forward(const TYPE *restrict x, const TYPE *restrict bias, TYPE *restrict out, uint8_t *restrict index, \
                         int64_t rows, int64_t columns, int64_t channels, int relu) {                                   \
-        const uint8_t cut = relu ? NO_GRADIENT : 0, keep = relu ? 0 : 1;                                               \
+        const uint8_t cut = relu ? NO_GRADIENT : 0, keep = relu ? 0 : 1, biased = bias != 0;                           \
         _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                        \
             for (int64_t column = 0; column < columns; column++) {                                                     \
                 const TYPE *restrict a = x + (2 * row * columns + column) * 2 * channels;                              \
@@ -50,10 +50,11 @@ static inline float to_f32(float x) { return x; }
                     best = wins ? c[k] : best, winner = wins ? 2 : winner;                                             \
                     wins = WINS(FLOAT(d[k]), FLOAT(best));                                                             \
                     best = wins ? d[k] : best, winner = wins ? 3 : winner;                                             \
-                    to[k] = best;                                                                                      \
-                    which[k] = winner;                                                                                 \
+                    int pass = keep | biased | !(FLOAT(best) <= 0);                                                    \
+                    to[k] = pass ? best : (TYPE)0;                                                                     \
+                    which[k] = pass ? winner : cut;                                                                    \
                 }                                                                                                      \
-                for (int64_t k = 0; k < channels; k++) {                                                               \
+                for (int64_t k = 0; k < (biased ? channels : 0); k++) {                                                \
                     TYPE sum = ROUND(FLOAT(to[k]) + FLOAT(add[k]));                                                    \
                     int pass = keep | !(FLOAT(sum) <= 0);                                                              \
                     to[k] = pass ? sum : (TYPE)0;                                                                      \
@@ -66,14 +67,15 @@ static inline float to_f32(float x) { return x; }
     void NAME##_backward(const TYPE *restrict gradient, const uint8_t *restrict index, TYPE *restrict out,             \
                          float *restrict sums, int64_t rows, int64_t columns, int64_t channels) {                      \
         _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                        \
-            float *restrict sum = sums + row * channels;                                                               \
-            for (int64_t k = 0; k < channels; k++) sum[k] = 0;                                                         \
+            float *restrict sum = sums ? sums + row * channels : 0;                                                    \
+            const int64_t summed = sums ? channels : 0;                                                                \
+            for (int64_t k = 0; k < summed; k++) sum[k] = 0;                                                           \
             for (int64_t column = 0; column < columns; column++) {                                                     \
                 TYPE *restrict a = out + (2 * row * columns + column) * 2 * channels;                                  \
                 TYPE *restrict c = a + 2 * columns * channels;                                                         \
                 const TYPE *restrict from = gradient + (row * columns + column) * channels;                            \
                 const uint8_t *restrict which = index + (row * columns + column) * channels;                           \
-                for (int64_t k = 0; k < channels; k++) sum[k] += which[k] == NO_GRADIENT ? 0 : FLOAT(from[k]);         \
+                for (int64_t k = 0; k < summed; k++) sum[k] += which[k] == NO_GRADIENT ? 0 : FLOAT(from[k]);           \
                 for (int64_t k = 0; k < channels; k++) a[k] = which[k] == 0 ? from[k] : (TYPE)0;                       \
                 for (int64_t k = 0; k < channels; k++) a[k + channels] = which[k] == 1 ? from[k] : (TYPE)0;            \
                 for (int64_t k = 0; k < channels; k++) c[k] = which[k] == 2 ? from[k] : (TYPE)0;                       \

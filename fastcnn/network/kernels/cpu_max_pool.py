@@ -1,8 +1,8 @@
 """2x2 max pooling and bias on a CPU, by C that this machine's own compiler builds once: faster than torch's.
 
 torch writes an int64 index for every pooled value and, backward, zeroes the full-size map and scatters into it. For
-the first block (32 photos, 32 x 128 x 128, bf16, two cores) this takes 0.6 of its time forward and 0.2 backward. The
-bias of the convolution before is added after pooling: a quarter of the sums, and of those of its gradient.
+the first block (32 photos, 32 x 128 x 128, bf16, two cores) this takes 0.6 of its time forward and 0.2 backward. In
+fp32 the bias of the convolution before is added after pooling: a quarter of the sums, and of those of its gradient.
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ def usable(x: Tensor) -> bool:
     )
 
 
-def max_pool(x: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def takes_bias(dtype: torch.dtype) -> bool:
+    """Return whether a bias is better added after pooling: a step is 1.07 times as fast in fp32, in bf16 0.96."""
+    return dtype == torch.float32
+
+
+def max_pool(x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """(N, C, H, W) -> (N, C, H // 2, W // 2): each 2x2 window's maximum plus a bias (C,), cut at 0 with `relu`."""
     pooled: Tensor = _MaxPool.apply(x, bias, relu)  # type: ignore[no-untyped-call]
     return pooled
@@ -80,27 +85,31 @@ def max_pool(x: Tensor, bias: Tensor, relu: bool) -> Tensor:
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         count, channels, height, width = x.shape
         out = torch.empty((count, channels, height // 2, width // 2), dtype=x.dtype, memory_format=torch.channels_last)
         index = torch.empty(out.numel(), dtype=torch.uint8)
         sizes = count * (height // 2), width // 2, channels
         getattr(load(), f"{NAMES[x.dtype]}_forward")(
-            x.data_ptr(), bias.data_ptr(), out.data_ptr(), index.data_ptr(), *sizes, relu
+            x.data_ptr(), _address(bias), out.data_ptr(), index.data_ptr(), *sizes, relu
         )
         ctx.index, ctx.sizes, ctx.shape = index, sizes, x.shape
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         out = torch.empty(ctx.shape, dtype=gradient.dtype, memory_format=torch.channels_last)
         backward = getattr(load(), f"{NAMES[gradient.dtype]}_backward")
         rows, _, channels = ctx.sizes
-        sums = torch.empty((rows, channels))
-        backward(gradient.data_ptr(), ctx.index.data_ptr(), out.data_ptr(), sums.data_ptr(), *ctx.sizes)
-        return out, sums.sum(0).to(gradient.dtype), None
+        sums = torch.empty((rows, channels)) if ctx.needs_input_grad[1] else None
+        backward(gradient.data_ptr(), ctx.index.data_ptr(), out.data_ptr(), _address(sums), *ctx.sizes)
+        return out, None if sums is None else sums.sum(0).to(gradient.dtype), None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def compilable_max_pool(x: Tensor) -> Tensor:
