@@ -37,22 +37,6 @@ def test_roofline_of_a_hand_worked_case() -> None:
     assert floor_seconds(pair, 1e12, 1e6) == pytest.approx(28_311_552 / 1e6 + 524_288 / 1e12)
 
 
-@pytest.mark.long
-@pytest.mark.skipif(os.name != "posix", reason="a shell script")
-def test_gpu_proof_runs_small_on_a_cpu(tmp_path: Path) -> None:
-    environment = {**outside(), "PYTHON": sys.executable}
-    environment.pop("TRITON_INTERPRET", None)  # the tests' own: nothing can be compiled under it
-    command = [str(ROOT / "scripts" / "gpu_proof.sh"), str(tmp_path), "--small", "--only", "step"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    (results,) = tmp_path.glob("*.json")
-    assert [row["group"] for row in json.loads(results.read_text())["rows"]] == ["step"]
-    assert (tmp_path / "cuda_tests.txt").is_file()
-    assert (tmp_path / "roofline.png").stat().st_size > 1000
-    assert not (tmp_path / "growth.png").exists()
-    assert "growth.png was not drawn: growth was not run" in (tmp_path / "report.md").read_text()
-
-
 def outside() -> dict[str, str]:
     """Return the environment without what tells pytest-benchmark that others run beside it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

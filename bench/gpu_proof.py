@@ -1,0 +1,247 @@
+"""Proof on a borrowed GPU, in three phases that end by themselves: does it run (5 minutes), why (6), is it true (8).
+
+    python -m bench.gpu_proof OUT --phase 1            # scripts/gpu_proof.sh finds Python and what was carried
+    python -m bench.gpu_proof OUT --phase 3 --small    # shows on a CPU that all of it runs, in two minutes
+
+A figure is a line of OUT/lines.jsonl, written as it is measured; the same command again measures what is not there yet.
+Each step is a process of its own with a time limit: one that fails, hangs or loses the GPU is noted, and the next one
+runs. OUT.tar.gz has everything but photos and caches. Exit code: 0, or 1 where something failed, or 75 where all that
+is missing did not fit into the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.proof.lines import AGAIN, NO_TIME, OUT_OF_TIME, Proof, is_late
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "FASTCNN_PROOF_STEP"
+PACKING_SECONDS = 8.0
+MOST_BYTES = 15_000_000
+SECONDS, SMALL_SECONDS = {1: 300.0, 2: 360.0, 3: 480.0}, {1: 115.0, 2: 115.0, 3: 115.0}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Named part of a phase: a function of this project, or a command, in a process of its own."""
+
+    name: str
+    limit: float
+    """Seconds after which it is ended."""
+    function: str = ""
+    """module:name of what takes the Proof."""
+    command: Callable[[Proof], Sequence[str]] | None = None
+
+
+def group_of_one(proof: Proof) -> list[str]:
+    """Return the command that times a process group of this process alone, by NCCL on a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-W", "default", "-p", "no:cacheprovider"]
+    command += [f"--scale={'tiny' if proof.small else 'gpu'}", f"--lines={proof.out / 'rows.jsonl'}"]
+    return [*command, str(ROOT / "bench" / "suites" / "bench_ranks.py")]
+
+
+RUNS, WHY, TRUTH = "bench.proof.machine_and_steps", "bench.proof.causes", "bench.proof.truth"
+PHASES: dict[int, list[Step]] = {
+    1: [
+        Step("versions", 40, f"{RUNS}:versions_here"),
+        Step("rates", 40, f"{RUNS}:rates_here"),
+        Step("cuda tests", 120, f"{RUNS}:cuda_tests"),
+        Step("step table", 130, f"{RUNS}:step_table"),
+        Step("cuda tests of the kernels", 110, f"{RUNS}:kernel_tests"),
+    ],
+    2: [
+        Step("kernels by engine", 110, f"{WHY}:kernel_tables"),
+        Step("ncu", 100, f"{WHY}:counters"),
+        Step("compute-sanitizer", 120, f"{WHY}:sanitizers"),
+        Step("ideas", 150, f"{WHY}:ideas"),
+        Step("rivals", 150, f"{WHY}:rivals"),
+    ],
+    3: [
+        Step("photos", 150, f"{TRUTH}:make_photos"),
+        Step("whole runs", 240, f"{TRUTH}:whole_runs"),
+        Step("deterministic", 60, f"{TRUTH}:deterministic"),
+        Step("resumed within an epoch", 60, f"{TRUTH}:resumed"),
+        Step("JPEG", 90, f"{TRUTH}:jpegs"),
+        Step("parity", 150, f"{TRUTH}:parity"),
+        Step("memory that runs out", 90, f"{TRUTH}:memory"),
+        Step("group of one", 60, command=group_of_one),
+    ],
+}
+"""Phase -> its steps in turn. What may take the GPU with it comes last."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a phase, or a step of it in this process; return the exit code."""
+    parser = argparse.ArgumentParser("gpu_proof", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the lines; OUT.tar.gz is what to copy")
+    parser.add_argument("--phase", type=int, choices=list(PHASES), required=True)
+    parser.add_argument("--small", action="store_true", help="only to show that all of it runs, on a CPU too")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.step:
+        return run_function(Proof.of_this_process(), args.step)
+    session = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    seconds = (SMALL_SECONDS if args.small else SECONDS)[args.phase]
+    out = args.out.resolve()
+    return run_phase(Proof(out, args.phase, args.small, session, time.time() + seconds), PHASES[args.phase])
+
+
+def run_function(proof: Proof, name: str) -> int:
+    """Run a step's function in this process; return the exit code of what it wrote."""
+    import importlib
+
+    module, _, function = name.partition(":")
+    getattr(importlib.import_module(module), function)(proof)
+    return proof.exit_code()
+
+
+def run_phase(proof: Proof, steps: Sequence[Step]) -> int:
+    """Run the steps that have not succeeded yet, pack everything and print a summary; return the exit code."""
+    proof.out.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[str, str] = {}
+    for step in steps:
+        figure = f"part: {step.name}"
+        if proof.measured(figure):
+            outcomes[step.name] = "done before"
+            continue
+        start, left = time.monotonic(), proof.seconds_left() - PACKING_SECONDS
+        code = run_step(proof, step, min(step.limit, left)) if left > 5 else OUT_OF_TIME
+        outcome = {0: "measured", OUT_OF_TIME: "skipped"}.get(code, "failed")
+        outcomes[step.name] = outcome if code != OUT_OF_TIME else "out of time"
+        reason = {} if code == 0 else {"reason": NO_TIME if code == OUT_OF_TIME else f"exit code {code}"}
+        proof.write(figure, outcome, seconds=round(time.monotonic() - start, 1), **reason)
+        print(f"phase {proof.phase}: {step.name}: {outcomes[step.name]}, {time.monotonic() - start:.0f} s", flush=True)
+    packed, left_out = pack(proof.out)
+    return summary(proof, outcomes, packed, left_out)
+
+
+def run_step(proof: Proof, step: Step, limit: float) -> int:
+    """Run a step in processes of its own, a new one for what a lost one has left; return the last exit code.
+
+    A process that ends without an answer is begun anew as long as each one gets further than the one before.
+    """
+    deadline, size = time.time() + limit, -1
+    while True:
+        code = _run(proof, step, deadline)
+        before, size = size, _num_ended(proof)
+        timed_out = time.time() >= deadline - 0.5
+        if step.command or timed_out or not (code == AGAIN or code < 0) or size == before:
+            break
+    if timed_out and code < 0:
+        for line in {line["figure"]: line for line in proof.own_lines() if line["step"] == step.name}.values():
+            if line["outcome"] == "started":  # what hangs, rather than being late, has a limit of its own
+                dataclasses.replace(proof, step=step.name).write(line["figure"], "skipped", reason=NO_TIME)
+        return OUT_OF_TIME
+    return code
+
+
+def _num_ended(proof: Proof) -> int:
+    return sum(line["outcome"] in ("measured", "failed", "started") for line in proof.lines())
+
+
+def _run(proof: Proof, step: Step, deadline: float) -> int:
+    mark = f"{proof.session}/{step.name}"
+    command = step.command(proof) if step.command else _function_command(proof, step)
+    environment = {
+        **os.environ,
+        **proof.environment(deadline=deadline - 2, step=step.name),
+        MARK: mark,
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment |= {"XDG_CACHE_HOME": str(proof.work / "cache"), "WANDB_MODE": "disabled"}
+    log = proof.out / "logs" / f"{proof.phase}-{step.name.replace(' ', '-')}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(max(1.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            end_all(mark)
+            process.wait()
+
+
+def _function_command(proof: Proof, step: Step) -> list[str]:
+    command = [sys.executable, "-m", "bench.gpu_proof", str(proof.out), "--phase", str(proof.phase)]
+    return [*command, *(["--small"] if proof.small else []), "--step", step.function]
+
+
+def end_all(mark: str) -> None:
+    """End every process that a step started, those in sessions of their own too (torchrun's ranks, say)."""
+    wanted = f"{MARK}={mark}".encode()
+    for _ in range(3):  # one may be starting another
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if wanted in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def pack(out: Path) -> tuple[Path, list[str]]:
+    """Write OUT.tar.gz below 15 MB, the lines first, small files before large ones; return it and what is left out."""
+    target = out.with_name(f"{out.name}.tar.gz")
+    files = [
+        path for path in out.rglob("*") if path.is_file() and path.relative_to(out).parts[0] not in ("work", "site")
+    ]
+    files.sort(key=lambda path: (path.name != "lines.jsonl", path.stat().st_size))
+    left_out: list[str] = []
+    total = 0
+    with tarfile.open(target.with_name(f".{target.name}"), "w:gz") as tar:
+        for path in files:
+            total += path.stat().st_size
+            # By the sizes before compression, which makes them less: what is packed is text and a few pictures.
+            if total > MOST_BYTES * (4 if path.suffix in (".jsonl", ".txt", ".csv") else 1):
+                left_out.append(path.relative_to(out).as_posix())
+            else:
+                tar.add(path, Path(out.name) / path.relative_to(out))
+    shutil.move(target.with_name(f".{target.name}"), target)
+    return target, left_out
+
+
+def summary(proof: Proof, outcomes: dict[str, str], packed: Path, left_out: Sequence[str]) -> int:
+    """Print what was measured, what failed and what is missing; return the exit code."""
+    last = {
+        line["figure"]: line for line in proof.lines() if line["phase"] == proof.phase and line["card"] == proof.card
+    }
+    figures = {name: line for name, line in last.items() if not name.startswith("part: ")}
+    failed = [line for line in figures.values() if line["outcome"] in ("failed", "started")]
+    late = [line for line in figures.values() if is_late(line)]
+    absent = [line for line in figures.values() if line["outcome"] == "skipped" and line not in late]
+    print(f"\nphase {proof.phase} on {proof.card}: {len(figures)} figures, ", end="")
+    print(f"{sum(line['outcome'] == 'measured' for line in figures.values())} measured, {len(failed)} failed")
+    for title, lines in (("failed", failed), (NO_TIME, late), ("not here", absent)):
+        for line in lines[:20]:
+            reason = (
+                "" if line in late else ((line.get("reason") or "ended in the midst").strip().splitlines() or [""])[-1]
+            )
+            print(f"  {title}: {line['figure']}  {reason[:160]}")
+        if lines[20:]:
+            print(f"  {title}: {len(lines) - 20} more")
+    for name, outcome in outcomes.items():
+        print(f"  step {name}: {outcome}")
+    size = packed.stat().st_size
+    print(f"lines    {proof.path}\npacked   {packed} ({size / 1e6:.2f} MB)")
+    if left_out:
+        print(f"left out of it: {', '.join(left_out)}")
+    if failed or "failed" in outcomes.values() or size > MOST_BYTES:
+        return 1
+    return OUT_OF_TIME if late or "out of time" in outcomes.values() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Phase 2, why: kernels of each engine by the profiler, hardware counters, races, ideas in pairs, rivals.
+
+python -m bench.proof.causes ENGINE BATCH STEPS     # plain steps for a tool that watches them: ncu, compute-sanitizer
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from bench.baselines import loops
+from bench.harness.step_setup import make_step, random_feed, run_steps
+from bench.harness.timing import clocked, repeated, synchronize
+from bench.proof.lines import Line, NotHere, Proof
+from bench.proof.machine_and_steps import DEVICE, ROOT, TABLE, step_rate
+from fastcnn.system.device import pick_precision, torch_settings
+from fastcnn.training import engines
+from fastcnn.training.step import StepFunctions, TrainingStep
+
+ON_GPU = DEVICE.type == "cuda"
+FILTERS = (32,) * 5
+COUNTERS = {
+    "gpu__time_duration.sum": "seconds",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy",
+    "dram__bytes_read.sum": "bytes read",
+    "dram__bytes_write.sum": "bytes written",
+    "launch__registers_per_thread": "registers",
+}
+Variants = Mapping[str, Callable[[], object]]
+"""Name -> what is timed."""
+
+
+def batches(proof: Proof) -> tuple[int, ...]:
+    """Return the batch sizes of this form."""
+    return (8,) if proof.small else (32, 2048)
+
+
+def step_of(batch: int, *, small: bool) -> TrainingStep:
+    """Return a step of the reference network, or of a tiny one, in the machine's best precision."""
+    precision = pick_precision("auto", DEVICE, deterministic=False, strict=False)
+    feed = random_feed(DEVICE, max(512, 16 * batch), 32 if small else 128)
+    return make_step(feed, (8,) * 5 if small else FILTERS, batch, precision)
+
+
+def kernel_tables(proof: Proof) -> None:
+    """Write the kernels of each engine: a CSV file each."""
+    from bench.suites.bench_step import ENGINES
+
+    for engine in (name for name in (*TABLE, "hybrid") if name in ENGINES):
+        for batch in batches(proof):
+            path = proof.out / f"kernels-{re.sub('[^a-z0-9]+', '-', engine)}-{batch}.csv"
+            work = functools.partial(kernel_table, engine, batch, path, small=proof.small)
+            proof.measure(f"kernels: {engine}, batch {batch}", work, least=25.0 if "compiled" in engine else 5.0)
+
+
+def kernel_table(name: str, batch: int, path: Path, *, small: bool, num_steps: int = 16) -> Line:
+    """Return launches and time of a step, and write a row a kernel (on a CPU an operator): name, launches, time."""
+    from bench.suites.bench_step import ENGINES
+
+    if "graphed" in name and not ON_GPU:
+        raise NotHere("CUDA graphs need an NVIDIA GPU")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + ON_GPU]
+    kind = "CUDA" if ON_GPU else "CPU"
+    with torch_settings(DEVICE, threads=None, deterministic=False):
+        step = step_of(batch, small=small)
+        try:
+            engine = ENGINES[name](step)
+        except engines.NoEngine as error:
+            raise NotHere(str(error)) from None
+        run_steps(step, engine, num_steps)
+        synchronize(DEVICE)
+        with torch.profiler.profile(activities=activities) as trace:
+            run_steps(step, engine, num_steps)
+            synchronize(DEVICE)
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in trace.events() or []:
+        if str(event.device_type).endswith(kind) and (ON_GPU or event.name.startswith("aten::")):
+            times[event.name].append(event.time_range.end - event.time_range.start)
+    rows = sorted(times.items(), key=lambda row: -sum(row[1]))
+    total = sum(map(sum, times.values())) or 1.0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["kernel", "launches a step", "us a step", "share"])
+        for kernel, found in rows:
+            share = f"{sum(found) / total:.4f}"
+            table.writerow([kernel, len(found) / num_steps, f"{sum(found) / num_steps:.2f}", share])
+    return {
+        "launches_a_step": sum(map(len, times.values())) / num_steps,
+        "us_a_step": total / num_steps,
+        "most": [kernel for kernel, _ in rows[:6]],
+        "table": path.name,
+    }
+
+
+def counters(proof: Proof) -> None:
+    """Write hardware counters of the six kernels that take longest: issue, occupancy, bytes, registers."""
+    proof.measure("ncu", lambda: _counters(proof), limit=100.0, least=20.0)
+
+
+def _counters(proof: Proof) -> Line:
+    tool = _tool("ncu")
+    engine = "hybrid" if "hybrid" in engines.ENGINES else "eager"
+    table = proof.values(f"kernels: {engine}, batch {batches(proof)[-1]}")
+    if not table:
+        raise NotHere("the kernel table is not there")
+    # ncu's names are functions' own: without return type, namespaces and template arguments.
+    names = {re.split(r"[<(]", name.removeprefix("void "))[0].rpartition("::")[2] for name in table["most"]}
+    command = [tool, "--csv", "--clock-control", "none", "--metrics", ",".join(COUNTERS)]
+    command += ["--kernel-name", f"regex:^({'|'.join(map(re.escape, names))})$", "--launch-skip", "20"]
+    command += ["--launch-count", "20", sys.executable, "-m", "bench.proof.causes"]
+    done = subprocess.run(
+        [*command, engine, str(batches(proof)[-1]), "4"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    (proof.out / "ncu.csv").write_text(done.stdout, encoding="utf-8")
+    lines = done.stdout.splitlines()
+    head = next((at for at, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if head is None:
+        raise RuntimeError(f"ncu gave no table: {(done.stdout + done.stderr)[-500:]}")
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in csv.DictReader(lines[head:]):
+        if row["Metric Name"] in COUNTERS:
+            found[row["Kernel Name"]][COUNTERS[row["Metric Name"]]].append(
+                f"{row['Metric Value']} {row['Metric Unit']}"
+            )
+    return {"kernels": {name: {key: values[-1] for key, values in row.items()} for name, row in found.items()}}
+
+
+def sanitizers(proof: Proof) -> None:
+    """Write what compute-sanitizer says of races and addresses in a small step by our own kernels."""
+    for tool in ("racecheck", "memcheck"):
+        proof.measure(f"compute-sanitizer {tool}", functools.partial(_sanitized, proof, tool), limit=90.0, least=20.0)
+
+
+def _sanitized(proof: Proof, tool: str) -> Line:
+    command = [_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", sys.executable]
+    command += ["-m", "bench.proof.causes", "hybrid", "4", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    (proof.out / f"{tool}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    said = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+    if done.returncode:
+        raise RuntimeError(
+            f"exit code {done.returncode}: {(said or (done.stdout + done.stderr).splitlines() or [''])[-1]}"
+        )
+    return {"summary": said[-1] if said else ""}
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name) or next((str(path) for path in Path("/usr/local/cuda/bin").glob(name)), None)
+    if not found:
+        raise NotHere(f"{name} is not installed")
+    if not ON_GPU:
+        raise NotHere("needs an NVIDIA GPU")
+    return found
+
+
+def ideas(proof: Proof) -> None:
+    """Write each idea beside what it would replace, timed in turn."""
+    for batch in batches(proof):
+        for name, variants in IDEAS.items():
+            work = functools.partial(_in_turn, variants, batch, small=proof.small)
+            proof.measure(f"idea: {name}, batch {batch}", work, limit=90.0, least=20.0 if "compiled" in name else 8.0)
+
+
+def _in_turn(variants: Callable[[int, bool], Variants], batch: int, *, small: bool) -> Line:
+    """Return microseconds of each variant: the median of 7 turns, A B A B."""
+    with torch_settings(DEVICE, threads=None, deterministic=False):
+        runs = variants(batch, small)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        timed = {}
+        for name, run in runs.items():
+            run()
+            once = clocked(run, DEVICE)()
+            count = max(1, round((0.01 if small else 0.1) / max(once, 1e-7)))
+            timed[name] = clocked(repeated(run, count), DEVICE), count
+        for _ in range(7):
+            for name, (run, count) in timed.items():
+                seconds[name].append(run() / count)
+    return {"us": {name: round(1e6 * statistics.median(found), 2) for name, found in seconds.items()}}
+
+
+def _parts(batch: int, small: bool) -> Variants:
+    """Whole steps, captured where there is a GPU: own kernels for nothing, the blocks, the update, both."""
+    step = step_of(batch, small=small)
+    try:
+        ours, plain = engines.hybrid(step), step.functions
+    except (engines.NoEngine, AttributeError) as error:
+        raise NotHere(str(error)) from None
+    blocks = dataclasses.replace(plain, read=ours.read, forward=ours.forward)
+    update = dataclasses.replace(plain, collect=ours.collect, update=ours.update)
+    kinds = {"plain": plain, "own blocks and head": blocks, "own update": update, "both": ours}
+    return {name: _running(step, functions) for name, functions in kinds.items()}
+
+
+def _running(
+    step: TrainingStep, functions: StepFunctions | None = None, steps_per_replay: int = 1
+) -> Callable[[], None]:
+    if ON_GPU:
+        engine: engines.Engine = engines.graphed(step, functions, steps_per_replay)
+    else:
+        engine = engines.Eager(step, functions)
+    return lambda: run_steps(step, engine, 8)
+
+
+def _replays(batch: int, small: bool) -> Variants:
+    step = step_of(batch, small=small)
+    if not ON_GPU:
+        raise NotHere("CUDA graphs need an NVIDIA GPU")
+    return {f"{count} a replay": _running(step, steps_per_replay=count) for count in (1, 8)}
+
+
+def _meeting(batch: int, small: bool) -> Variants:
+    """One launch whose programs wait for each other, and two in turn."""
+    from fastcnn.network.kernels import launch
+
+    if not hasattr(launch, "can_meet") or not launch.can_meet(DEVICE):
+        raise NotHere("programs cannot wait for each other here")
+    found: dict[str, Callable[[], None]] = {}
+    for name, meets in (("one launch", True), ("two launches", False)):
+        with mock.patch.object(launch, "can_meet", lambda device, meets=meets: meets):
+            step = step_of(batch, small=small)
+            found[name] = _running(step, engines.hybrid(step))
+    return found
+
+
+def _compiled(batch: int, small: bool) -> Variants:
+    if not ON_GPU:
+        raise NotHere("compiling is for GPUs")
+    step = step_of(batch, small=small)
+    found = {}
+    for name, parts in (("forward compiled", ["forward"]), ("all compiled", engines.FUNCTIONS)):
+        functions = engines.with_compiled(step.functions, parts)
+        with engines.rehearsal(step):
+            step(functions)
+        found[name] = _running(step, functions)
+    return found
+
+
+def _gathers(batch: int, small: bool) -> Variants:
+    """A batch out of (M, H, W, 3) uint8: as the step does, by indexing, and in words of 16 bytes."""
+    size = 32 if small else 128
+    images = random_feed(DEVICE, 16 * batch, size).images
+    words, chosen = (
+        images.view(len(images), -1).view(torch.complex128),
+        torch.randperm(len(images), device=DEVICE)[:batch],
+    )
+    return {
+        "index_select": lambda: images.index_select(0, chosen),
+        "indexing": lambda: images[chosen],
+        "words of 16 bytes": lambda: words.index_select(0, chosen),
+    }
+
+
+def _channels(batch: int, small: bool) -> Variants:
+    """The first convolution, forward and weight gradient, with 3 channels and with some that are zero."""
+    size, dtype, found = (
+        32 if small else 128,
+        torch.bfloat16 if ON_GPU else torch.float32,
+        dict[str, Callable[[], object]](),
+    )
+    for channels in (3, 4, 8):
+        x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
+        conv = torch.nn.Conv2d(channels, 32, 3, padding=1, bias=False).to(DEVICE, dtype)
+        conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        gradient = torch.randn_like(conv(x))
+        found[f"{channels} channels"] = functools.partial(
+            lambda conv, x, gradient: torch.autograd.grad(conv(x), conv.weight, gradient), conv, x, gradient
+        )
+    return found
+
+
+IDEAS: dict[str, Callable[[int, bool], Variants]] = {
+    "own kernels by part": _parts,
+    "steps a replay": _replays,
+    "one launch or two": _meeting,
+    "gathering": _gathers,
+    "channels of the first convolution": _channels,
+    "compiled parts": _compiled,
+}
+"""Idea -> (batch, small) -> its variants, the present one first."""
+
+
+def rivals(proof: Proof) -> None:
+    """Write the plain loops at two shapes, TF32 by that name, torch's max-autotune among them. Ours beside them."""
+    from bench.suites.bench_step import ENGINES
+
+    size, filters = (32, (8,) * 5) if proof.small else (128, FILTERS)
+    kinds = [
+        ("plain", "fp32"),
+        ("plain", "tf32"),
+        ("plain", "bf16"),
+        ("max-autotune", "bf16"),
+        ("max-autotune", "tf32"),
+    ]
+    for batch in (8, 16) if proof.small else (32, 2048):
+        for name in ("hybrid+graphed", "graphed") if ON_GPU else ("eager",):
+            if name in ENGINES:
+                work = functools.partial(step_rate, name, "bf16" if ON_GPU else "fp32", batch, small=proof.small)
+                proof.measure(f"rivals: ours, {name}, bf16, batch {batch}", work, limit=90.0, least=8.0)
+        for loop, precision in kinds if ON_GPU else kinds[:1]:
+            work = functools.partial(_rival, loop, precision, batch, size, filters)
+            least = 30.0 if loop == "max-autotune" else 5.0
+            proof.measure(f"rivals: {loop}, {precision}, batch {batch}", work, limit=120.0, least=least)
+
+
+def _rival(loop: str, precision: str, batch: int, size: int, filters: tuple[int, ...]) -> Line:
+    torch._dynamo.reset()
+    step = loops.random_steps(loop, max(512, 4 * batch), size, filters, batch, precision)
+    for _ in range(3):
+        step()
+    count = max(3, round(0.2 / clocked(step, DEVICE)()))
+    run = clocked(repeated(step, count), DEVICE)
+    seconds = [run() / count for _ in range(5)]
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    return {
+        "images_per_second": round(batch / statistics.median(seconds), 1),
+        "step_us": [round(1e6 * found(seconds), 2) for found in (min, statistics.median, max)],
+        "tf32": {"convolutions": flags[0], "matrices": flags[1]},
+    }
+
+
+def main(engine: str, batch: str, num_steps: str) -> None:
+    """Run steps of an engine on the reference network."""
+    step = step_of(int(batch), small=int(batch) < 32)
+    run_steps(step, engines.ENGINES[engine](step), int(num_steps))
+    synchronize(DEVICE)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,170 @@
+"""The proof on a borrowed GPU: it goes on after whatever fails, ends in time, and measures nothing twice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gpu_proof
+from bench.gpu_proof import PHASES, SECONDS, Step, pack, run_phase
+from bench.proof.lines import OUT_OF_TIME, NotHere, Proof
+from tests.bench.test_bench import ROOT, outside
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="GPU boxes run Linux")
+STEPS = "tests.bench.proof_steps"
+
+
+def proof_in(folder: Path, *, seconds: float = 60.0, session: str = "a", **options: Any) -> Proof:
+    return Proof(folder / "out", 1, False, session, time.time() + seconds, **options)
+
+
+def outcomes(proof: Proof) -> dict[str, str]:
+    return {line["figure"]: line["outcome"] for line in proof.lines() if not line["figure"].startswith("part: ")}
+
+
+def test_a_figure_is_measured_once(tmp_path: Path) -> None:
+    proof, calls = proof_in(tmp_path), iter(range(9))
+    for _ in range(2):
+        assert proof.measure("x", lambda: {"call": next(calls)}) == {"call": 0}
+    with proof.path.open("a") as file:
+        file.write('{"figure": "y", "outc')  # the machine went
+    assert proof_in(tmp_path, session="b").measure("x", lambda: {"call": next(calls)}) == {"call": 0}
+    small = Proof(proof.out, 1, True, "c", proof.deadline)
+    assert small.measure("x", lambda: {"call": next(calls)}) == {"call": 1}
+
+
+def test_what_failed_is_tried_again_in_the_next_sitting(tmp_path: Path) -> None:
+    def not_here() -> dict[str, Any]:
+        raise NotHere("needs a GPU")
+
+    proof = proof_in(tmp_path, step="a step")
+    assert proof.measure("bad", lambda: {"quotient": 1 / 0}) is None
+    assert proof.measure("bad", lambda: {"quotient": 1}) is None
+    assert proof.exit_code() == 1
+    later = proof_in(tmp_path, session="b", step="a step")
+    assert later.measure("bad", lambda: {"quotient": 1}) == {"quotient": 1}
+    assert later.measure("absent", not_here) is None
+    assert later.exit_code() == 0
+    late = proof_in(tmp_path, session="c", seconds=1, step="a step")
+    assert late.measure("late", lambda: {}) is None
+    assert late.exit_code() == OUT_OF_TIME
+
+
+def test_a_phase_goes_on_after_failures_and_is_repeated_where_it_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [Step(name, 20, f"{STEPS}:{name}") for name in ("failing", "dying", "lost", "good")]
+    steps.insert(1, Step("command", 20, command=lambda proof: [sys.executable, "-c", "raise SystemExit(3)"]))
+    proof = proof_in(tmp_path)
+    assert run_phase(proof, steps) == 1
+    assert outcomes(proof) == {
+        "failing": "failed",
+        "after the failing one": "measured",
+        "first": "measured",
+        "ends the process": "failed",
+        "never ends": "failed",
+        "last": "measured",
+        "illegal": "failed",
+        "by another process": "measured",
+        "good": "measured",
+    }
+    said = capsys.readouterr().out
+    assert "failed: failing  ZeroDivisionError: division by zero" in said
+    assert "step command: failed" in said
+    with tarfile.open(tmp_path / "out.tar.gz") as tar:
+        assert {"out/lines.jsonl", "out/logs/1-command.txt"} <= set(tar.getnames())
+    assert run_phase(proof_in(tmp_path, session="b"), [Step("good", 20, f"{STEPS}:failing"), steps[-1]]) == 1
+    assert "step good: done before" in capsys.readouterr().out
+
+
+def test_a_phase_ends_in_time_and_names_what_did_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_proof, "PACKING_SECONDS", 0.5)
+    proof = proof_in(tmp_path, seconds=6.5)
+    assert run_phase(proof, [Step("slow", 30, f"{STEPS}:slow"), Step("good", 30, f"{STEPS}:good")]) == OUT_OF_TIME
+    assert time.time() < proof.deadline + 1
+    said = capsys.readouterr().out
+    assert "no time left: slow" in said
+    assert "step good: out of time" in said
+    orphan = Path("/proc") / str(proof.values("orphan")["pid"])
+    assert not orphan.exists() or "Z" in (orphan / "stat").read_text().rpartition(")")[2]
+
+
+def test_what_is_packed_stays_below_15_mb(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    for name, size in (("lines.jsonl", 10), ("work/cache.bin", 10), ("a.png", 9 << 20), ("b.png", 10 << 20)):
+        (out / name).write_bytes(os.urandom(size))
+    target, left_out = pack(out)
+    assert target.stat().st_size < 15_000_000
+    assert left_out == ["b.png"]
+    with tarfile.open(target) as tar:
+        assert tar.getnames() == ["out/lines.jsonl", "out/a.png"]
+
+
+def test_phases_are_as_long_as_promised_and_their_steps_are_there() -> None:
+    assert SECONDS == {1: 300, 2: 360, 3: 480}
+    for steps in PHASES.values():
+        assert len({step.name for step in steps}) == len(steps)
+        for step in steps:
+            module, _, name = step.function.partition(":")
+            assert step.command or callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("timeout", [True, False])
+def test_tests_have_a_line_each_and_pass_once(timeout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pytest-timeout a file is the least that can be ended."""
+    from bench.proof import machine_and_steps
+
+    files = [tmp_path / name for name in ("test_hangs.py", "test_mixed.py")]
+    files[0].write_text("import time\n\ndef test_hangs():\n    time.sleep(60)\n")
+    files[1].write_text("def test_good():\n    pass\n\ndef test_bad():\n    assert 1 == 2\n")
+    has = {"pytest": True, "xdist": False, "pytest_timeout": timeout, "pytest_benchmark": True}
+    monkeypatch.setattr(machine_and_steps, "installed", has.__getitem__)
+    monkeypatch.setattr(machine_and_steps, "FILE_SECONDS", 4.0)
+    proof = Proof(tmp_path / "out", 1, True, "a", time.time() + 40)
+    for name, value in {**proof.environment(), **outside(), "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    if timeout:  # it need not be installed: what is given to pytest is what counts
+        given: list[list[str]] = []
+        monkeypatch.setattr(machine_and_steps, "_pytest", lambda proof, options, files: given.append([*options, files]))
+        machine_and_steps.run_tests(proof, files)
+        assert len(given) == 1
+        assert "--timeout=90" in given[0]
+        return
+    machine_and_steps.run_tests(proof, files)
+    found = outcomes(proof)
+    assert found["tests of test_hangs"] == "failed"
+    assert {name.rpartition("::")[2]: outcome for name, outcome in found.items() if "::" in name} == {
+        "test_good": "measured",
+        "test_bad": "failed",
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", [1, 3])
+def test_the_small_form_runs_on_a_cpu(phase: int, tmp_path: Path) -> None:
+    planted = tmp_path / "test_planted.py"
+    planted.write_text("def test_planted():\n    assert not 'made to fail'\n")
+    environment = {**outside(), "PYTHON": sys.executable, "FASTCNN_PROOF_TESTS": str(planted)}
+    environment.pop("TRITON_INTERPRET", None)  # the tests' own: nothing can be compiled under it
+    command = [str(ROOT / "scripts" / "gpu_proof.sh"), str(tmp_path / "out"), "--phase", str(phase), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=130)
+    assert done.returncode == (1 if phase == 1 else 0), done.stdout + done.stderr
+    last = {
+        line["figure"]: line for line in map(json.loads, (tmp_path / "out" / "lines.jsonl").read_text().splitlines())
+    }
+    failed = [name for name, line in last.items() if line["outcome"] == "failed" and not name.startswith("part: ")]
+    assert [name.rpartition("::")[2] for name in failed] == (["test_planted"] if phase == 1 else [])
+    assert [path.name for path in tmp_path.glob("*.tar.gz")] == ["out.tar.gz"]
+    assert {f"part: {step.name}" for step in gpu_proof.PHASES[phase]} <= last.keys()
