@@ -54,5 +54,6 @@ def first_line(error: BaseException) -> str:
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the choice most like `name`, or ""."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    by_letters = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(name.casefold(), list(by_letters), n=1, cutoff=0.5)
+    return f"; did you mean '{by_letters[close[0]]}'?" if close else ""

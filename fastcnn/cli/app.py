@@ -12,6 +12,7 @@ import click
 from fastcnn.cli import checkout, data, model, train
 from fastcnn.cli.group import SETTINGS, Commands
 from fastcnn.cli.options import config_options, json_option
+from fastcnn.config import in_our_words, option_name
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 from fastcnn.system import launch
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = commands.main(list(sys.argv[1:] if argv is None else argv), "fastcnn", standalone_mode=False)
     except click.NoSuchOption as error:
         known = [option for parameter in (error.ctx.command.params if error.ctx else []) for option in parameter.opts]
-        code = _fail(f"no option {error.option_name}{nearest(error.option_name, known)}", UsageError.exit_code)
+        code = _fail(f"no option {error.option_name}{_proposal(error.option_name, known)}", UsageError.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = UsageError.exit_code
@@ -70,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.close()
         code = 1
     sys.exit(code or 0)
+
+
+def _proposal(option: str, known: Sequence[str]) -> str:
+    """Return the option that was perhaps meant: another trainer's word for one of ours, else the one most like it."""
+    field, value = in_our_words(option.removeprefix("--"), True)
+    proposed = option_name(field)
+    if proposed not in known or proposed == option:
+        return nearest(option, known)
+    return f"; did you mean '{proposed}'?" if value is True else f"; did you mean '{proposed}={value}'?"
 
 
 def _fail(message: str, code: int) -> int:

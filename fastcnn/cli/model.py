@@ -9,7 +9,7 @@ import click
 
 from fastcnn.cli.group import SETTINGS
 from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, sha256_option
-from fastcnn.config import Export, resolve
+from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 
 
@@ -70,7 +70,8 @@ def export(run: str, formats: str, half: Any, output: str | None, triton: str | 
     """
     from fastcnn.export.exporters import export_run
 
-    names = [name.strip() for name in formats.split(",")]
+    names = [as_choice(name.strip(), get_args(Export)) for name in formats.split(",")]
+    half = half and half.lower()
     for option, value in (("--output", output), ("--triton", triton)):
         if value and len(names) > 1:
             raise UsageError(f"{option} works with one format, and --format has {len(names)}: give one")
@@ -133,7 +134,11 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
     "--top-k", type=click.IntRange(1), default=1, metavar="N", help="Number of most probable classes to print."
 )
 @click.option(
-    "--format", "format_", type=click.Choice(["table", "csv", "jsonl"]), default="table", help="Output format."
+    "--format",
+    "format_",
+    type=click.Choice(["table", "csv", "jsonl"], case_sensitive=False),
+    default="table",
+    help="Output format.",
 )
 @config_options("workers", "max_pixels")
 @click.option("--quiet", is_flag=True, help="Print no progress and no summary.")

@@ -24,12 +24,12 @@ quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and er
 
 
 class ConfigCommand(click.Command):
-    """A command with options made from the configuration: help in sections, flags also as --batch_norm=False."""
+    """A command with options made from the configuration: help in sections, switches with a value too."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, after turning --batch_norm=False into --no-batch-norm. `meta` keeps the arguments."""
+        """Parse, with --no-batch-norm for --batch_norm=False or --batch-norm no. `meta` keeps the arguments."""
         ctx.meta["arguments"] = list(args)
-        return super().parse_args(ctx, [_plain_flag(arg) for arg in args])
+        return super().parse_args(ctx, [_plain_flag(arg) for arg in _joined(args)])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the command's own options, then those of each section of the configuration under its title."""
@@ -45,14 +45,38 @@ class ConfigCommand(click.Command):
                     formatter.write_dl(records)
 
 
+_SWITCHES = {
+    **{"true": True, "yes": True, "on": True, "y": True, "t": True, "1": True},
+    **{"false": False, "no": False, "off": False, "n": False, "f": False, "0": False},
+}
+"""Values of a switch, in small letters."""
+
+
+def _joined(args: list[str]) -> list[str]:
+    """Return the arguments with a word for on or off that follows a switch in one piece with it: --batch-norm=no."""
+    joined: list[str] = []
+    for arg in args:
+        if joined and _switch(joined[-1]) and len(arg) > 1 and arg.lower() in _SWITCHES:
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return joined
+
+
+def _switch(name: str) -> str:
+    """Return the field of the configuration that an option switches on, "" for any other argument."""
+    field = name.removeprefix("--").replace("-", "_")
+    return field if name.startswith("--") and field in OPTIONS and base_type(OPTIONS[field].annotation) is bool else ""
+
+
 def _plain_flag(arg: str) -> str:
     name, equals, value = arg.partition("=")
-    field = name.removeprefix("--").replace("-", "_")
-    if not (equals and name.startswith("--") and field in OPTIONS and base_type(OPTIONS[field].annotation) is bool):
+    field = _switch(name)
+    if not (equals and field):
         return arg
-    if value.lower() not in ("true", "false", "1", "0"):
+    if value.strip().lower() not in _SWITCHES:
         raise UsageError(f"{name}: expected true or false, got '{value}'")
-    return option_name(field if value.lower() in ("true", "1") else f"no_{field}")
+    return option_name(field if _SWITCHES[value.strip().lower()] else f"no_{field}")
 
 
 def config_options(*names: str, leave_out: Collection[str] = ("data",)) -> Callable[[Any], Any]:

@@ -6,3 +6,4 @@ from fastcnn.config.model import MIN_IMAGE_SIZE, NUM_BLOCKS, Activation, ModelCo
 from fastcnn.config.optimization import OptimizationConfig, Optimizer, Schedule
 from fastcnn.config.run import Engine, Export, Precision, RunConfig, Wandb
 from fastcnn.config.section import Bytes, Interval, base_type, option_name, parse_bytes, parse_interval
+from fastcnn.config.synonyms import METRIC_SYNONYMS, as_choice, as_field, in_our_words, propose_option

@@ -17,6 +17,7 @@ from fastcnn.config.model import ModelConfig
 from fastcnn.config.optimization import OptimizationConfig
 from fastcnn.config.run import RunConfig
 from fastcnn.config.section import Section
+from fastcnn.config.synonyms import as_choice, propose_option
 from fastcnn.errors import UsageError, nearest
 
 MAX_YAML_DEPTH = 3  # a list in the mapping, and one level more so that the message can name the option
@@ -68,7 +69,7 @@ def resolve(*sources: Mapping[str, Any]) -> Config:
         for name, value in source.items():
             field = str(name).replace("-", "_")
             if field not in OPTIONS:
-                raise UsageError(f"no option '{name}'{nearest(field, OPTIONS)}")
+                raise UsageError(f"no option '{name}'{propose_option(field, OPTIONS)}")
             merged[field] = value
     return Config(**merged)
 
@@ -80,6 +81,7 @@ def recipe_names() -> list[str]:
 
 def read_recipe(name: str) -> dict[str, Any]:
     """Return the values of a recipe that ships with the package."""
+    name = as_choice(name, recipe_names())
     if name not in recipe_names():
         raise UsageError(
             f"--recipe: expected one of {', '.join(recipe_names())}, got '{name}'{nearest(name, recipe_names())}"

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from fastcnn.config.model import MIN_IMAGE_SIZE
 from fastcnn.config.section import Bytes, Section
+from fastcnn.config.synonyms import as_choice
 from fastcnn.errors import UsageError, nearest
 
 Augmentation = Literal["flip", "shift", "crop", "rotate", "colour", "cutout", "mixup", "cutmix"]
@@ -34,8 +35,10 @@ PRESETS: dict[str, tuple[str, ...]] = {"none": (), "light": ("flip", "shift"), "
 def _with_strengths(items: tuple[str, ...]) -> tuple[str, ...]:
     """Return augmentations as name=strength, with presets written out."""
     found = {}
-    for item in PRESETS[items[0]] if len(items) == 1 and items[0] in PRESETS else items:
+    preset = as_choice(items[0], PRESETS) if len(items) == 1 else ""
+    for item in PRESETS.get(preset, items):
         name, equals, text = item.partition("=")
+        name = as_choice(name, STRENGTHS)
         if name not in STRENGTHS:
             raise UsageError(
                 f"--augment: expected {', '.join(PRESETS)} or a list of {', '.join(STRENGTHS)}, "

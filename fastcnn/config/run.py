@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from fastcnn.config.section import Interval, Section
-from fastcnn.errors import UsageError, nearest, warn
+from fastcnn.config.synonyms import propose_value
+from fastcnn.errors import UsageError, warn
 
 Engine = Literal[
     "auto",
@@ -28,9 +29,12 @@ EVERY_FIVE_MINUTES = Interval("5m")
 
 
 def _known_device(device: str) -> str:
+    device = device.lower()
     kind = device.partition(":")[0]
     if kind not in DEVICES:
-        raise UsageError(f"--device: expected one of {', '.join(DEVICES)}, got '{device}'{nearest(kind, DEVICES)}")
+        raise UsageError(
+            f"--device: expected one of {', '.join(DEVICES)}, got '{device}'{propose_value(kind, DEVICES)}"
+        )
     return device
 
 
@@ -43,8 +47,9 @@ EARLIER_ENGINES = {
 
 
 def _engine_of_today(name: object) -> object:
-    if not isinstance(name, str) or name not in EARLIER_ENGINES:
+    if not isinstance(name, str) or name.lower() not in EARLIER_ENGINES:
         return name
+    name = name.lower()
     warn(f"there is no {name} engine any more: using {EARLIER_ENGINES[name]}, which computes the same")
     return EARLIER_ENGINES[name]
 

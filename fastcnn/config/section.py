@@ -7,13 +7,14 @@ import re
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NewType, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NewType, Union, get_args, get_origin
 
 from pydantic import ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from fastcnn.errors import UsageError, nearest
+from fastcnn.config.synonyms import as_choice, propose_option, propose_value
+from fastcnn.errors import UsageError
 
 Bytes = NewType("Bytes", int)
 """Number of bytes; written as a number or as 500MB, 2GB, 1.5GiB."""
@@ -34,6 +35,9 @@ _EXPECTED = {
     "value_error": "{error}",  # a ValueError in a validator says what is expected
 }
 """Expected values, by the type of a pydantic error or the first word of that type."""
+
+_NOTHING = ("", "none", "no", "off", "false")
+"""Words for an empty list, in small letters; YAML reads a bare no or off as false."""
 
 
 def option_name(field: str) -> str:
@@ -61,13 +65,13 @@ class Section:
     def _read(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         kind = cls.__pydantic_fields__[info.field_name].annotation
-        if type(None) in get_args(kind) and (value is None or value in ("", "none", "None")):
+        if type(None) in get_args(kind) and (value is None or str(value).strip().lower() in ("", "none")):
             return None
         kind = base_type(kind)
         if get_origin(kind) is not tuple:
             return _read_scalar(kind, value)
         items = value.strip("[]() ").split(",") if isinstance(value, str) else value
-        if items in (["none"], [""], None):
+        if items is None or items is False or (isinstance(value, str) and value.strip("[]() ").lower() in _NOTHING):
             return ()
         items = items if isinstance(items, list | tuple) else [items]
         return [_read_scalar(get_args(kind)[0], item) for item in items]
@@ -99,6 +103,8 @@ def _read_scalar(kind: Any, value: Any) -> Any:
         if parse_interval(str(value)) == (None, None):
             raise ValueError("steps as 200, or a time as 30s or 5m")
         return str(value).strip()
+    if get_origin(kind) is Literal and isinstance(value, str):
+        return as_choice(value, get_args(kind))
     if kind is int and isinstance(value, str) and not value.isdecimal():
         with contextlib.suppress(ValueError):  # 1e3 is a whole number, too
             return float(value)
@@ -110,12 +116,12 @@ def _message(error: ValidationError, fields: dict[str, FieldInfo]) -> str:
     first = error.errors(include_url=False)[0]
     name, kind, value, context = str(first["loc"][0]), first["type"], first["input"], first.get("ctx", {})
     if kind == "unexpected_keyword_argument":
-        return f"no option '{name}'{nearest(name, fields)}"
+        return f"no option '{name}'{propose_option(name, fields)}"
     close = ""
     if kind == "literal_error":
         choices = base_type(fields[name].annotation)
         choices = get_args(get_args(choices)[0] if get_origin(choices) is tuple else choices)
-        expected, close = f"one of {', '.join(choices)}", nearest(str(value), choices)
+        expected, close = f"one of {', '.join(choices)}", propose_value(str(value), choices)
     else:
         template = _EXPECTED.get(kind) or _EXPECTED.get(kind.partition("_")[0])
         expected = template.format(**context) if template else first["msg"].removeprefix("Input should be ")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from fastcnn.errors import FastCNNError, first_line
+from fastcnn.errors import FastCNNError, first_line, nearest
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.batcher import Batcher, BatcherClosed, Limits, Metrics
 from fastcnn.inference.classifier import ranked
@@ -90,12 +90,13 @@ class Service:
         """Return the page for people."""
         return HTMLResponse(self._page.replace("MAX_UPLOAD", str(self._limits.upload)), headers=PAGE_HEADERS)
 
-    async def predict(self, request: Request, top_k: int) -> Answer:
+    async def predict(self, request: Request, top_k: int | None) -> Answer:
         """Return the most probable classes of the photo in the request's body, and count the request."""
         start = time.perf_counter()
         status = 500
         self._metrics.in_progress.inc()
         try:
+            await _check_parameters(request, self._limits)
             photo = await _upload(request, self._limits)
             verdict, probabilities = await _classified(self._batcher, photo)
             if not verdict.ok:
@@ -109,7 +110,7 @@ class Service:
             self._metrics.in_progress.dec()
             self._metrics.requests.labels(str(status)).inc()
             self._metrics.latency.observe(time.perf_counter() - start)
-        found = ranked(probabilities, self._model.classes, top_k)
+        found = ranked(probabilities, self._model.classes, top_k or len(self._model.classes))
         predictions = [ClassProbability.model_validate({"class": name, "probability": p}) for name, p in found]
         return Answer(predictions=predictions, model=self._model.sha256)
 
@@ -150,10 +151,11 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
 
     async def predict(
         request: Request,
-        top_k: Annotated[int, Query(ge=1, description="Classes in the answer")] = len(model.classes),
+        top_k: Annotated[int | None, Query(ge=1, description="Classes in the answer. Default: all.")] = None,
+        hyphenated: Annotated[int | None, Query(ge=1, alias="top-k", include_in_schema=False)] = None,
     ) -> Answer:
         """Return the classes of a photo, the request's body, with their probabilities."""
-        return await service.predict(request, top_k)
+        return await service.predict(request, top_k or hyphenated)
 
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(service.index)
     app.post("/predict", openapi_extra=_UPLOAD, responses=_responses(limits), response_model_by_alias=True)(predict)
@@ -164,6 +166,20 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _broken)
     return app
+
+
+async def _check_parameters(request: Request, limits: Limits) -> None:
+    """Raise Refusal for a query parameter that there is not, and for one that is given twice."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    unknown = [name for name in names if name not in ("top_k", "top-k")]
+    if unknown:
+        message = f"no parameter {unknown[0]!r}{nearest(unknown[0], ['top_k'])}"
+    elif len(names) > 1:
+        message = f"{' and '.join(names)}: the parameter is given twice; give it once"
+    else:
+        return
+    await _drain(request, limits)
+    raise Refusal(422, "invalid_request", message)
 
 
 async def _upload(request: Request, limits: Limits) -> bytes:

@@ -12,7 +12,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from fastcnn.config import OPTIONS, parse_yaml, read_yaml, resolve
+from fastcnn.config import (
+    METRIC_SYNONYMS,
+    OPTIONS,
+    as_choice,
+    as_field,
+    in_our_words,
+    parse_yaml,
+    propose_option,
+    read_yaml,
+    resolve,
+)
 from fastcnn.errors import UsageError, nearest
 from fastcnn.sweeps.search_space import Choice, Goal, Hyperband, Normal, Parameter, Sweep, Uniform, round_to_multiple
 
@@ -39,10 +49,10 @@ def read(path: Path | None) -> Sweep:
 
 def parse(text: Mapping[str, Any], file: str, default_name: str = "sweep") -> Sweep:
     """Return the sweep that a file's contents describe. Raises UsageError, naming `file`, for whatever is wrong."""
+    text = _in_our_words(file, text)
     _check_keys(file, "", text, (*_OURS, *_FOR_WANDB))
     method = _one_of(f"{file}: method", text.get("method"), METHODS)
     metric = text.get("metric", {})
-    metric = {"name": metric} if isinstance(metric, str) else _mapping(f"{file}: metric", metric)
     _check_keys(file, "metric.", metric, ("name", "goal", "target", "impute", "impute_while_running"))
     metric_name = _one_of(f"{file}: metric.name", metric.get("name", "val/accuracy"), METRICS)
     default_goal = "maximize" if "metric" not in text else "minimize"
@@ -71,13 +81,48 @@ def parse(text: Mapping[str, Any], file: str, default_name: str = "sweep") -> Sw
     )
 
 
+def _in_our_words(file: str, text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a file's contents with names of other trainers and in other cases as ours; these go to W&B, too."""
+    text, given = dict(text), text.get("parameters")
+    if isinstance(given, Mapping):
+        named = [(key if key.replace("-", "_") in OPTIONS else as_field(key), key) for key in map(str, given)]
+        twice = [key for name, key in named if [each for each, _ in named].count(name) > 1]
+        if twice:
+            raise UsageError(f"{file}: parameters: {' and '.join(twice)} are the same option: keep one")
+        text["parameters"] = {
+            name if name in OPTIONS else key: _values_in_our_words(key, given[key]) for name, key in named
+        }
+    if "metric" in text:
+        metric = {"name": text["metric"]} if isinstance(text["metric"], str) else text["metric"]
+        text["metric"] = metric = dict(_mapping(f"{file}: metric", metric))
+        if isinstance(name := metric.get("name"), str):
+            metric["name"] = METRIC_SYNONYMS.get(name.lower(), name)
+        if isinstance(metric.get("goal"), str):
+            metric["goal"] = as_choice(metric["goal"], GOALS)
+    if isinstance(text.get("method"), str):
+        text["method"] = as_choice(text["method"], METHODS)
+    return text
+
+
+def _values_in_our_words(key: str, given: Any) -> Any:
+    """Return a parameter with its values as the option that `key` stands for takes them."""
+    if not isinstance(given, Mapping):
+        return given
+    changed = dict(given)
+    if "value" in given:
+        changed["value"] = in_our_words(key, given["value"])[1]
+    if isinstance(given.get("values"), list):
+        changed["values"] = [in_our_words(key, value)[1] for value in given["values"]]
+    return changed
+
+
 def _parameters(file: str, given: Any, *, listed: bool) -> dict[str, Parameter]:
     """Return the parameters by field of Config; `listed` ones, for a grid, value by value."""
     parameters: dict[str, Parameter] = {}
     for key, value in _mapping(f"{file}: parameters", given).items():
         name, where = key.replace("-", "_"), f"{file}: parameters.{key}"
         if name not in OPTIONS or name == "data":
-            raise UsageError(f"{file}: no option '{key}' to vary{nearest(name, OPTIONS)}")
+            raise UsageError(f"{file}: no option '{key}' to vary{propose_option(name, OPTIONS)}")
         if name in parameters:
             raise UsageError(f"{file}: parameters: {key} is given twice")
         parameter = _parameter(file, f"parameters.{key}", _mapping(where, value))

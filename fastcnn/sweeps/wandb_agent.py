@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import read_yaml, resolve
+from fastcnn.config import OPTIONS, in_our_words, read_yaml, resolve
 from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.runs.wandb_tracker import logged_in
 from fastcnn.sweeps.search_space import Sweep
@@ -79,10 +79,11 @@ def run(
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """Return the options in the file that W&B's agent writes for a run: a mapping of names to {value: ...}."""
+    """Return the options in the file that W&B's agent writes for a run: a mapping of names, ours or another trainer's,
+    to {value: ...}."""
     given = read_yaml(path, 4)
-    return {
-        name: entry["value"]
+    return dict(
+        (name, entry["value"]) if name.replace("-", "_") in OPTIONS else in_our_words(name, entry["value"])
         for name, entry in given.items()
         if isinstance(entry, dict) and "value" in entry and name != "wandb_version"
-    }
+    )

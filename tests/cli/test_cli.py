@@ -41,6 +41,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
         (["train", "x", "--recipe", "sed"], 2, "did you mean 'seed'?"),
         (["train", "x", "--config", "none.yaml"], 2, "cannot read the configuration none.yaml"),
         (["trian"], 2, "no command 'trian'; did you mean 'train'?"),
+        (["train", "x", "--learning_rate", "0.1"], 2, "no option --learning-rate; did you mean '--lr'?"),
+        (["train", "x", "--bs=8"], 2, "no option --bs; did you mean '--batch-size'?"),
+        (["train", "x", "--hflip"], 2, "no option --hflip; did you mean '--augment=flip'?"),
+        (["train", "x", "--BATCH-SIZE=8"], 2, "did you mean '--batch-size'?"),
+        (["train", "x", "--device", "gpu"], 2, "did you mean 'cuda'?"),
         (["train"], 2, "which photos?"),
         (["train", "nowhere"], 3, "does not exist"),
         (["train", "empty"], 3, "no class folders"),
@@ -128,6 +133,25 @@ def test_resume_quietly(capsys: pytest.CaptureFixture[str], trained: tuple[Path,
     shutil.copytree(trained[0] / "runs", "runs")
     assert run(capsys, "train", "--resume", "photos", "--epochs", "2", "--quiet") == (0, "", "")
     assert json.loads(Path("runs/photos/result.json").read_text())["epochs"] == 2
+
+
+def test_words_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--activation", "ReLU", "--optimizer=SGD", "--recipe", "Seed", "--decoder", "Pillow", "--augment", "Flip"]
+    switches = ["--batch-norm", "No", "--report=off", "--strict", "YES", "--deterministic=On"]
+    code, out, _ = run(capsys, "train", *words, *switches, "photos", "--print-config")
+    values = yaml.safe_load(out)
+    assert code == 0
+    assert [values[name] for name in ("data", "activation", "optimizer", "decoder", "augment")] == [
+        *("photos", "relu", "sgd", "pillow"),
+        ["flip=0.5"],
+    ]
+    assert [values[name] for name in ("batch_norm", "report", "strict", "deterministic")] == [False, False, True, True]
+
+
+def test_the_package_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastcnn", "train", "--lr0=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "fastcnn: error: no option --lr0; did you mean '--lr'?\n")
 
 
 def test_print_config_trains_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcnn import config
-from fastcnn.config import Config, resolve
+from fastcnn.config import Config, resolve, synonyms
 from fastcnn.data.loaders import LOADERS
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export.exporters import EXPORTERS
@@ -79,6 +79,15 @@ def test_recipe_seed_is_the_defaults() -> None:
         ("checkpoint_every", " 30s ", "30s"),
         ("checkpoint_every", "none", None),
         ("device", "cuda:1", "cuda:1"),
+        ("device", "CPU", "cpu"),
+        ("activation", "LeakyReLU", "leaky_relu"),
+        ("schedule", "OneCycle", "onecycle"),
+        ("export", ["ONNX"], ("onnx",)),
+        ("batch_norm", "Yes", True),
+        ("batch_norm", "off", False),
+        ("augment", "Strong", ("flip=0.5", "crop=0.35", "colour=0.3")),
+        ("augment", False, ()),  # as YAML reads: augment: no
+        ("patience", "NONE", None),
     ],
 )
 def test_values_are_coerced(name: str, given_: object, value: object) -> None:
@@ -103,6 +112,12 @@ def test_values_are_coerced(name: str, given_: object, value: object) -> None:
         ("device", "gpu", "--device"),
         ("batch_norm", "perhaps", "true or false"),
         ("epoch", 3, "did you mean 'epochs'"),
+        ("learning_rate", 1, "no option 'learning_rate'; did you mean 'lr'?"),
+        ("LR", 1, "no option 'LR'; did you mean 'lr'?"),
+        ("imgsz", 64, "did you mean 'image_size'"),
+        ("hflip", True, "did you mean 'augment=flip'?"),
+        ("activation", "swish", "did you mean 'silu'"),
+        ("device", "GPU", "did you mean 'cuda'"),
         ("augment", "flip,shfit", "did you mean 'shift'"),
         ("augment", "flip=2", "a strength of flip above 0, up to 1"),
         ("augment", "rotate=much", "a number"),
@@ -116,6 +131,14 @@ def test_wrong_values_are_named(name: str, value: object, message: str) -> None:
         resolve({name: value})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*synonyms.OPTION_SYNONYMS, *synonyms.FLIPS])
+def test_names_of_other_trainers_are_none_of_ours(name: str) -> None:
+    assert name not in config.OPTIONS
+    assert synonyms.as_field(name.upper().replace("_", "-")) in config.OPTIONS
+    with pytest.raises(UsageError, match=f"did you mean '{synonyms.as_field(name)}[='].*"):
+        Config(**{name: "1"})
 
 
 def test_later_sources_win() -> None:

@@ -173,6 +173,8 @@ def test_other_formats_are_taken(served: Served, photos: Path) -> None:
         ("/predict", b"photo=x", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
         ("/predict?top_k=0", b"x", "image/jpeg", 422, "invalid_request"),
         ("/predict?top_k=many", b"x", "image/jpeg", 422, "invalid_request"),
+        ("/predict?top-k=0", b"x", "image/jpeg", 422, "invalid_request"),
+        ("/predict?top_k=1&top-k=2", b"x", "image/jpeg", 422, "invalid_request"),
         ("/predict", None, "", 405, "method_not_allowed"),
         ("/nothing", None, "", 404, "not_found"),
     ],
@@ -180,6 +182,14 @@ def test_other_formats_are_taken(served: Served, photos: Path) -> None:
 def test_errors_are_json(served: Served, path: str, body: bytes | None, kind: str, status: int, code: str) -> None:
     found, answer, _ = served.ask(path, body, {"Content-Type": kind})
     assert (found, answer["error"]["code"]) == (status, code)
+
+
+def test_the_words_of_a_query(served: Served, photos: Path) -> None:
+    photo = next(photos.rglob("*.jpg")).read_bytes()
+    for name in ("top_k", "top-k"):
+        assert len(served.ask(f"/predict?{name}=2", photo)[1]["predictions"]) == 2
+    status, answer, _ = served.ask("/predict?topk=2", photo)
+    assert (status, answer["error"]["message"]) == (422, "no parameter 'topk'; did you mean 'top_k'?")
 
 
 def test_an_upload_without_a_length_is_limited(served: Served) -> None:

@@ -17,6 +17,7 @@ from fastcnn.runs.trackers import COLUMNS
 from fastcnn.sweeps import search_space, sweep_file
 from fastcnn.sweeps.search_space import Choice, Hyperband, Normal, Uniform
 from fastcnn.sweeps.sweep_file import parse
+from fastcnn.sweeps.wandb_agent import read_parameters
 
 LR: dict[str, Any] = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
@@ -135,7 +136,8 @@ def test_an_option_that_is_given_is_not_varied() -> None:
         (file(parameters={"lr": {"values": [0.1, 0.2], "probabilities": [1]}}), "expected 2 numbers"),
         (file(parameters={"lr": 0.1}), "parameters.lr: expected a mapping, got 0.1"),
         (file(method="grid"), "a grid needs a finite list"),
-        (file(metric={"name": "val_accuracy"}), "did you mean 'val/accuracy'"),
+        (file(metric={"name": "val_acuracy"}), "did you mean 'val/accuracy'"),
+        (file(parameters={"lr": LR, "learning_rate": LR}), "lr and learning_rate are the same option: keep one"),
         (file(metric={"name": "val/loss", "goal": "min"}), "did you mean 'minimize'"),
         (file(early_terminate={"type": "median"}), "expected one of hyperband"),
         (file(early_terminate={"type": "hyperband"}), "expected min_iter, or max_iter and s"),
@@ -148,6 +150,28 @@ def test_what_is_wrong_is_said_in_one_line(given: dict[str, Any], message: str) 
     with pytest.raises(UsageError, match=message) as error:
         parse(given, "s.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_words_of_other_trainers_are_taken(tmp_path: Path) -> None:
+    parameters = {
+        "learning_rate": LR,
+        "BS": {"values": [8, 16]},
+        "hflip": {"values": [True, 0.3, False]},
+        "batchnorm": {"value": False},
+        "activation": {"values": ["ReLU", "GELU"]},
+    }
+    metric = {"name": "val_acc", "goal": "Maximize"}
+    sweep = parse({"method": "Bayes", "metric": metric, "parameters": parameters}, "s.yaml")
+    assert (sweep.method, sweep.metric, sweep.goal, sweep.fixed) == (
+        *("bayes", "val/accuracy", "maximize"),
+        {"batch_norm": False},
+    )
+    assert sweep.parameters["augment"] == Choice(values=("flip", "flip=0.3", "none"))
+    assert list(sweep.text["parameters"]) == ["lr", "batch_size", "augment", "batch_norm", "activation"]  # for W&B
+    assert sweep.text["metric"] == {"name": "val/accuracy", "goal": "maximize"}
+    given = {"wandb_version": 1, "lr0": {"value": 0.1}, "fliplr": {"value": 0.5}, "batch-size": {"value": 8}}
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump(given))
+    assert resolve(read_parameters(tmp_path / "agent.yaml")) == resolve({"lr": 0.1, "augment": "flip", "batch_size": 8})
 
 
 def test_rungs_counted_from_the_last_epoch() -> None:
