@@ -65,13 +65,17 @@ def rates_here(proof: Proof) -> None:
 
 
 def cuda_tests(proof: Proof) -> None:
-    """Run the files with cuda tests, those of the kernels aside."""
-    run_tests(proof, [file for file in test_files(proof) if "network" not in file.parts])
+    """Run the cuda tests, but for those of the kernels."""
+    marks = "not long" if proof.small else "cuda and not long"
+    run_tests(proof, [file for file in test_files(proof) if "network" not in file.parts], marks)
 
 
 def kernel_tests(proof: Proof) -> None:
-    """Run the files with cuda tests of the kernels: last, as one that goes astray may take the GPU with it."""
-    run_tests(proof, [file for file in test_files(proof) if "network" in file.parts])
+    """Run the tests of the kernels, which compare them with plain layers on whatever device there is.
+
+    Last, as one that goes astray may take the GPU with it.
+    """
+    run_tests(proof, [file for file in test_files(proof) if "network" in file.parts], "not long")
 
 
 def test_files(proof: Proof) -> list[Path]:
@@ -84,7 +88,7 @@ def test_files(proof: Proof) -> list[Path]:
     return [*planted, *(path for path in sorted((ROOT / "tests").rglob("test_*.py")) if mark in path.read_text())]
 
 
-def run_tests(proof: Proof, files: Sequence[Path]) -> None:
+def run_tests(proof: Proof, files: Sequence[Path], marks: str) -> None:
     """Run test files on six processes, each test or, without pytest-timeout, each file under a limit.
 
     Warnings are no errors: another torch than the pinned one may have its own.
@@ -94,7 +98,7 @@ def run_tests(proof: Proof, files: Sequence[Path]) -> None:
         return
     options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "bench.proof.pytest_lines", "-rf"]
     options += ["--benchmark-disable"] if installed("pytest_benchmark") else []
-    options += ["-m", "not long" if proof.small else "cuda and not long"]
+    options += ["-m", marks]
     if spread := installed("xdist"):
         options += ["-n", str(2 if proof.small else PROCESSES)]
     if installed("pytest_timeout"):

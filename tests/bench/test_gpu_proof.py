@@ -138,17 +138,64 @@ def test_tests_have_a_line_each_and_pass_once(timeout: bool, tmp_path: Path, mon
     if timeout:  # it need not be installed: what is given to pytest is what counts
         given: list[list[str]] = []
         monkeypatch.setattr(machine_and_steps, "_pytest", lambda proof, options, files: given.append([*options, files]))
-        machine_and_steps.run_tests(proof, files)
+        machine_and_steps.run_tests(proof, files, "not long")
         assert len(given) == 1
         assert "--timeout=90" in given[0]
         return
-    machine_and_steps.run_tests(proof, files)
+    machine_and_steps.run_tests(proof, files, "not long")
     found = outcomes(proof)
     assert found["tests of test_hangs"] == "failed"
     assert {name.rpartition("::")[2]: outcome for name, outcome in found.items() if "::" in name} == {
         "test_good": "measured",
         "test_bad": "failed",
     }
+
+
+def test_nvimagecodec_decodes_as_pillow_does(photos: Path) -> None:
+    """Its CPU form, so that the calls are right where nobody has seen them on a GPU."""
+    pytest.importorskip("nvidia.nvimgcodec")
+    from bench.proof import truth
+
+    paths = sorted(photos.rglob("*.jpg"))[:4]
+    files = [*(path.read_bytes() for path in paths), b"no photo"]
+    found = truth._nvimagecodec("CPU_ONLY", 1, files)
+    assert (found["photos"], found["refused"]) == (5, 1)
+    assert found["mean_difference_levels"] < 0.5
+    assert truth._nvimagecodec("CPU_ONLY", 1, [truth._progressive(path) for path in paths])["refused"] == 0
+    with pytest.raises(NotHere, match="decodes none of 1 files"):
+        truth._nvimagecodec("CPU_ONLY", 1, [b"no photo"])
+
+
+PIP = """#!{python}
+import pathlib, sys
+arguments = sys.argv[1:]
+print(*arguments)
+folder = pathlib.Path(arguments[arguments.index("--dest") + 1])
+(folder / f"{{arguments[-1]}}-1-py3-none-any.whl").write_bytes(bytes({size}))
+"""
+
+
+@pytest.mark.parametrize(("size", "code"), [(1000, 0), (31 << 20, 1)])
+def test_what_a_box_without_network_lacks_is_packed(size: int, code: int, photos: Path, tmp_path: Path) -> None:
+    pip, carry = tmp_path / "python", tmp_path / "carry"
+    pip.write_text(PIP.format(python=sys.executable, size=size))
+    pip.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(pip), "CARRY": str(carry), "PHOTOS": str(photos)}
+    command = [str(ROOT / "scripts" / "gpu_pack.sh"), "3.13"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "are more than 61440: choose fewer PHOTOS" in done.stderr
+        assert not carry.exists()
+        return
+    with_needs, alone = [line for line in done.stdout.splitlines() if line.startswith("-m pip")]
+    assert all("--only-binary=:all:" in line and "--python-version 3.13" in line for line in (with_needs, alone))
+    assert with_needs.endswith(" pydantic")
+    assert "--no-deps simplejpeg platformdirs nvidia-nvimgcodec-cu13 nvidia-nvjpeg" in alone
+    carried = [path.relative_to(carry / "photos") for path in (carry / "photos").rglob("*.jpg")]
+    assert {path.parts[0] for path in carried} == {path.name for path in photos.iterdir() if path.is_dir()}
+    assert 0 < sum((photos / path).stat().st_size for path in carried) <= 20_000_000
+    assert "2 wheels and" in done.stdout
 
 
 @pytest.mark.long

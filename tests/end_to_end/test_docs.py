@@ -40,6 +40,8 @@ NOT_RUN = {
     "scripts/test.sh": "this suite",
     "scripts/check.sh": "run by .ci/run",
     "scripts/bench.sh": "makes an environment; tests/bench/test_bench.py runs its benchmarks",
+    "scripts/gpu_proof.sh": "minutes each; tests/bench/test_gpu_proof.py runs the small form",
+    "scripts/gpu_pack.sh": "downloads; tests/bench/test_gpu_proof.py",
     "scripts/bench_compare.sh": "makes an environment; tests/bench/test_compare.py",
     "python scripts/kill_test.py": "minutes; tests/runs/test_faults.py kills runs",
     "python scripts/readme_tables.py": "writes into the tree; tests/bench/test_bench.py",
