@@ -216,7 +216,8 @@ def test_options_exist(page: str) -> None:
 
     foreign = {  # of our scripts and benchmarks, and of torchrun, git, pytest
         "--long", "--check", "--write", "--launches", "--only", "--budget", "--out", "--device", "--seeds", "--margin",
-        "--ingredients", "--types", "--quick", "--nnodes", "--rdzv-endpoint", "--photos", "--kills", "--threads",
+        "--ingredients", "--types", "--quick", "--small", "--nnodes", "--rdzv-endpoint", "--photos", "--kills",
+        "--threads",
     }  # fmt: skip
     named = re.findall(r"`(--[a-z][a-z0-9_-]+)", FENCED.sub("", PAGES[page]))
     assert {name.replace("_", "-") for name in named} <= options(app.commands) | foreign
