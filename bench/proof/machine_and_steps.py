@@ -60,8 +60,17 @@ def installed(name: str) -> bool:
 
 
 def rates_here(proof: Proof) -> None:
-    """Write copy bandwidth and matrix rates."""
-    proof.measure("rates", lambda: dict(machine.rates(DEVICE)))
+    """Write copy bandwidth and matrix rates, on a GPU those of fp16 and TF32 too."""
+
+    def found() -> Line:
+        rates = dict(machine.rates(DEVICE))
+        if DEVICE.type == "cuda":
+            rates["fp16_flop_per_second"] = machine.matrix_rate(torch.float16, DEVICE)
+            with torch_settings(DEVICE, threads=None, deterministic=False, tf32=True):
+                rates["tf32_flop_per_second"] = machine.matrix_rate(torch.float32, DEVICE)
+        return rates
+
+    proof.measure("rates", found)
 
 
 def cuda_tests(proof: Proof) -> None:
