@@ -447,6 +447,7 @@ def pretended_gpu() -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         mock.patch.object(scheduler, "has_triton", return_value=True),
         mock.patch.object(_triton, "triton_hash_with_backend", return_value="none"),
+        torch._inductor.config.patch(compile_threads=1),  # torch 2.11's processes outlive this one by minutes
     ):
         yield
 

@@ -201,7 +201,8 @@ def hybrid(step: Step) -> StepFunctions:
 def _read_normalised(step: TrainingStep) -> tuple[Batch, Tensor]:
     """Return what a step reads, its images normalised: one kernel where this is compiled."""
     batch, targets = step.read()
-    return batch._replace(images=step.normalise(batch.images)), targets
+    # Not by _replace, which the compiler of torch 2.11 does not take.
+    return Batch(step.normalise(batch.images), batch.labels, batch.others, batch.share), targets
 
 
 def engine(

@@ -56,7 +56,7 @@ class FlatParameters:
         """Return (P,): `value` at the weights of convolutions and dense layers, 0 at biases and batch norms."""
         shares = [value if p.dim() > 1 else 0.0 for _, p in ordered(self.model)]
         counts = torch.tensor(self._sizes)
-        return torch.tensor(shares).repeat_interleave(counts).to(self.values)
+        return torch.tensor(shares).repeat_interleave(counts, output_size=len(self.values)).to(self.values)
 
     def refresh(self) -> None:
         """Bring `compute` up to date after the values have changed."""

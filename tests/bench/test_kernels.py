@@ -13,8 +13,9 @@ from tests.conftest import ROOT
 
 pytest.importorskip("triton")
 
-MOST = {"pool_forward": 4900, "pool_backward": 4300, "head_forward": 1700, "head_backward": 2450, "adam_update": 960}
-"""Instructions that a warp issues at batch 32 for sm_90 in bf16: a change that raises them has to say why."""
+MOST = {"pool_forward": 5000, "pool_backward": 4450, "head_forward": 1750, "head_backward": 2550, "adam_update": 990}
+"""Instructions that a warp issues at batch 32 for sm_90 in bf16, by Triton 3.6 or 3.7: a change that raises them has to
+say why."""
 
 
 def printed(*command: str) -> tuple[str, int]:

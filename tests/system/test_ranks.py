@@ -25,7 +25,7 @@ from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 from fastcnn.network.sync_layers import SharedDropout, convert
 from fastcnn.storage import checkpoint
-from fastcnn.system import launch
+from fastcnn.system import device, launch, ranks
 from fastcnn.system.ranks import ALONE, Ranks
 from tests.system import two_ranks
 from tests.system.two_ranks import CASES, EACH, PLANTED, SMALL
@@ -307,3 +307,26 @@ def test_dropout_takes_the_rows_of_the_whole_batchs_mask() -> None:
         torch.manual_seed(3)
         ours = SharedDropout(0.4, Ranks(rank=rank, count=2))(x[rank * 4 : rank * 4 + 4])
         assert torch.equal(ours, whole[rank * 4 : rank * 4 + 4])
+
+
+def test_graphs_go_before_the_group_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits for graphs that hold its work (pytorch #115388): they are reset first, after an error too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**group, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    order: list[str] = []
+
+    class Graph:
+        def reset(self) -> None:
+            order.append("graph")
+
+    graph = Graph()
+    device._captured.add(graph)
+    leave = torch.distributed.destroy_process_group
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: (order.append("group"), leave()))
+    with pytest.raises(UsageError), ranks.joined("cpu"):
+        raise UsageError("wrong")
+    assert order == ["graph", "group"]
