@@ -7,10 +7,9 @@ prints medians over many calls, with the fastest and the slowest tenth: on a mac
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
-import time
+import timeit
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,68 +21,55 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from bench.scale import GRADIENT_BYTES, PHOTO_BYTES, STATISTICS_BYTES
-from fastcnn.data import cache_files
-from fastcnn.data.cache_files import CHUNK
+from fastcnn.data.cache_files import CHUNK, journal_line, read_journal, read_row
 
-CALLS = 1000
 ROWS, ROWS_A_READ = 16384, 256
 LINES = 50_000
 
 
 def main() -> None:
-    """Print seconds of an exchange between two processes by gloo, and bytes a second of rows in the page cache."""
-    for num_bytes in (STATISTICS_BYTES, GRADIENT_BYTES):
+    """Print the seconds and the rates of exchanges by gloo, of rows in the page cache and of a journal."""
+    for measure in (_exchanges, _reading, _appending, _journal):
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_rank, (Path(folder), num_bytes), nprocs=2)
-            seconds = [float(line) for line in (Path(folder) / "seconds").read_text().split()]
-        middle, spread = _spread(seconds)
-        print(
-            f"all_reduce of {num_bytes:,} bytes, gloo, 2 processes: {middle * 1e6:,.0f} us ({spread}), "
-            f"{num_bytes / middle / 1e9:.2f} GB/s, n = {len(seconds):,}"
-        )
-    for what, rows, seconds in (
-        ("random rows read from the page cache", ROWS_A_READ, _read_rows()),
-        ("rows appended, with a CRC-32 each", CHUNK, _append_rows()),
-    ):
-        middle, spread = _spread(seconds)
-        rate = rows * PHOTO_BYTES / middle / 1e9
-        print(f"{rows} {what}: {rate:.2f} GB/s, {middle * 1e6:,.0f} us ({spread}), n = {len(seconds)}")
-    seconds = read_journal()
-    middle, spread = _spread(seconds)
-    print(f"{LINES:,} lines of a journal: {LINES / middle:,.0f} photos/s ({spread} us), n = {len(seconds)}")
+            measure(Path(folder))
 
 
-def _rank(rank: int, folder: Path, num_bytes: int) -> None:
+def _exchanges(folder: Path) -> None:
+    for num_bytes in (STATISTICS_BYTES, GRADIENT_BYTES):
+        spawn(_rank, (folder / f"store {num_bytes}", num_bytes), nprocs=2)
+
+
+def _rank(rank: int, store: Path, num_bytes: int) -> None:
     torch.set_num_threads(1)
-    store, timeout = f"file://{folder / 'store'}", timedelta(minutes=2)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
+    timeout = timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     flat = torch.zeros(num_bytes // 4)
-    seconds = _timed(lambda: dist.all_reduce(flat), CALLS)
+    seconds = _timed(lambda: dist.all_reduce(flat), 1000)
     if rank == 0:
-        (folder / "seconds").write_text("\n".join(map(str, seconds)))
+        _report(f"all_reduce of {num_bytes:,} bytes, gloo, 2 processes", seconds, num_bytes / 1e9, "GB/s")
     dist.destroy_process_group()
 
 
-def _read_rows() -> list[float]:
-    """Return seconds a read of rows in a random order, each by one `pread`, as `Cache.read` does it."""
+def _reading(folder: Path) -> None:
+    """Report reads of rows in a random order, as `Cache.read` does them."""
     out = np.empty((ROWS_A_READ, PHOTO_BYTES), np.uint8)
     order = np.random.default_rng(0)
-    with tempfile.TemporaryFile() as file:
-        for _ in range(ROWS // ROWS_A_READ):
-            file.write(out.data)
-        file.flush()
+    path = folder / "pixels.bin"
+    path.write_bytes(out.tobytes() * (ROWS // ROWS_A_READ))
+    with path.open("rb", buffering=0) as file:
 
         def read() -> None:
-            for row, place in zip(out, np.sort(order.integers(ROWS, size=ROWS_A_READ)), strict=True):
-                os.preadv(file.fileno(), [row.data], int(place) * PHOTO_BYTES)
+            for pixels, row in zip(out, np.sort(order.integers(ROWS, size=ROWS_A_READ)), strict=True):
+                read_row(file, row, pixels)
 
-        return _timed(read, 200)
+        seconds = _timed(read, 200)
+    _report(f"{ROWS_A_READ} random rows read from the page cache", seconds, out.nbytes / 1e9, "GB/s")
 
 
-def _append_rows() -> list[float]:
-    """Return seconds an append of a chunk of rows to a file, as `cache.build` does it."""
+def _appending(folder: Path) -> None:
+    """Report appends of a chunk of rows to a file, as `cache.build` does them."""
     pixels = np.random.default_rng(0).integers(256, size=(CHUNK, PHOTO_BYTES), dtype=np.uint8)
-    with tempfile.TemporaryFile() as file:
+    with (folder / "pixels.bin").open("wb") as file:
 
         def append() -> None:
             file.seek(0)  # what was written before is in memory: the disk is not measured
@@ -92,33 +78,27 @@ def _append_rows() -> list[float]:
             file.write(pixels.data)
             file.flush()
 
-        return _timed(append, 100)
+        seconds = _timed(append, 100)
+    _report(f"{CHUNK} rows appended, with a CRC-32 each", seconds, pixels.nbytes / 1e9, "GB/s")
 
 
-def read_journal() -> list[float]:
-    """Return seconds a reading of a cache's journal."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "photos.jsonl"
-        entry = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "crc": 4_000_000_000, "reason": ""}
-        lines = [cache_files.journal_line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
-        path.write_bytes(b"".join(lines))
-        assert len(cache_files.read_journal(path.parent)) == LINES
-        return _timed(lambda: cache_files.read_journal(path.parent), 10)
+def _journal(folder: Path) -> None:
+    entry = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "crc": 4_000_000_000, "reason": ""}
+    lines = [journal_line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
+    (folder / "photos.jsonl").write_bytes(b"".join(lines))
+    assert len(read_journal(folder)) == LINES
+    _report(f"{LINES:,} lines of a journal", _timed(lambda: read_journal(folder), 10), LINES, "photos/s")
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:
     """Return the seconds of each call, after a tenth as many that are not counted."""
-    seconds = []
-    for _ in range(times + times // 10):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return seconds[times // 10 :]
+    return timeit.repeat(call, number=1, repeat=times + times // 10)[times // 10 :]
 
 
-def _spread(seconds: list[float]) -> tuple[float, str]:
-    tenths = statistics.quantiles(seconds, n=10)
-    return statistics.median(seconds), f"{tenths[0] * 1e6:,.0f} to {tenths[-1] * 1e6:,.0f}"
+def _report(what: str, seconds: list[float], amount: float, unit: str) -> None:
+    middle, tenths = statistics.median(seconds), statistics.quantiles(seconds, n=10)
+    spread = f"{middle * 1e6:,.0f} us ({tenths[0] * 1e6:,.0f} to {tenths[-1] * 1e6:,.0f})"
+    print(f"{what}: {spread}, {amount / middle:,.2f} {unit}, n = {len(seconds):,}")
 
 
 if __name__ == "__main__":

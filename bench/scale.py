@@ -14,11 +14,12 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from bench.report.tables import fill, markdown
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "scale.md"
 PUBLISHED = ROOT / "bench" / "results" / "published" / "amd-epyc-2-cores.json"
-OTHER_RATES = ROOT / "bench" / "scale_rates.csv"
+RATES = ROOT / "bench" / "scale_rates.csv"
 PHOTO_BYTES = 128 * 128 * 3
 NUM_PARAMETERS = 105_162  # SmallCNN(10); a test counts them
 GRADIENT_BYTES = 4 * (NUM_PARAMETERS + 1)
@@ -49,64 +50,53 @@ class Rate:
     low: float
     high: float
     unit: str
-    kind: Literal["measured", "counted", "published", "assumed"]
+    kind: str  # measured, published or assumed
     source: str
 
 
 def rate_table() -> dict[str, Rate]:
-    """Return every rate by its name."""
-    return _measured_rates(read(PUBLISHED)) | _other_rates()
+    """Return every rate of bench/scale_rates.csv by its name; the published results give the values left out there."""
+    record, table = read(PUBLISHED), {}
+    measured = _measured_rates(record)
+    with RATES.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            name, source = row["name"], row["source"]
+            value = float(row["value"] or measured[name])
+            low, high = (float(row[end] or measured.get(f"{name} {end}", value)) for end in ("low", "high"))
+            if not row["value"]:
+                source = f"`{record.command}`: {source}"
+            table[name] = Rate(value, low, high, row["unit"], row["kind"], source)
+    return table
 
 
-def rate_values() -> dict[str, float]:
-    """Return the value of every rate by its name."""
-    return {name: rate.value for name, rate in rate_table().items()}
+def rate_values(*, threads: bool = False) -> dict[str, float]:
+    """Return the value of every rate by its name; `threads`: of a loader that reads rows by several threads."""
+    faster = ("row_read", "upload") if threads else ()
+    return {name: rate.high if name in faster else rate.value for name, rate in rate_table().items()}
 
 
-def _measured_rates(record: Record) -> dict[str, Rate]:
+def _measured_rates(record: Record) -> dict[str, float]:
     """Return the rates that the published results file of two cores holds."""
     row = {(one["group"], one["name"]): one for one in record.rows}
     run = row["train", "cold start to the end"]["extra_info"]
-    cold, warm, num_photos = run["stages"]["cold"], run["stages"]["warm"], run["num_photos"]
+    cold, warm = run["stages"]["cold"], run["stages"]["warm"]
     a_photo = row["growth", "50,000 photos, batch 32, 1 epoch"]["extra_info"]["photo_seconds"]
-    first, last = (record.growth or {})["points"][0], (record.growth or {})["points"][-1]
-    index = (last["more_bytes"] - last["more_bytes_by_size"]) / (last["num_photos"] - first["num_photos"])
     step = row["step", "eager, bf16, 32,32,32,32,32, batch 32"]
     images = step["extra_info"]["images_per_second"] * step["median_seconds"]
-    slow, fast = images / step["max_seconds"], images / step["min_seconds"]
-    turbo = row["decode", "turbo, 2 threads"]["extra_info"]["images_per_second"] / 2
-    evaluation = 4 * cold["eval"] / cold["train"]  # four photos are trained on for each that is held out
-    check = num_photos * PHOTO_BYTES / warm["decode"] / 2
-    start = cold["start"] + cold["import"] + cold["report"]
-
-    def rate(value: float, unit: str, what: str, low: float | None = None, high: float | None = None) -> Rate:
-        return Rate(value, low or value, high or value, unit, "measured", f"`{record.command}`: {what}")
-
-    clothing = "turbo, generated photos; low: clothing-10's, docs/notes.md"
-    upload = PHOTO_BYTES * (1 / a_photo["upload"])
+    assert record.growth
+    first, last = record.growth["points"][0], record.growth["points"][-1]
     return {
-        "start": rate(start, "s", "start, import and report of a run"),
-        "scan": rate(1 / a_photo["scan"], "photos/s", "50,000 files, local disk", high=272_000),
-        "cpu_decode": rate(turbo, "photos/s a core", clothing, 885, 1650),
-        "cpu_step": rate(
-            images / step["median_seconds"], "images/s, 2 cores", "eager step, bf16, batch 32, n = 7", slow, fast
-        ),
-        "evaluate": rate(evaluation, "of a training photo's time", "evaluation a photo, 10 epochs", 0.33, 0.64),
-        "check": rate(check, "B/s a core", "opening a cache: CRC-32 of every row", high=1.6e9),
-        "upload": rate(upload, "B/s", "the whole set into memory, one rank", high=16e9),
-        "checkpoint": rate(cold["checkpoint"] / run["epochs"], "s an epoch", "both checkpoints"),
-        "index": rate(index, "B a photo", "peak memory beyond pixels, each rank"),
-    }
-
-
-def _other_rates() -> dict[str, Rate]:
-    """Return the rates of bench/scale_rates.csv: measured apart, published by somebody else, or assumed."""
-    with OTHER_RATES.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    numbers = ("value", "low", "high")
-    return {
-        row.pop("name"): Rate(**{key: float(text) if key in numbers else text for key, text in row.items()})  # type: ignore[arg-type]
-        for row in rows
+        "start": cold["start"] + cold["import"] + cold["report"],
+        "scan": 1 / a_photo["scan"],
+        "cpu_decode": row["decode", "turbo, 2 threads"]["extra_info"]["images_per_second"] / 2,
+        "cpu_step": images / step["median_seconds"],
+        "cpu_step low": images / step["max_seconds"],
+        "cpu_step high": images / step["min_seconds"],
+        "evaluate": 4 * cold["eval"] / cold["train"],  # four photos are trained on for each that is held out
+        "check": run["num_photos"] * PHOTO_BYTES / warm["decode"] / 2,
+        "upload": PHOTO_BYTES / a_photo["upload"],
+        "checkpoint": cold["checkpoint"] / run["epochs"],
+        "index": (last["more_bytes"] - last["more_bytes_by_size"]) / (last["num_photos"] - first["num_photos"]),
     }
 
 
@@ -114,15 +104,11 @@ def _other_rates() -> dict[str, Rate]:
 class Step:
     """Seconds of a training step on the slowest rank, by cause."""
 
-    launches: float
-    """Seconds that a step takes however few photos it has, where computing takes less; else 0."""
+    launches: float  # however few photos it has, where computing takes less; else 0
     compute: float
-    stragglers: float
-    """Seconds that the slowest rank takes longer than the mean."""
-    exchange: float
-    """Gradient and batch-norm statistics: nothing is computed meanwhile."""
-    feed: float
-    """Seconds of the loader for a rank's batch, while the step before runs."""
+    stragglers: float  # that the slowest rank takes longer than the mean
+    exchange: float  # gradient and batch-norm statistics: nothing is computed meanwhile
+    feed: float  # the loader's for a rank's batch, while the step before runs
 
     @property
     def seconds(self) -> float:
@@ -137,7 +123,7 @@ class Step:
 
 def nodes_of(gpus: int) -> int:
     """Return how many machines hold so many GPUs."""
-    return -(-gpus // GPUS_PER_NODE)
+    return max(1, math.ceil(gpus / GPUS_PER_NODE))
 
 
 def collective(num_bytes: float, gpus: int, rates: Values, ways: int = 2) -> float:
@@ -145,18 +131,15 @@ def collective(num_bytes: float, gpus: int, rates: Values, ways: int = 2) -> flo
 
     On each level the faster of a ring (ways x (n - 1) hops of 1/n of the bytes) and a tree (ways x log2 n hops).
     """
-    if gpus == 1:
-        return 0.0
 
     def level(n: int, hop: float, link: float, size: float) -> float:
-        ring = ways * (n - 1) * (hop + size / n / link)
-        tree = ways * (math.ceil(math.log2(n)) * hop + size / link)
-        return min(ring, tree)
+        return ways * min((n - 1) * (hop + size / n / link), math.ceil(math.log2(n)) * hop + size / link)
 
+    if gpus == 1:
+        return 0.0
     local = min(gpus, GPUS_PER_NODE)
     within = level(local, rates["hop_node"], rates["link_node"], num_bytes)
-    between = level(nodes_of(gpus), rates["hop_net"], rates["link_net"], num_bytes / local)
-    return rates["collective"] + within + between
+    return rates["collective"] + within + level(nodes_of(gpus), rates["hop_net"], rates["link_net"], num_bytes / local)
 
 
 def slowest(ranks: int) -> float:
@@ -166,21 +149,18 @@ def slowest(ranks: int) -> float:
 
 def step(batch: float, gpus: int, rates: Values, *, sync_batch_norm: bool = True, feed: float = 0.0) -> Step:
     """Return a step of `batch` photos a GPU; no GPU is the two measured cores. feed: the loader's seconds a photo."""
+    ranks, launches, compute = max(1, gpus), 0.0, batch / rates["cpu_step"]
     if gpus:
-        per_batch = max(1, round(batch))
-        floor = floor_seconds(passes(FILTERS, batch=per_batch), rates["bandwidth"], rates["matrix"])
-        compute = floor / rates["share"] * batch / per_batch
-    else:
-        compute = batch / rates["cpu_step"]
-    launch = rates["launch"] if gpus else 0.0
-    ranks = max(1, gpus)
+        whole = max(1, round(batch))
+        floor = floor_seconds(passes(FILTERS, batch=whole), rates["bandwidth"], rates["matrix"])
+        launches, compute = rates["launch"], floor / rates["share"] * batch / whole
     exchange = collective(GRADIENT_BYTES, ranks, rates)
     if sync_batch_norm:
         for ways in (1, 2):  # gathered forward, reduced backward
             exchange += len(FILTERS) * collective(STATISTICS_BYTES, ranks, rates, ways)
-    bound = launch > compute
-    late = rates["jitter"] * slowest(ranks) * max(launch, compute) if ranks > 1 else 0.0
-    return Step(launch * bound, compute * (not bound), late, exchange, batch * feed)
+    stragglers = rates["jitter"] * slowest(ranks) * max(launches, compute)
+    launches, compute = (launches, 0.0) if launches > compute else (0.0, compute)
+    return Step(launches, compute, stragglers, exchange, batch * feed)
 
 
 EPOCHS = 10
@@ -194,69 +174,62 @@ MOST_THREADS = 32  # that check a cache
 class Plan:
     """How a run is organised. The defaults are what is built."""
 
-    decoder: str = "dali"
-    """dali (on the GPU) or turbo (on the node's cores)."""
-    list_dealt_out: bool = False
-    """Whether a rank lists, checks and remembers its part of the photos; else the first lists and checks them all."""
-    caches_apart: bool = False
-    """Whether each rank appends to a cache of its own; else all take turns with one."""
-    dealt_once: bool = False
-    """Whether a rank keeps its part of the photos for all epochs; else it gets another one each time."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Seconds of a stage of a run, and what they are spent on."""
-
-    stage: str
-    cause: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """Run from the start of the command, nothing decoded, to its end."""
-
-    photos: int
-    gpus: int
-    batch: int
-    """Photos of a step on all GPUs together."""
-    memory: str
-    """Where the pixels are: resident, sharded (this epoch's part on each device), mapped or stream."""
-    parts: list[Part]
-    check: float
-    """Seconds that opening a finished cache takes instead of decoding."""
-    images_per_second: float
-    """Training rate."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the whole run."""
-        return sum(part.seconds for part in self.parts)
-
-    @property
-    def again(self) -> float:
-        """Seconds of the same run with the cache there."""
-        return self.seconds - self.of("stage", "decode") + self.check
-
-    def of(self, what: str, name: str) -> float:
-        """Return the seconds of a stage, or of a cause."""
-        return sum(part.seconds for part in self.parts if getattr(part, what) == name)
-
-    @property
-    def bottleneck(self) -> str:
-        """Cause that most of the seconds are spent on."""
-        return max((part.cause for part in self.parts), key=lambda cause: self.of("cause", cause))
+    decoder: str = "dali"  # on the GPU; turbo: on the node's cores
+    list_dealt_out: bool = False  # a rank lists, checks and remembers its part of the photos; else the first all
+    caches_apart: bool = False  # each rank appends to a cache of its own; else all take turns with one
+    dealt_once: bool = False  # a rank keeps its part of the photos for all epochs; else it gets another one each time
 
 
 AS_BUILT = Plan()
 ALL_BUILT = Plan("turbo", list_dealt_out=True, caches_apart=True, dealt_once=True)
 
 
-def list_fits(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT) -> bool:
-    """Return whether the ranks of a machine can each remember the photos that they have to."""
-    each = rates["index"] * photos / (gpus if plan.list_dealt_out else 1)
-    return each * min(gpus, GPUS_PER_NODE) <= 0.8 * rates["host_memory"]
+@dataclass(frozen=True)
+class Run:
+    """Run from the start of the command, nothing decoded, to its end."""
+
+    gpus: int
+    batch: int  # photos of a step on all GPUs together
+    memory: str  # where the pixels are: resident, sharded (this epoch's part on each device), mapped or stream
+    stages: dict[str, dict[str, float]]  # seconds of each stage, by what they are spent on
+    check: float  # seconds that opening a finished cache takes instead of decoding
+    images_per_second: float  # training rate
+    price: float  # of a GPU-hour
+
+    def stage(self, name: str) -> float:
+        """Return the seconds of a stage."""
+        return sum(self.stages[name].values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
+        return sum(map(self.stage, self.stages))
+
+    @property
+    def bottleneck(self) -> str:
+        """Cause that most of the seconds are spent on."""
+        causes: dict[str, float] = defaultdict(float)
+        for spent in self.stages.values():
+            for cause, seconds in spent.items():
+                causes[cause] += seconds
+        return max(causes, key=causes.__getitem__)
+
+    @property
+    def time(self) -> str:
+        """Seconds of the whole run, in words."""
+        return duration(self.seconds)
+
+    @property
+    def epoch(self) -> str:
+        """Seconds of an epoch once the photos are decoded and loaded, in words, and what most are spent on."""
+        spent = self.stages["train"] | (self.stages["load"] if self.memory == "sharded" else {})
+        return f"{duration(sum(spent.values()) / EPOCHS)}: {max(spent, key=spent.__getitem__)}"
+
+    @property
+    def cost(self) -> str:
+        """Price of the GPUs, in words."""
+        cost = self.seconds / 3600 * self.gpus * self.price
+        return f"${cost:,.0f}" if cost >= 10 else f"${cost:.2f}"
 
 
 def batch_of(photos: int, gpus: int, epochs: int = EPOCHS) -> int:
@@ -265,17 +238,11 @@ def batch_of(photos: int, gpus: int, epochs: int = EPOCHS) -> int:
 
 
 def run(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT, *, epochs: int = EPOCHS, batch: int = 0) -> Run:
-    """Return a run's parts.
+    """Return a run on so many GPUs, up to eight a machine, or on the two measured cores (0 GPUs).
 
-    Args:
-        photos: photos of the set, four fifths of them trained on.
-        gpus: GPUs, up to eight a machine; 0 is the two measured cores.
-        rates: what `rate_values` returns.
-        plan: how the run is organised.
-        epochs: epochs.
-        batch: photos of a step on all GPUs together; 0 is what `batch_of` says.
+    Four fifths of the photos are trained on. batch: photos of a step on all GPUs; 0 is what `batch_of` says.
     """
-    ranks, nodes = max(1, gpus), nodes_of(max(1, gpus))
+    ranks, nodes = max(1, gpus), nodes_of(gpus)
     batch = batch or batch_of(photos, gpus, epochs)
     share, pixels = photos / ranks, photos * PHOTO_BYTES
     storage = min(nodes * rates["storage_node"], rates["storage_all"])  # all nodes together
@@ -284,16 +251,16 @@ def run(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT, *, epochs:
     decode_rate = rates["gpu_decode"] if gpus and plan.decoder == "dali" else on_cpu  # photos/s a rank
     memory = _memory(pixels, gpus, rates)
     written = pixels * (memory != "stream")
-    decode = _longest(
-        decode=share / decode_rate,
-        storage=max(photos * rates["jpeg"] / storage, written / disk_write),
-        append=written / rates["append"] / (ranks if plan.caches_apart else 1),
-    )
+
+    # Opening a finished cache: every row is read and checked.
+    checking = nodes if plan.list_dealt_out else 1  # nodes
+    threads = min(MOST_THREADS, rates["cores"] * min(gpus, GPUS_PER_NODE)) if gpus else 2
+    check_read = disk_read if nodes == 1 else min(checking * rates["storage_node"], storage)
 
     loads = 1 if plan.dealt_once else epochs
     # A node's part is another one each epoch: its memory helps where it holds the whole set.
     reads = 1 if pixels <= 0.8 * rates["host_memory"] else loads
-    load, feed = ("loader", 0.0), ("none", 0.0)  # feed: seconds a photo of one rank
+    load, feed = {"loader": 0.0}, {"none": 0.0}  # feed: seconds a photo of one rank
     if memory == "resident":
         load = _longest(loader=pixels / rates["upload"], storage=pixels * nodes / disk_read)
     elif memory == "sharded":
@@ -305,36 +272,31 @@ def run(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT, *, epochs:
     else:
         feed = _longest(decode=1 / decode_rate, storage=rates["jpeg"] * ranks / storage)
 
-    one = step(batch / ranks, gpus, rates, feed=feed[1])
+    one = step(batch / ranks, gpus, rates, feed=sum(feed.values()))
     steps = max(1, int(photos * (1 - VAL_FRACTION) / batch)) * epochs
-    spent = {name: getattr(one, name) for name in ("launches", "compute", "stragglers", "exchange")}
-    if one.feed >= sum(spent.values()):
-        spent = {feed[0]: one.feed}
-    forward = {"launches" if one.launches else "compute": (one.launches + one.compute) / (batch / ranks)}
-    scored = _longest(**{feed[0]: feed[1]}, **{name: rates["evaluate"] * value for name, value in forward.items()})
-    start = rates["start"] + (rates["start_gpu"] if gpus else 0) + (3 + rates["join"] * ranks) * (ranks > 1)
+    trained = {cause: seconds for cause, seconds in vars(one).items() if cause != "feed"}
+    if one.feed >= sum(trained.values()):
+        trained = dict.fromkeys(feed, one.feed)
+    forward = rates["evaluate"] * (one.launches + one.compute) * ranks / batch  # seconds a photo
+    scored = _longest(**feed, **{"launches" if one.launches else "compute": forward})
+    joined = (3 + rates["join"] * ranks) * (ranks > 1)
     listed = share if plan.list_dealt_out else photos
-    parts = [
-        Part("start", "start-up", start),
-        Part("list", "list", listed / rates["scan"] + (listed / rates["journal"] if ranks > 1 else 0)),
-        Part("decode", *decode),
-        Part("load", *load),
-        *(Part("train", cause, seconds * steps) for cause, seconds in spent.items()),
-        Part("evaluate", scored[0], scored[1] * epochs * share * VAL_FRACTION),
-        Part("checkpoint", "checkpoint", epochs * rates["checkpoint"]),
-    ]
-    check = _check_seconds(written, gpus, rates, plan)
-    return Run(photos, gpus, batch, memory, parts, check, batch / one.seconds)
-
-
-def _check_seconds(pixels: float, gpus: int, rates: Values, plan: Plan) -> float:
-    """Return the seconds of opening a finished cache of so many bytes: every row is read and checked."""
-    nodes = nodes_of(max(1, gpus))
-    threads = min(MOST_THREADS, rates["cores"] * min(gpus, GPUS_PER_NODE)) if gpus else 2
-    checking = nodes if plan.list_dealt_out else 1
-    storage = min(nodes * rates["storage_node"], rates["storage_all"])
-    from_disk = rates["disk_read"] if nodes == 1 else min(checking * rates["storage_node"], storage)
-    return pixels / min(checking * threads * rates["check"], from_disk)
+    decoded = _longest(
+        decode=share / decode_rate,
+        storage=max(photos * rates["jpeg"] / storage, written / disk_write),
+        append=written / rates["append"] / (ranks if plan.caches_apart else 1),
+    )
+    stages = {
+        "start": {"start-up": rates["start"] + (rates["start_gpu"] if gpus else 0) + joined},
+        "list": {"list": listed / rates["scan"] + (listed / rates["journal"] if ranks > 1 else 0)},
+        "decode": decoded,
+        "load": load,
+        "train": {cause: seconds * steps for cause, seconds in trained.items()},
+        "evaluate": {cause: seconds * epochs * share * VAL_FRACTION for cause, seconds in scored.items()},
+        "checkpoint": {"checkpoint": epochs * rates["checkpoint"]},
+    }
+    check = written / min(checking * threads * rates["check"], check_read)
+    return Run(gpus, batch, memory, stages, check, batch / one.seconds, rates["price"])
 
 
 def _memory(pixels: float, gpus: int, rates: Values) -> str:
@@ -347,9 +309,20 @@ def _memory(pixels: float, gpus: int, rates: Values) -> str:
     return "sharded" if pixels / gpus <= device else "mapped"
 
 
-def _longest(**seconds: float) -> tuple[str, float]:
-    """Return the longest of things that happen at once, and its seconds."""
-    return max(seconds.items(), key=lambda item: item[1])
+def _longest(**seconds: float) -> dict[str, float]:
+    """Return the longest of things that happen at once, with its seconds."""
+    cause = max(seconds, key=seconds.__getitem__)
+    return {cause: seconds[cause]}
+
+
+def run_of(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT) -> Run | str:
+    """Return a run, or why there can be none."""
+    if batch_of(photos, gpus) < gpus:
+        return "too few photos"
+    listed = photos / gpus if plan.list_dealt_out else photos  # that each rank of a machine has to remember
+    if rates["index"] * listed * min(gpus, GPUS_PER_NODE) > 0.8 * rates["host_memory"]:
+        return "the list does not fit"
+    return run(photos, gpus, rates, plan)
 
 
 def simulate(
@@ -373,18 +346,18 @@ def simulate(
         depth: batches that the buffer between two stages holds, the one that is worked on included.
     """
     random = np.random.default_rng(0)
-    num_stages, jitter = len(stages), jitter or [0.0] * len(stages)
-    left = np.zeros((depth, num_stages, ranks))  # when each stage was done with the last `depth` batches
+    last, jitter = len(stages) - 1, jitter or [0.0] * len(stages)
+    left = np.zeros((depth, len(stages), ranks))  # when each stage was done with the last `depth` batches
     for batch in range(num_batches):
         place, before = batch % depth, left[(batch - 1) % depth].copy()
         freed = left[place].copy()  # batch - depth: a stage writes where the next one was done reading
         handed = np.zeros(ranks)
         for stage, seconds in enumerate(stages):
             start = np.maximum(handed, before[stage])
-            if stage + 1 < num_stages:
+            if stage < last:
                 start = np.maximum(start, freed[stage + 1])
             handed = start + seconds * np.maximum(0, 1 + jitter[stage] * random.standard_normal(ranks))
-            if stage + 1 == num_stages and exchange is not None:
+            if stage == last and exchange is not None:
                 handed = np.full(ranks, handed.max() + exchange)
             left[place, stage] = handed
     return float(left.max())
@@ -394,12 +367,11 @@ PHOTOS = [10**power for power in range(3, 10)]
 GPUS = [1, 8, 64, 1000]
 CELLS = [(10**4, 1), (10**6, 8), (10**7, 8), (10**8, 64), (10**9, 1000)]  # what the smaller tables are about
 STAGES = ("start", "list", "decode", "load", "train", "evaluate")
-TOO_FEW, TOO_MANY = "too few photos", "the list does not fit"
+# What a cell tells of a run.
+SUMMARY, SHORT, EPOCH = "{0.time}, {0.cost}: {0.bottleneck}", "{0.time}, {0.bottleneck}", "{0.epoch}"
 
-
-def filled(text: str) -> str:
-    """Return a text with every marked table made anew."""
-    return fill(text, lambda name: f"\n{TABLES[name](rate_values())}\n")
+Rows = list[dict[str, str]]
+"""Cells of each row of a table, by their heads."""
 
 
 def duration(seconds: float) -> str:
@@ -410,145 +382,133 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.0f} days"
 
 
-def dollars(run: Run, price: float) -> str:
-    """Return the price of a run's GPUs."""
-    cost = run.seconds / 3600 * run.gpus * price
-    return f"${cost:,.0f}" if cost >= 10 else f"${cost:.2f}"
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} us"
 
 
-def run_of(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT) -> Run | str:
-    """Return a run, or why there can be none."""
-    if batch_of(photos, gpus) < gpus:
-        return TOO_FEW
-    return run(photos, gpus, rates, plan) if list_fits(photos, gpus, rates, plan) else TOO_MANY
+def _bytes(count: float) -> str:
+    power = min(int(math.log10(count)) // 3, 4)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def with_threads(rates: Values) -> dict[str, float]:
-    """Return the rates of a loader that reads rows by several threads."""
-    return {**rates, **{name: rate_table()[name].high for name in ("row_read", "upload")}}
+def _number(value: float) -> str:
+    text = f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
+    return re.sub(r"e\+?(-?)0?", r"e\1", text)
 
 
-def _grid(cell: Callable[[Run], str], rates: Values, plan: Plan = AS_BUILT) -> str:
+def tables() -> dict[str, Rows]:
+    """Return every table of the page by its name."""
+    rates, threads = rate_values(), rate_values(threads=True)
+    month = (rates["jpeg"] + PHOTO_BYTES) / 1e9 * rates["keep"]  # USD a photo
+    return {
+        "sizes": [
+            {
+                "photos": f"{photos:,}",
+                "JPEGs": _bytes(photos * rates["jpeg"]),
+                "cache": _bytes(photos * PHOTO_BYTES),
+                "index in memory, each rank": _bytes(photos * rates["index"]),
+                "JPEGs and cache kept for a month": f"${photos * month:,.2f}",
+            }
+            for photos in PHOTOS
+        ],
+        "map": _grid(SUMMARY, rates),
+        "built": _grid(SUMMARY, threads, ALL_BUILT),
+        "epochs": _grid(EPOCH, rates),
+        "runs": [
+            {
+                "photos": f"{photos:.0e}".replace("e+0", "e"),
+                "GPUs": f"{gpus:,}",
+                "batch": f"{one.batch:,}",
+                "pixels": one.memory,
+                **{stage: duration(one.stage(stage)) for stage in STAGES},
+                "all": one.time,
+                "again": duration(one.seconds - one.stage("decode") + one.check),
+                "images/s": f"{one.images_per_second:,.0f}",
+                "efficiency": f"{run(photos, 1, rates).seconds / gpus / one.seconds:.2g}",
+                "cost": one.cost,
+            }
+            for photos in PHOTOS
+            for gpus in GPUS
+            if isinstance(one := run_of(photos, gpus, rates), Run)
+        ],
+        "step": [_step_row(batch, rates) for batch in (4, 32, 256, 2048)],
+        "changes": _changes(rates, threads),
+        "sensitivity": _sensitivity(rates),
+        "simulated": _simulated(rates),
+        "measured": _measured(rates),
+        "rates": [
+            {
+                "rate": name,
+                **{column: _number(getattr(rate, column)) for column in ("value", "low", "high")},
+                "unit": rate.unit,
+                "": rate.kind,
+                "source": rate.source,
+            }
+            for name, rate in rate_table().items()
+        ],
+    }
+
+
+def _tell(found: Run | Step | str, form: str) -> str:
+    return found if isinstance(found, str) else form.format(found)
+
+
+def _grid(form: str, rates: Values, plan: Plan = AS_BUILT) -> Rows:
     """Return a table over photos and GPUs."""
-    lines = []
-    for photos in PHOTOS:
-        found = [run_of(photos, gpus, rates, plan) for gpus in GPUS]
-        lines.append([f"{photos:,}", *(one if isinstance(one, str) else cell(one) for one in found)])
-    return markdown(["photos", *(f"{gpus:,} GPU{'s' * (gpus > 1)}" for gpus in GPUS)], lines)
-
-
-def _rates(rates: Values) -> str:
-    def number(value: float) -> str:
-        text = f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
-        return re.sub(r"e([+-])0?", lambda match: "e" + match[1].strip("+"), text)
-
-    head = ["rate", "value", "low", "high", "unit", "", "source"]
-    lines = [
-        [name, *map(number, (rate.value, rate.low, rate.high)), rate.unit, rate.kind, rate.source]
-        for name, rate in rate_table().items()
+    heads = {gpus: f"{gpus:,} GPU{'s' * (gpus > 1)}" for gpus in GPUS}
+    return [
+        {"photos": f"{photos:,}"}
+        | {head: _tell(run_of(photos, gpus, rates, plan), form) for gpus, head in heads.items()}
+        for photos in PHOTOS
     ]
-    return markdown(head, lines)
 
 
-def _sizes(rates: Values) -> str:
-    def size(num_bytes: float) -> str:
-        power = min(int(math.log10(num_bytes)) // 3, 4)
-        return f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-    lines = []
-    for photos in PHOTOS:
-        jpeg, pixels, index = (photos * each for each in (rates["jpeg"], PHOTO_BYTES, rates["index"]))
-        month = (jpeg + pixels) / 1e9 * rates["keep"]
-        lines.append([f"{photos:,}", *map(size, (jpeg, pixels, index)), f"${month:,.2f}"])
-    head = ["photos", "JPEGs", "cache", "index in memory, each rank", "JPEGs and cache kept for a month"]
-    return markdown(head, lines)
+def _step_row(batch: int, rates: Values) -> dict[str, str]:
+    alone = step(batch, 1, rates).seconds
+    row = {"batch a GPU": f"{batch:,}", "1 GPU": _microseconds(alone)}
+    for gpus in GPUS[1:]:
+        both, apart = (step(batch, gpus, rates, sync_batch_norm=sync) for sync in (True, False))
+        efficiency = f"{alone / both.seconds:.2f} ({alone / apart.seconds:.2f})"
+        times = f"{_microseconds(both.seconds)}, of which {both.exchange * 1e6:,.0f} exchange"
+        row[f"{gpus:,} GPUs"] = f"{times}: {efficiency}"
+    return row
 
 
-def _map(rates: Values, plan: Plan = AS_BUILT) -> str:
-    """How long a run takes, what it costs and what most of the time is spent on."""
-    return _grid(lambda run: f"{duration(run.seconds)}, {dollars(run, rates['price'])}: {run.bottleneck}", rates, plan)
+def _simulated(rates: Values) -> Rows:
+    """Return the time of a batch by the model and by the simulation, over 200 batches."""
+    rows, jitter = [], rates["jitter"]
 
-
-def _built(rates: Values) -> str:
-    return _map(with_threads(rates), ALL_BUILT)
-
-
-def _epochs(rates: Values) -> str:
-    """Once the photos are decoded and loaded: seconds an epoch and what they are spent on."""
-
-    def cell(run: Run) -> str:
-        stages = ("load", "train") if run.memory == "sharded" else ("train",)
-        parts = [part for part in run.parts if part.stage in stages]
-        seconds = sum(part.seconds for part in parts) / EPOCHS
-        return f"{duration(seconds)}: {max(parts, key=lambda part: part.seconds).cause}"
-
-    return _grid(cell, rates)
-
-
-def _runs(rates: Values) -> str:
-    lines = []
-    for photos in PHOTOS:
-        alone = run(photos, 1, rates)
-        for gpus in GPUS:
-            one = run_of(photos, gpus, rates)
-            if isinstance(one, str):
-                continue
-            lines.append([f"{photos:.0e}".replace("e+0", "e"), f"{gpus:,}", f"{one.batch:,}", one.memory])
-            times = [*(one.of("stage", stage) for stage in STAGES), one.seconds, one.again]
-            lines[-1] += [*map(duration, times), f"{one.images_per_second:,.0f}"]
-            lines[-1] += [f"{alone.seconds / gpus / one.seconds:.2g}", dollars(one, rates["price"])]
-    head = ["photos", "GPUs", "batch", "pixels", *STAGES, "all", "again", "images/s", "efficiency", "cost"]
-    return markdown(head, lines)
-
-
-def _step(rates: Values) -> str:
-    lines = []
-    for batch in (4, 32, 256, 2048):
-        alone, cells = step(batch, 1, rates).seconds, []
-        for gpus in GPUS[1:]:
-            both, apart = (step(batch, gpus, rates, sync_batch_norm=sync) for sync in (True, False))
-            speed = f"{alone / both.seconds:.2f} ({alone / apart.seconds:.2f})"
-            cells.append(f"{both.seconds * 1e6:,.0f} us, of which {both.exchange * 1e6:,.0f} exchange: {speed}")
-        lines.append([f"{batch:,}", f"{alone * 1e6:,.0f} us", *cells])
-    return markdown(["batch a GPU", "1 GPU", *(f"{gpus:,} GPUs" for gpus in GPUS[1:])], lines)
-
-
-def _simulated(rates: Values) -> str:
-    """A batch's time by the model and by the simulation, over 200 batches."""
-    lines, jitter = [], rates["jitter"]
-
-    def add(
-        what: str, ranks: int, stages: list[float], model: float, depth: int = 2, batches: int = 1, **how: Any
-    ) -> None:
-        took = simulate(stages, 200 * batches, ranks=ranks, depth=depth, **how) / 200
-        micro = [f"{seconds * 1e6:,.0f} us" for seconds in (model, took)]
-        lines.append([what, f"{ranks:,}", str(depth), *micro, f"{took / model:.2f}"])
+    def add(what: str, ranks: int, stages: list[float], model: float, batches: int = 1, **how: Any) -> None:
+        took = simulate(stages, 200 * batches, ranks=ranks, **how) / 200
+        row = {"what": what, "ranks": f"{ranks:,}", "batches buffered": str(how.get("depth", 2))}
+        rows.append(
+            row | {"model": _microseconds(model), "simulated": _microseconds(took), "ratio": f"{took / model:.2f}"}
+        )
 
     for gpus in GPUS:
         one = step(256, gpus, rates)
-        how: dict[str, Any] = {"exchange": one.exchange, "jitter": [jitter]}
-        add("steps of 256 photos a GPU", gpus, [one.compute], one.seconds, **how)
+        add("steps of 256 photos a GPU", gpus, [one.compute], one.seconds, exchange=one.exchange, jitter=[jitter])
     for gpus in GPUS[2:]:
         one, parts = step(256, gpus, rates), 1 + 2 * len(FILTERS)
-        how = {"exchange": one.exchange / parts, "jitter": [jitter * parts**0.5]}
+        how: dict[str, Any] = {"exchange": one.exchange / parts, "jitter": [jitter * parts**0.5]}
         what = f"the same in {parts} parts, each as uncertain by itself, an exchange after each"
-        add(what, gpus, [one.compute / parts], one.seconds, batches=parts, **how)
+        add(what, gpus, [one.compute / parts], one.seconds, parts, **how)
     for gpus, depth in ((1, 2), (64, 2), (64, 8), (1000, 8)):
         one = step(2048, gpus, rates)
-        how = {"exchange": one.exchange, "jitter": [0.5, jitter]}
+        how = {"exchange": one.exchange, "jitter": [0.5, jitter], "depth": depth}
         what = "steps of 2,048, a loader that takes 0.8 of a step, give or take 0.4"
-        add(what, gpus, [0.8 * one.seconds, one.compute], one.seconds, depth, **how)
+        add(what, gpus, [0.8 * one.seconds, one.compute], one.seconds, **how)
     one = step(2048, 8, rates, feed=PHOTO_BYTES / rates["row_read"])
     add("steps of 2,048, mapped", 8, [one.feed, one.compute], one.seconds, exchange=one.exchange)
-    chunk = [512 * rates["jpeg"] * 8 / rates["storage_node"], 512 / rates["gpu_decode"]]
-    chunk.append(512 * PHOTO_BYTES * 8 / rates["disk_write"])
+    photo = [rates["jpeg"] * 8 / rates["storage_node"], 1 / rates["gpu_decode"], PHOTO_BYTES * 8 / rates["disk_write"]]
+    chunk = [512 * seconds for seconds in photo]
     add("512 photos read, decoded, written to the cache", 8, chunk, max(chunk))
-    return markdown(["what", "ranks", "batches buffered", "model", "simulated", "ratio"], lines)
+    return rows
 
 
-def _measured(rates: Values) -> str:
-    """The model of two cores against the published runs, from the start of the command to its end."""
-    lines = []
+def _measured(rates: Values) -> Rows:
+    """Return the model of two cores against the published runs, from the start of the command to its end."""
+    rows = []
     for row in read(PUBLISHED).rows:
         info = row["extra_info"]
         if row["group"] != "train" and info.get("grows") != "photos":
@@ -556,15 +516,15 @@ def _measured(rates: Values) -> str:
         epochs = info.get("epochs", 1)
         took = info["stages"].get("cold", info["stages"])
         model = run(info["num_photos"], 0, rates, epochs=epochs, batch=32)
-        pairs = [(model.seconds, took["start"] + took["total"])]
-        pairs += [(model.of("stage", stage), took[stage]) for stage in ("decode", "train")]
-        cells = [f"{ours:.1f} / {theirs:.1f} = {ours / theirs:.2f}" for ours, theirs in pairs]
-        lines.append([f"{info['num_photos']:,}", str(epochs), *cells, str(row["n"])])
-    return markdown(["photos", "epochs", "all, s: model / measured", "decode", "train", "n"], lines)
+        pairs = {"all, s: model / measured": (model.seconds, took["start"] + took["total"])}
+        pairs |= {stage: (model.stage(stage), took[stage]) for stage in ("decode", "train")}
+        cells = {head: f"{ours:.1f} / {theirs:.1f} = {ours / theirs:.2f}" for head, (ours, theirs) in pairs.items()}
+        rows.append({"photos": f"{info['num_photos']:,}", "epochs": str(epochs), **cells, "n": str(row["n"])})
+    return rows
 
 
-def _sensitivity(rates: Values) -> str:
-    """Effect of halving and doubling a rate on runs and a step: the rates that change one of them by a tenth."""
+def _sensitivity(rates: Values) -> Rows:
+    """Return the effect of halving and doubling a rate: the rates that change a run or the step by a tenth."""
 
     def found(changed: Values) -> list[Run | Step]:
         runs = [run(*cell, changed) for cell in CELLS[:-1]]
@@ -574,30 +534,26 @@ def _sensitivity(rates: Values) -> str:
         moved = "" if after.bottleneck == before.bottleneck else f" ({after.bottleneck})"
         return f"{after.seconds / before.seconds:.2f}{moved}"
 
-    plain, lines = found(rates), []
+    plain, rows = found(rates), []
+    heads = [_cell_head(*cell, one) for cell, one in zip(CELLS, plain[:-1], strict=True)]
+    heads[-1] += ", four changes built"
+    heads.append(f"step, 256 a GPU on 64: {_microseconds(plain[-1].seconds)}, {plain[-1].bottleneck}")
     for name, value in rates.items():
         pairs = zip(plain, found({**rates, name: value / 2}), found({**rates, name: value * 2}), strict=True)
         cells = [[over(one, before) for one in both] for before, *both in pairs]
         if any(abs(float(text.split()[0]) - 1) >= 0.1 for both in cells for text in both):
-            lines.append([name, *(", ".join(both) for both in cells)])
-    said = [_said(run_of(*cell, rates)) for cell in CELLS[:-1]]
-    said.append(_said(run_of(*CELLS[-1], rates, ALL_BUILT)) + ", four changes built")
-    last = f"step, 256 a GPU on 64: {step(256, 64, rates).seconds * 1e6:,.0f} us, exchange"
-    return markdown(["halved, doubled", *_heads(said), last], lines)
+            rows.append({"halved, doubled": name} | dict(zip(heads, map(", ".join, cells), strict=True)))
+    return rows
 
 
-def _heads(said: list[str]) -> list[str]:
-    return [f"{photos:,} on {gpus:,}: {text}" for (photos, gpus), text in zip(CELLS, said, strict=True)]
+def _cell_head(photos: int, gpus: int, found: Run | Step | str) -> str:
+    return f"{photos:,} on {gpus:,}: {_tell(found, SHORT)}"
 
 
-def _said(run: Run | str) -> str:
-    return run if isinstance(run, str) else f"{duration(run.seconds)}, {run.bottleneck}"
-
-
-def _changes(rates: Values) -> str:
-    """Effect of what could be bought or built, on some runs."""
-    threads, storage = with_threads(rates), {name: 4 * rates[name] for name in ("storage_node", "storage_all")}
-    rows: dict[str, tuple[Values, Plan]] = {
+def _changes(rates: Values, threads: Values) -> Rows:
+    """Return the effect of what could be bought or built, on some runs."""
+    storage = {name: 4 * rates[name] for name in ("storage_node", "storage_all")}
+    changes: dict[str, tuple[Values, Plan]] = {
         "`--decoder turbo`: decoded by the node's cores": (rates, Plan(decoder="turbo")),
         "rows read by threads, 16 GB/s a rank": (threads, AS_BUILT),
         "each rank appends to a cache of its own": (rates, Plan(caches_apart=True)),
@@ -607,36 +563,15 @@ def _changes(rates: Values) -> str:
         "storage four times as fast": ({**rates, **storage}, AS_BUILT),
         "all six": ({**threads, **storage}, ALL_BUILT),
     }
-    lines = [[what, *(_said(run_of(*cell, *how)) for cell in CELLS)] for what, how in rows.items()]
-    return markdown(["changed", *_heads([_said(run_of(*cell, rates)) for cell in CELLS])], lines)
+    heads = {cell: _cell_head(*cell, run_of(*cell, rates)) for cell in CELLS}
+    return [
+        {"changed": what} | {head: _tell(run_of(*cell, *how), SHORT) for cell, head in heads.items()}
+        for what, how in changes.items()
+    ]
 
-
-TABLES: dict[str, Callable[[Values], str]] = {
-    "sizes": _sizes,
-    "map": _map,
-    "built": _built,
-    "epochs": _epochs,
-    "runs": _runs,
-    "step": _step,
-    "changes": _changes,
-    "sensitivity": _sensitivity,
-    "simulated": _simulated,
-    "measured": _measured,
-    "rates": _rates,
-}
 
 PICTURE_GPUS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
-COLOURS = {
-    "start-up": "#d9d9d9",
-    "list": "#b8a2d8",
-    "decode": "#f4a35c",
-    "append": "#c9a26b",
-    "loader": "#f6d55c",
-    "storage": "#d1605e",
-    "compute": "#7fbf7b",
-    "launches": "#a8c8e8",
-    "exchange": "#4a7fb5",
-}
+CAUSES = ["start-up", "list", "decode", "append", "loader", "storage", "compute", "launches", "exchange"]
 
 
 def draw(path: Path) -> None:
@@ -648,13 +583,27 @@ def draw(path: Path) -> None:
     from matplotlib.patches import Patch
     from PIL import Image
 
-    rates = rate_values()
-    figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
-    panels[0].set_title("as built", loc="left", fontsize=10)
-    panels[1].set_title("with the five changes that docs/scale.md names", loc="left", fontsize=10)
-    used = _panel(panels[0], rates, AS_BUILT) | _panel(panels[1], with_threads(rates), ALL_BUILT)
-    panels[1].set_xlabel("GPUs")
-    patches = [Patch(color=colour, label=cause) for cause, colour in COLOURS.items() if cause in used]
+    figure, panels = plt.subplots(2, figsize=(9, 8))
+    colours = dict(zip(CAUSES, plt.get_cmap("Set3")(range(len(CAUSES))), strict=False))
+    used = set()
+    for axes, title, rates, plan in (
+        (panels[0], "as built", rate_values(), AS_BUILT),
+        (panels[1], "with the five changes that docs/scale.md names", rate_values(threads=True), ALL_BUILT),
+    ):
+        runs = [[run_of(photos, gpus, rates, plan) for gpus in PICTURE_GPUS] for photos in reversed(PHOTOS)]
+        causes = [[one.bottleneck if isinstance(one, Run) else "" for one in row] for row in runs]
+        used |= {cause for row in causes for cause in row}
+        axes.table(
+            [["-" if isinstance(one, str) else f"{one.time}\n{one.cost}" for one in row] for row in runs],
+            [[colours.get(cause, "white") for cause in row] for row in causes],
+            cellLoc="center",
+            rowLabels=[f"{photos:,}" for photos in reversed(PHOTOS)],
+            colLabels=[f"{gpus:,}" for gpus in PICTURE_GPUS],
+            bbox=(0, 0, 1, 1),
+        )
+        axes.set_title(f"{title}: photos over GPUs", loc="left", fontsize=10)
+        axes.axis("off")
+    patches = [Patch(color=colour, label=cause) for cause, colour in colours.items() if cause in used]
     figure.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0.96), ncols=len(patches), frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=96, bbox_inches="tight")
@@ -662,25 +611,14 @@ def draw(path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(48).save(path, optimize=True)
 
 
-def _panel(axes: Any, rates: Values, plan: Plan) -> set[str]:
-    """Draw one; return the causes in it."""
-    from matplotlib.patches import Rectangle
+def filled(text: str) -> str:
+    """Return a text with every marked table made anew."""
+    made = {name: _markdown(rows) for name, rows in tables().items()}
+    return fill(text, lambda name: f"\n{made[name]}\n")
 
-    used = set()
-    for y, photos in enumerate(PHOTOS):
-        for x, count in enumerate(PICTURE_GPUS):
-            one, colour, text = run_of(photos, count, rates, plan), "white", "-"
-            if not isinstance(one, str):
-                used.add(one.bottleneck)
-                colour = COLOURS.get(one.bottleneck, "#eeeeee")
-                text = f"{duration(one.seconds)}\n{dollars(one, rates['price'])}"
-            axes.add_patch(Rectangle((x, y), 1, 1, fc=colour, ec="white"))
-            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7)
-    axes.set(xlim=(0, len(PICTURE_GPUS)), ylim=(0, len(PHOTOS)), ylabel="photos")
-    axes.set_xticks([x + 0.5 for x in range(len(PICTURE_GPUS))], [f"{count:,}" for count in PICTURE_GPUS])
-    axes.set_yticks([y + 0.5 for y in range(len(PHOTOS))], [f"$10^{power}$" for power in range(3, 10)])
-    axes.tick_params(length=0)
-    return used
+
+def _markdown(rows: Rows) -> str:
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def main(arguments: list[str]) -> int:
@@ -688,12 +626,12 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--write"]):
         print(f"scale: error: expected --write or nothing, got {' '.join(arguments)}", file=sys.stderr)
         return 2
-    if not arguments:
-        for name, make in TABLES.items():
-            print(f"{name}\n\n{make(rate_values())}")
-        return 0
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(DOCUMENT.with_suffix(".png"))
+    if arguments:
+        DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+        draw(DOCUMENT.with_suffix(".png"))
+    else:
+        for name, rows in tables().items():
+            print(f"{name}\n\n{_markdown(rows)}")
     return 0
 
 

@@ -43,7 +43,7 @@ THROUGHPUTS = sorted({*VALUES} - {*DURATIONS} - OTHERS)
 
 def test_the_document_shows_what_the_model_says() -> None:
     text = scale.DOCUMENT.read_text(encoding="utf-8")
-    assert all(f"<!-- table: {name} -->" in text for name in scale.TABLES)
+    assert all(f"<!-- table: {name} -->" in text for name in scale.tables())
     assert scale.filled(text) == text
 
 
@@ -119,7 +119,7 @@ def test_where_the_pixels_are() -> None:
     assert places[10**9, 8] == "stream"
     assert places[10**9, 64] == "mapped"
     again = scale.run(10**7, 8, VALUES, scale.Plan(dealt_once=True))
-    assert again.of("stage", "load") == pytest.approx(scale.run(10**7, 8, VALUES).of("stage", "load") / 10, rel=1e-6)
+    assert again.stage("load") == pytest.approx(scale.run(10**7, 8, VALUES).stage("load") / 10, rel=1e-6)
 
 
 def test_a_collective_takes_the_faster_of_ring_and_tree() -> None:
@@ -185,9 +185,9 @@ def test_the_step_says_what_bounds_it() -> None:
 
 
 @pytest.mark.long
-def test_what_is_measured_here_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_measured_here_can_be_measured(capfd: pytest.CaptureFixture[str]) -> None:
     rank_costs.main()
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "all_reduce of 384 bytes, gloo, 2 processes",
         "all_reduce of 420,652 bytes, gloo, 2 processes",
