@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
+MAX_EXPONENT = 709.0  # above it, math.exp overflows
+
 Goal = Literal["minimize", "maximize"]
 
 
@@ -61,7 +63,8 @@ class Normal:
             number = self.mean
         else:  # the very ends are infinite
             number = NormalDist(self.mean, self.std).inv_cdf(min(max(quantile, 1e-9), 1 - 1e-9))
-        return round_to_multiple(math.exp(number) if self.log else number, self.quantum)
+        number = math.exp(min(number, MAX_EXPONENT)) if self.log else number
+        return round_to_multiple(number, self.quantum)
 
 
 Parameter = Choice | Uniform | Normal

@@ -100,6 +100,17 @@ def outcome(study: Study, records: Sequence[TrialRecord], folder: Path) -> str:
     )
 
 
+def why_none_finished(records: Sequence[TrialRecord]) -> str:
+    """Return why no trial finished; "" where one did, or still runs, perhaps in another process."""
+    if not records or any(record.state in ("finished", "running") for record in records):
+        return ""
+    reasons = Counter(record.reason for record in records if record.state == "failed").most_common()
+    if not reasons:
+        return f"{len(records)} of {len(records)} trials were pruned"
+    reason, count = reasons[0]
+    return f"{count} of {len(records)} trials failed with: {reason}"
+
+
 def shown(value: Any) -> str:
     """Return a parameter's value for people: four digits of a number, a list with commas."""
     return f"{value:.4g}" if isinstance(value, float) else _exact(value)

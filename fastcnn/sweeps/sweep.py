@@ -60,7 +60,7 @@ def run(
         console: where progress is shown; None shows nothing.
 
     Raises UsageError for wrong options, DataError where the photos are missing, SweepStopped on SIGINT and SIGTERM,
-    FastCNNError where the first trials all fail for one reason.
+    FastCNNError where the first trials all fail for one reason, or no trial finished and none still runs.
     """
     console = console or Console(quiet=True)
     options = {**options, **sweep.fixed}
@@ -90,9 +90,15 @@ def run(
     console.line(summary.outcome(study, records, folder))
     if stop.signum:
         raise SweepStopped(stop.signum, folder)
+    _raise_if_none_finished(runner, records)
+    return records
+
+
+def _raise_if_none_finished(runner: Runner, records: list[TrialRecord]) -> None:
     if runner.common_failure is not None:
         raise FastCNNError(f"the first {SAME_FAILURES} trials failed alike: {runner.common_failure}")
-    return records
+    if reason := summary.why_none_finished(records):
+        raise FastCNNError(f"no trial finished: {reason}; see {runner.folder / 'sweep.csv'}")
 
 
 def _check_data(data: str) -> None:

@@ -166,7 +166,13 @@ def _parameter(file: str, key: str, given: Mapping[str, Any]) -> Parameter:
     log = "log" in kind
     if log and not kind.endswith("_values"):  # the bounds are exponents; the inverse's are those of 1 / x
         low, high = (-high, -low) if kind.startswith("inv") else (low, high)
-        low, high = math.exp(low), math.exp(high)
+        try:
+            low, high = math.exp(low), math.exp(high)
+        except OverflowError:
+            raise UsageError(
+                f"{where}: {kind}: min and max are exponents of e, and e^{high:g} is too large; "
+                "for the bounds themselves, use log_uniform_values"
+            ) from None
     elif log and low <= 0:
         raise UsageError(f"{where}.min: expected a number above 0, got {low:g}")
     if kind == "int_uniform" and not (low.is_integer() and high.is_integer()):
@@ -258,7 +264,12 @@ def _hyperband(file: str, given: Any) -> Hyperband:
         first = _number(f"{where}.min_iter", rule["min_iter"])
     elif "max_iter" in rule and "s" in rule:
         last, rungs = (_number(f"{where}.{key}", rule[key]) for key in ("max_iter", "s"))
-        first = max(1.0, last / eta ** int(rungs)) if rungs >= 1 else 1.0
+        try:
+            first = max(1.0, last / eta ** int(rungs)) if rungs >= 1 else 1.0
+        except OverflowError:
+            raise UsageError(
+                f"{where}.s: {rungs:g} rungs do not fit into max_iter {last:g}: give fewer, or min_iter instead"
+            ) from None
     else:
         raise UsageError(f"{where}: expected min_iter, or max_iter and s")
     if first < 1:

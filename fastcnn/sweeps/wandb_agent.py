@@ -35,7 +35,7 @@ def run(
         folder: folder of the run folders, each named by its W&B id; None is `sweeps/` with the sweep's name.
         console: where progress is shown; None shows nothing.
 
-    Raises FastCNNError where nobody is logged in or the server refuses.
+    Raises FastCNNError where nobody is logged in, the server refuses, or trials failed and none finished.
     """
     import wandb
 
@@ -47,9 +47,11 @@ def run(
     project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     process = TrialProcess(lambda epoch: False, warn)  # the server prunes, not we
+    failures, any_trial_succeeded = list[str](), False
 
     def trial() -> None:
         """Train the trial that W&B's agent describes by environment variables and a file."""
+        nonlocal any_trial_succeeded
         run_id = os.environ["WANDB_RUN_ID"]
         values = read_parameters(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
         console.line(f"{run_id}  " + " ".join(f"{name}={value}" for name, value in values.items()))
@@ -62,7 +64,9 @@ def run(
                 environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
             )
         )
+        any_trial_succeeded |= ending.state in ("done", "pruned")
         if ending.state == "failed":
+            failures.append(ending.reason)
             raise FastCNNError(ending.reason)
 
     try:
@@ -75,6 +79,8 @@ def run(
         raise FastCNNError(f"W&B: {first_line(error)}") from None
     finally:
         process.close()
+    if failures and not any_trial_succeeded:
+        raise FastCNNError(f"no trial finished: {len(failures)} failed, the last with: {failures[-1]}")
     return sweep_id
 
 

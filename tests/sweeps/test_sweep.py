@@ -243,6 +243,23 @@ def test_a_sweep_whose_first_trials_fail_alike_ends(photos: Path) -> None:
     assert len(list(Path("sweeps/small").glob("trial-*"))) == 0, "a trial that did nothing leaves no folder"
 
 
+@pytest.mark.usefixtures("_inline")
+@pytest.mark.parametrize("num_trials", [1, 2])
+def test_a_sweep_of_which_no_trial_finished_has_failed(
+    num_trials: int, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("s.yaml").write_text(yaml.safe_dump({"method": "random", "parameters": {"lr": {"values": [0.1, 0.2]}}}))
+    command = ["sweep", str(photos), "--config=s.yaml", f"--trials={num_trials}", "--batch-size=1000", "--epochs=1"]
+    for _ in range(2):  # again: all of them have begun already
+        with pytest.raises(SystemExit) as error:
+            cli.main([*command, "--image-size=32", "--filters=8"])
+        assert error.value.code == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"no trial finished: {num_trials} of {num_trials} trials failed with: " in last
+        assert "do not fill one batch" in last
+    assert Path("sweeps/s/sweep.csv").read_text().count("failed") == num_trials
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -142,6 +142,8 @@ def test_an_option_that_is_given_is_not_varied() -> None:
         (file(early_terminate={"type": "median"}), "expected one of hyperband"),
         (file(early_terminate={"type": "hyperband"}), "expected min_iter, or max_iter and s"),
         (file(early_terminate={"type": "hyperband", "min_iter": 1, "eta": 1}), "expected a number above 1"),
+        (file(early_terminate={"type": "hyperband", "max_iter": 27, "s": 1e300}), "1e\\+300 rungs do not fit"),
+        (file(parameters={"lr": {"distribution": "log_uniform", "min": 0, "max": 1000}}), "exponents of e"),
         (file(run_cap=0), "run_cap: expected a whole number, 1 or more"),
         (file(command="fastcnn train"), "command: expected a list of words"),
     ],
