@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.runs.wandb_tracker import logged_in
 from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.sweep import SWEEPS
-from fastcnn.sweeps.trial_process import Job, TrialProcess
+from fastcnn.sweeps.trial_process import Ending, Job, TrialProcess
 from fastcnn.system.console import Console
 
 
@@ -47,11 +47,10 @@ def run(
     project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     process = TrialProcess(lambda epoch: False, warn)  # the server prunes, not we
-    failures, any_trial_succeeded = list[str](), False
+    endings: list[Ending] = []
 
     def trial() -> None:
         """Train the trial that W&B's agent describes by environment variables and a file."""
-        nonlocal any_trial_succeeded
         run_id = os.environ["WANDB_RUN_ID"]
         values = read_parameters(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
         console.line(f"{run_id}  " + " ".join(f"{name}={value}" for name, value in values.items()))
@@ -64,9 +63,8 @@ def run(
                 environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
             )
         )
-        any_trial_succeeded |= ending.state in ("done", "pruned")
+        endings.append(ending)
         if ending.state == "failed":
-            failures.append(ending.reason)
             raise FastCNNError(ending.reason)
 
     try:
@@ -79,9 +77,13 @@ def run(
         raise FastCNNError(f"W&B: {first_line(error)}") from None
     finally:
         process.close()
-    if failures and not any_trial_succeeded:
-        raise FastCNNError(f"no trial finished: {len(failures)} failed, the last with: {failures[-1]}")
+    _raise_if_all_failed(endings)
     return sweep_id
+
+
+def _raise_if_all_failed(endings: Sequence[Ending]) -> None:
+    if endings and all(ending.state == "failed" for ending in endings):
+        raise FastCNNError(f"no trial finished: {len(endings)} failed, the last with: {endings[-1].reason}")
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
