@@ -39,12 +39,12 @@ def run(
     """
     import wandb
 
-    console = console or Console(quiet=True)
-    folder = folder or SWEEPS / sweep.name
-    base = resolve(options)
+    console, folder = console or Console(quiet=True), folder or SWEEPS / sweep.name
     if not logged_in(wandb.setup().settings):
         raise FastCNNError("--wandb: not logged in: run wandb login, or leave out --wandb to search with Optuna here")
-    project = base.wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
+    project = (
+        resolve(options).wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
+    )
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     process = TrialProcess(lambda epoch: False, warn)  # the server prunes, not we
     endings: list[Ending] = []
@@ -54,15 +54,7 @@ def run(
         run_id = os.environ["WANDB_RUN_ID"]
         values = read_parameters(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
         console.line(f"{run_id}  " + " ".join(f"{name}={value}" for name, value in values.items()))
-        ending = process.run(
-            Job(
-                options={**options, **values},
-                run_dir=str((folder / run_id).resolve()),
-                lock=str((folder / "locks" / run_id).resolve()),
-                # The trial starts a wandb service of its own.
-                environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
-            )
-        )
+        ending = process.run(_job(folder, run_id, {**options, **values}))
         endings.append(ending)
         if ending.state == "failed":
             raise FastCNNError(ending.reason)
@@ -79,6 +71,16 @@ def run(
         process.close()
     _raise_if_all_failed(endings)
     return sweep_id
+
+
+def _job(folder: Path, run_id: str, options: Mapping[str, Any]) -> Job:
+    return Job(
+        options=options,
+        run_dir=str((folder / run_id).resolve()),
+        lock=str((folder / "locks" / run_id).resolve()),
+        # The trial starts a wandb service of its own.
+        environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
+    )
 
 
 def _raise_if_all_failed(endings: Sequence[Ending]) -> None:
