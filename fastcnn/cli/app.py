@@ -15,6 +15,7 @@ from fastcnn.cli.options import config_options, json_option
 from fastcnn.config import in_our_words, option_name
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 from fastcnn.system import launch
+from fastcnn.system.text import print_any_name
 
 
 @click.group(cls=Commands, **SETTINGS)
@@ -53,6 +54,7 @@ for command in (
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
     warnings.showwarning = _show_warning
+    print_any_name()
     try:
         code = commands.main(list(sys.argv[1:] if argv is None else argv), "fastcnn", standalone_mode=False)
     except click.NoSuchOption as error:

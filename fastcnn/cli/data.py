@@ -12,6 +12,7 @@ from fastcnn.cli.group import SETTINGS, Commands
 from fastcnn.cli.options import config_options, given, json_option, parse_size
 from fastcnn.config import resolve
 from fastcnn.errors import FastCNNError, nearest
+from fastcnn.system.text import to_json
 
 
 @click.group(cls=Commands, **SETTINGS)
@@ -30,8 +31,6 @@ def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> 
     Reported are classes, sizes and formats, and images that are damaged, duplicated or perhaps mislabelled. Every image
     is decoded; nothing in DATA is changed. The exit code is 3 if a run would refuse DATA.
     """
-    import json
-
     from fastcnn.data_tools import check, check_report
     from fastcnn.system.console import Console
 
@@ -48,7 +47,7 @@ def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> 
     if html:
         check_report.write(Path(html), findings)
     if as_json:
-        click.echo(json.dumps(findings.to_dict(), indent=1))
+        click.echo(to_json(findings.to_dict()))
     else:
         click.echo(check.table(findings))
         if html:

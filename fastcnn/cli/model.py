@@ -11,6 +11,7 @@ from fastcnn.cli.group import SETTINGS
 from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, sha256_option
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
+from fastcnn.system.text import to_json
 
 
 @click.command("eval", **SETTINGS)
@@ -29,8 +30,6 @@ def evaluate(
     Without DATA: on the run's own validation and test images. With DATA: on its val and test folders; if it has none,
     on its train folder; else on all of DATA/<class>/...
     """
-    import json
-
     from fastcnn.runs.evaluate_run import evaluate_run
     from fastcnn.system.console import Console
 
@@ -39,7 +38,7 @@ def evaluate(
         scores = evaluate_run(
             run, data, device=options.device, decoder=options.decoder if decoder else None, progress=progress
         )
-    text = json.dumps(scores.to_dict(), indent=1)
+    text = to_json(scores.to_dict())
     if output:
         try:
             Path(output).write_text(text + "\n", encoding="utf-8")
@@ -100,7 +99,6 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
     in class folders: how much the probabilities depend on the image decoder. The exit code is 4 if the check fails.
     """
     import dataclasses
-    import json
 
     from fastcnn.export.verify import verify_file
     from fastcnn.inference import artefact
@@ -118,7 +116,7 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
             sensitivity = measure(opened, data, gpu=0 if torch.cuda.is_available() else None, progress=progress)
     if as_json:
         answer = dataclasses.asdict(verification) | ({"decoders": sensitivity.to_dict()} if sensitivity else {})
-        click.echo(json.dumps(answer, indent=1))
+        click.echo(to_json(answer))
     else:
         click.echo("\n".join([f"{opened.path}  SHA-256 {verification.sha256}", *verification.lines()]))
         if sensitivity:

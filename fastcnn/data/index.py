@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data import shards
+from fastcnn.data import class_names, shards
 from fastcnn.data.shards import Shards
 from fastcnn.errors import DataError, nearest, warn
-from fastcnn.system.text import printable
+from fastcnn.system.text import comparable, printable
 from pipelines.verdict import Member
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -81,7 +81,9 @@ def scan(root: str | Path, memory: Path | None = None) -> Index:
     split_folders = _split_folders(root) or {"train": root}
     train_folder = split_folders["train"]
     found = _read_shards(root, split_folders, memory)
-    classes = found["train"].classes() if "train" in found else tuple(_class_names(train_folder))
+    classes = (
+        found["train"].classes() if "train" in found else class_names.distinct(train_folder, _class_names(train_folder))
+    )
     if not classes:
         raise DataError(
             f"no class folders in {train_folder}: expected {train_folder.name}/<class>/<photos>, "
@@ -105,13 +107,14 @@ def scan_held_out(root: str | Path, classes: Sequence[str], memory: Path | None 
     """
     root = Path(root)
     _check_folder(root)
-    found = _by_split(root, (folder for folder in _folders(root) if folder.name not in classes))
+    names = class_names.positions(classes)
+    found = _by_split(root, (folder for folder in _folders(root) if comparable(folder.name) not in names))
     if len(found) > 1:
         found.pop("train", None)
     known = tuple(classes)
     for place in found.values() or [root]:
         for name in _class_names(place):
-            if name not in known:
+            if comparable(name) not in names:
                 raise DataError(
                     f"{place / name} is a class that the model does not know; "
                     f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
@@ -142,8 +145,8 @@ def scan_loosely(root: str | Path) -> tuple[Index, str]:
     if any(map(_holds_shards, [root, *(named[name] for name in named if name in SPLIT_FOLDERS)])):
         raise DataError(problem)
     split_folders = parts if parts and named.keys() <= SPLIT_FOLDERS.keys() else {"train": root}
-    classes = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
-    return _read(root, split_folders, tuple(classes or [""]), {}), problem
+    names = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
+    return _read(root, split_folders, class_names.distinct(root, names) or ("",), {}), problem
 
 
 def outside(root: Path) -> list[str]:
@@ -293,13 +296,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
     """Yield label and folder name of each class folder. Raises DataError for a class that is not among `classes`."""
+    labels = class_names.positions(classes)
     for name in _class_names(folder):
-        if name not in classes:
+        if comparable(name) not in labels:
             raise DataError(
                 f"{folder.name}/{name} is a class that the training folder does not have{nearest(name, classes)}; "
                 f"its {split} photos cannot be scored"
             )
-        yield classes.index(name), name
+        yield labels[comparable(name)], name
 
 
 def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str, int, int]]:
@@ -337,6 +341,9 @@ def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str
 
 def _sibling(root: Path) -> str:
     try:
-        return nearest(root.name, [entry.name for entry in os.scandir(root.parent) if _is_folder(entry)])
+        beside = [entry.name for entry in os.scandir(root.parent) if _is_folder(entry)]
+        if comparable(root.name) in map(comparable, beside):
+            return "; that name is there in another Unicode form: have the shell complete it"
+        return nearest(root.name, beside)
     except OSError:
         return ""

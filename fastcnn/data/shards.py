@@ -21,10 +21,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastcnn.data import tar
+from fastcnn.data import class_names, tar
 from fastcnn.errors import DataError, warn
 from fastcnn.storage import files
-from fastcnn.system.text import printable
+from fastcnn.system.text import comparable, printable
 from pipelines.verdict import EXTENSIONS
 
 CLASSES = "classes.txt"
@@ -89,18 +89,18 @@ class Shards:
         if names is None:
             numbered = all(name.isascii() and name.isdecimal() for name in classes)
             names = {int(name): name for name in classes} if numbered else dict(enumerate(classes))
-        labels = {}
+        labels, positions = {}, class_names.positions(classes)
         for photo in self.photos:
             if photo.label in labels:
                 continue
             name = names.get(photo.label)
-            if name not in classes:
+            if name is None or comparable(name) not in positions:
                 label = f"label {photo.label}{'' if name is None else f', {printable(name)},'}"
                 raise DataError(
                     f"{printable(str(root / photo.path))} has the {label} which is none of the {len(classes)} classes: "
                     f"{_some(list(map(printable, classes)))}"
                 )
-            labels[photo.label] = classes.index(name)
+            labels[photo.label] = positions[comparable(name)]
         return labels
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError
 from fastcnn.storage import files
-from fastcnn.system.text import printable
+from fastcnn.system.text import comparable, printable
 
 
 def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
@@ -55,17 +55,19 @@ def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
     except (OSError, csv.Error) as error:
         raise DataError(f"cannot read the split {path}: {error}") from None
     splits = np.full(len(index), "", "<U5")
-    position = {photo: i for i, photo in enumerate(index.paths)}
+    position = {comparable(photo): i for i, photo in enumerate(index.paths)}
+    position |= {photo: i for i, photo in enumerate(index.paths)}  # two may differ in Unicode form alone
     for line, row in enumerate(rows, 2):
         photo, label, part = row.get("path"), row.get("label"), row.get("split")
         if photo is None or part not in ("train", "val", "test"):
             raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
+        photo = photo if photo in position else comparable(photo)
         if photo not in position:
             raise DataError(
                 f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; "
                 "was the split made from another folder?"
             )
-        if index.classes[index.labels[position[photo]]] != label:
+        if comparable(index.classes[index.labels[position[photo]]]) != comparable(label or ""):
             raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
         splits[position[photo]] = part
     if not {"train", "val"} <= set(splits):

@@ -30,6 +30,7 @@ from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint, files, run_folder
 from fastcnn.system.device import DTYPES, versions
+from fastcnn.system.text import as_utf8
 
 Half = Literal["auto", "bf16", "fp16"]
 
@@ -110,7 +111,7 @@ def _check_arguments(format: str, half: Half | None) -> None:
 
 def write(state: dict[str, Any], path: Path, format: str, half: Half | None = None) -> None:
     """Write the network of a checkpoint as an exported file, without verifying it."""
-    config, network = state["config"], restore(state)
+    config, network, classes = state["config"], restore(state), list(map(as_utf8, state["classes"]))
     # onnxruntime has no bf16 convolution on a CPU.
     precision = "fp32" if half is None else half if half != "auto" else "fp16" if format == "onnx" else "bf16"
     model = Deployed(
@@ -118,18 +119,18 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         config["image_size"],
         config["mean"],
         config["std"],
-        state["classes"],
+        classes,
         DTYPES[precision],
         always_resize=format != "torchscript",
     ).eval()
     metadata = {
         "format": artefact.FORMAT,
-        "classes": state["classes"],
+        "classes": classes,
         "image_size": config["image_size"],
         "mean": config["mean"],
         "std": config["std"],
         "input": "uint8 (N, H, W, 3), any N, H and W",
-        "output": f"float32 (N, {len(state['classes'])}) probabilities",
+        "output": f"float32 (N, {len(classes)}) probabilities",
         "chunk": model.chunk,
         "precision": precision,
         "tolerance": TOLERANCES[precision],

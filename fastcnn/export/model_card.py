@@ -13,7 +13,7 @@ from typing import Any
 from fastcnn.errors import FastCNNError
 from fastcnn.storage.files import write as write_file
 from fastcnn.system.templates import render
-from fastcnn.system.text import printable
+from fastcnn.system.text import comparable, printable
 
 
 def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path], run: Path | None = None) -> Path:
@@ -50,14 +50,14 @@ def page(
 
 
 def count_photos(run: Path) -> dict[str, Counter[str]]:
-    """Return the number of photos of each class in each split of a run; none where its split.csv is gone."""
+    """Return the photos of each class, by its comparable name, in each split of a run; none without its split.csv."""
     counts: dict[str, Counter[str]] = {split: Counter() for split in ("train", "val", "test")}
     with (
         contextlib.suppress(OSError),
         (run / "split.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         for row in csv.DictReader(file):
-            counts[row["split"]][row["label"]] += 1
+            counts[row["split"]][comparable(row["label"])] += 1
     return counts
 
 
@@ -65,7 +65,7 @@ def _photo_rows(classes: Sequence[str], photos: Mapping[str, Mapping[str, int]])
     """Return the name of each class and its photos in each split, the sums last; none where nothing is known."""
     if not any(photos.values()):
         return []
-    rows = [(name, [counts.get(name, 0) for counts in photos.values()]) for name in classes]
+    rows = [(name, [counts.get(comparable(name), 0) for counts in photos.values()]) for name in classes]
     return [*rows, ("all", [sum(counts.values()) for counts in photos.values()])]
 
 

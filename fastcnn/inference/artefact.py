@@ -21,6 +21,7 @@ import numpy.typing as npt
 from fastcnn.errors import CheckError, FastCNNError, first_line, nearest, warn
 from fastcnn.inference.file_formats import FORMATS, METADATA, check_program, digest
 from fastcnn.storage.paths import user_cache_folder
+from fastcnn.system.text import as_utf8
 
 FORMAT = 2
 
@@ -52,7 +53,7 @@ class Artefact:
     @property
     def classes(self) -> list[str]:
         """Class names, in the order of the probabilities."""
-        return list(self.metadata["classes"])
+        return list(map(as_utf8, self.metadata["classes"]))
 
     @property
     def image_size(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcnn.errors import FastCNNError
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.classifier import Classifier, ranked
-from fastcnn.system.text import printable
+from fastcnn.system.text import as_utf8, printable
 from pipelines.verdict import MAX_PIXELS
 
 BATCH_SIZE = 64
@@ -112,7 +112,8 @@ def writer(format: str, classes: Sequence[str], top_k: int) -> Callable[[Predict
 def _table(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
     def write(prediction: Prediction) -> None:
         best = "  ".join(
-            f"{name} {probability:.4f}" for name, probability in ranked(prediction.probabilities, classes, top_k)
+            f"{printable(name)} {probability:.4f}"
+            for name, probability in ranked(prediction.probabilities, classes, top_k)
         )
         print(f"{printable(prediction.path)}  {best or f'not used: {prediction.reason}'}")
 
@@ -137,6 +138,6 @@ def _jsonl(classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:
     def write(prediction: Prediction) -> None:
         best = [{"class": name, "probability": p} for name, p in ranked(prediction.probabilities, classes, top_k)]
         result = {"error": prediction.reason} if prediction.reason else {"predictions": best}
-        print(json.dumps({"path": prediction.path, **result}))
+        print(json.dumps({"path": as_utf8(prediction.path), **result}))
 
     return write

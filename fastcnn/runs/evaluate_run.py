@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastcnn.config import Config, Decoder, resolve
-from fastcnn.data import dataset
+from fastcnn.data import class_names, dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError, FastCNNError, warn
@@ -18,6 +20,7 @@ from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.reporting.class_scores import ClassScores, score_classes
 from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision, torch_settings
+from fastcnn.system.text import comparable
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
@@ -79,7 +82,7 @@ def evaluate_run(
         classes=None if data is None else saved["classes"],
         progress=progress,
     )
-    _check_classes(images, saved["classes"])
+    images = _with_classes_of(images, saved["classes"])
     threads = min(config.threads or num_cores(), num_cores())
     with torch_settings(place, threads=threads, deterministic=config.deterministic, tf32=config.precision == "tf32"):
         splits = ("val", "test") if data is None else ("val", "test", "train", "all")
@@ -125,13 +128,15 @@ def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> 
     return score_classes(data.index.classes, found.score, data.index.labels[photos], predicted, probabilities)
 
 
-def _check_classes(data: Dataset, classes: list[str]) -> None:
-    """Raise DataError if the classes of a dataset are not the run's."""
-    root, here = data.index.root, data.index.classes
-    if unknown := [name for name in here if name not in classes]:
+def _with_classes_of(data: Dataset, classes: list[str]) -> Dataset:
+    """Return a dataset with the run's classes, in the run's order. Raises DataError if they are others."""
+    root, here, known = data.index.root, data.index.classes, class_names.positions(classes)
+    if unknown := [name for name in here if comparable(name) not in known]:
         raise DataError(f"{root} now has a class that the run does not know: {unknown[0]}; give a folder without it")
-    if missing := [name for name in classes if name not in here]:
+    if missing := [name for name in classes if comparable(name) not in class_names.positions(here)]:
         raise DataError(f"{root} has no folder of the run's class '{missing[0]}' any more; give a folder of photos")
+    labels = np.array([known[comparable(name)] for name in here])[data.index.labels]  # another form may sort elsewhere
+    return dataclasses.replace(data, index=dataclasses.replace(data.index, classes=tuple(classes), labels=labels))
 
 
 def _check_found(data: Dataset, classes: list[str], by_split: dict[str, ClassScores]) -> None:

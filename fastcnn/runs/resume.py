@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.config import Config, option_name, read_yaml, resolve
+from fastcnn.data import class_names
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.runs.state import RunState
 from fastcnn.storage import checkpoint, run_folder
@@ -52,7 +53,7 @@ def is_finished(run_dir: Path) -> bool:
 def restore(state: RunState, console: Console) -> None:
     """Load the run's `last.pt` into its state. Raises DataError if the classes have changed since."""
     saved = state.ranks.broadcast(lambda: checkpoint.load(state.run_dir / "last.pt"))
-    if tuple(saved["classes"]) != state.classes:
+    if not class_names.same(saved["classes"], state.classes):
         raise DataError(f"{state.run_dir} was trained on other classes than there are now: begin a new run")
     state.restore(saved)
     _repair_best(state)
@@ -82,6 +83,6 @@ def _problem_of_best(state: RunState) -> str:
         saved = checkpoint.load(path)
     except FastCNNError as error:
         return str(error)
-    if saved["best"].get("epoch") == best and tuple(saved["classes"]) == state.classes:
+    if saved["best"].get("epoch") == best and class_names.same(saved["classes"], state.classes):
         return ""
     return f"{path} is of another epoch than {best:g}"

@@ -22,6 +22,7 @@ from fastcnn.config import Wandb
 from fastcnn.errors import first_line, warn
 from fastcnn.reporting.outcome import Outcome
 from fastcnn.system.console import Console
+from fastcnn.system.text import as_utf8, texts_as_utf8
 
 if TYPE_CHECKING:
     import wandb
@@ -144,10 +145,10 @@ class WandbTracker:
         def init(mode: str, run_id: str | None) -> wandb.Run:
             return wandb.init(
                 project=self.config["wandb_project"] or settings.project or PROJECT,
-                name=settings.run_name or self.run_dir.name,
+                name=settings.run_name or as_utf8(self.run_dir.name),
                 id=run_id,
                 dir=root,
-                config=self.config,
+                config=texts_as_utf8(self.config),
                 mode="online" if mode == "online" else "offline",
                 reinit="create_new",
                 settings=wandb.Settings(
@@ -181,13 +182,13 @@ class WandbTracker:
 def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
     import wandb
 
-    run.summary.update(dict(outcome.summary))
+    run.summary.update(texts_as_utf8(dict(outcome.summary)))
     logged: dict[str, Any] = {}
     if outcome.confusion is not None:
         counts = [
             [label, predicted, int(outcome.confusion[i, j])]
-            for i, label in enumerate(outcome.classes)
-            for j, predicted in enumerate(outcome.classes)
+            for i, label in enumerate(map(as_utf8, outcome.classes))
+            for j, predicted in enumerate(map(as_utf8, outcome.classes))
         ]
         # As wandb.plot.confusion_matrix draws it, which would need every single prediction.
         columns = ("Actual", "Predicted", "nPredictions")
@@ -198,9 +199,10 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
             {"title": "Confusion matrix"},
         )
     if outcome.samples:
+        texts = [map(as_utf8, (sample.path, sample.label, sample.predicted)) for sample in outcome.samples]
         logged["samples"] = wandb.Table(
             columns=["image", "path", "label", "predicted", "probability"],
-            data=[[wandb.Image(s.image), s.path, s.label, s.predicted, s.probability] for s in outcome.samples],
+            data=[[wandb.Image(s.image), *text, s.probability] for s, text in zip(outcome.samples, texts, strict=True)],
         )
     if logged:
         run.log(logged)

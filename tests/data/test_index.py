@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastcnn.data.index import scan
+from fastcnn.data.index import scan, scan_held_out
 from fastcnn.data.split import draw_split, read_split, write_split
 from fastcnn.errors import DataError, FastCNNWarning
 
@@ -231,3 +232,20 @@ def test_many_files(tmp_path: Path) -> None:
         for i in range(2_000):
             (tmp_path / name / f"{i}").touch()
     assert len(scan(tmp_path)) == 4_000
+
+
+def test_unicode_forms_of_a_class(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+    touch(tmp_path, f"data/train/{nfc}/1.jpg", "data/train/tea/1.jpg", f"data/val/{nfd}/1.jpg", "data/val/tea/1.jpg")
+    index = scan(tmp_path / "data")
+    assert index.classes == (nfc, "tea")  # as they are on the disk
+    assert list(index.labels) == [0, 1, 0, 1]
+    assert f"val/{nfd}/1.jpg" in index.paths
+    assert list(scan_held_out(tmp_path / "data", [nfd, "tea"]).labels) == [0, 1]
+    touch(tmp_path, f"two/{nfc}/1.jpg", f"two/{nfd}/2.jpg", "two/tea/1.jpg")
+    with pytest.warns(FastCNNWarning, match="read as one class"):
+        index = scan(tmp_path / "two")
+    assert [len(index.classes), *np.bincount(index.labels)] == [2, 2, 1]
+    touch(tmp_path, f"{nfd}/a/1.jpg")
+    with pytest.raises(DataError, match="there in another Unicode form"):
+        scan(tmp_path / nfc)

@@ -1,0 +1,28 @@
+"""Names of classes, compared whatever their Unicode form: Linux and a Mac write 'Café' differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastcnn.errors import warn
+from fastcnn.system.text import comparable, printable
+
+
+def positions(classes: Sequence[str]) -> dict[str, int]:
+    """Return `comparable` name -> position of each class."""
+    return {comparable(name): position for position, name in enumerate(classes)}
+
+
+def distinct(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names, without those that differ from an earlier one in Unicode form alone, which is a warning."""
+    found: dict[str, str] = {}
+    for name in names:
+        if found.setdefault(comparable(name), name) != name:
+            warn(f"{folder} has two folders '{printable(name)}' in different Unicode forms: read as one class")
+    return tuple(found.values())
+
+
+def same(classes: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether two lists name the same classes in the same order."""
+    return list(map(comparable, classes)) == list(map(comparable, others))

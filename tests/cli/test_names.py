@@ -1,0 +1,88 @@
+"""Names of classes and files that are not UTF-8, or in the other Unicode form, through every command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcnn.cli import main
+from fastcnn.inference import artefact
+from tests.cli.test_cli import run
+
+SMALL = ["--epochs", "1", "--image-size", "32", "--filters", "8", "--batch-size", "8", "--device", "cpu"]
+COFFEE = {form: unicodedata.normalize(form, "Café") for form in ("NFC", "NFD")}
+BYTES = os.fsdecode(b"th\xe9")
+
+
+def photos(folder: Path, names: tuple[str, ...]) -> Path:
+    random = np.random.default_rng(0)
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for photo in range(6):
+            pixels = random.integers(60 * number, 60 * number + 90, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / os.fsdecode(b"%d\xfe.jpg" % photo))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of photos and a run on it, whose own names are not UTF-8 either."""
+    if os.name != "posix":
+        pytest.skip("names are text here")
+    folder = tmp_path_factory.mktemp("names")
+    data = photos(folder / os.fsdecode(b"ph\xff otos"), (COFFEE["NFD"], "plain", BYTES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", str(data), *SMALL, "--quiet", "--cache-dir", "cache"])
+    assert stopped.value.code == 0
+    return data, folder / "runs" / data.name
+
+
+def test_a_folder_of_bytes(
+    trained: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run_dir = trained
+    monkeypatch.chdir(run_dir.parents[1])
+    for command in (["eval", run_dir], ["export", run_dir], ["data", "check", data], ["data", "shard", data, "shards"]):
+        assert run(capfd, *command)[0] == 0, command
+    assert artefact.open(run_dir).classes == [COFFEE["NFD"], "plain", "th\\xe9"]
+    assert "ph\\xff otos" in run(capfd, "cache", "list", "--cache-dir", "cache")[1]
+    assert "/ph\\xff otos/plain/0\\xfe.jpg  " in run(capfd, "predict", run_dir, data)[1]
+    rows = list(csv.DictReader(run(capfd, "predict", run_dir, data, "--format", "csv", "--top-k", "3")[1].splitlines()))
+    assert {row["class"] for row in rows} == {COFFEE["NFD"], "plain", "th\\xe9"}
+    line = run(capfd, "predict", run_dir, data, "--format", "jsonl")[1].splitlines()[-1]
+    assert json.loads(line)["path"].endswith("/th\\xe9/5\\xfe.jpg")
+    found = json.loads(run(capfd, "data", "check", data, "--json")[1])
+    assert [each["class"] for each in found["classes"]] == [COFFEE["NFD"], "plain", "th\\xe9"]
+    assert "th\\xe9" in (run_dir / "report.html").read_text(encoding="utf-8")
+    code, _, error = run(capfd, "data", "check", f"{data}x")
+    assert (code, "did you mean 'ph\\xff otos'?" in error) == (3, True)
+
+
+@pytest.mark.long
+def test_a_sweep_on_a_folder_of_bytes(trained: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    Path("s.yaml").write_text("method: random\nparameters: {lr: {min: 0.001, max: 0.01}}\n", encoding="utf-8")
+    code, out, error = run(capfd, "sweep", trained[0], "--config", "s.yaml", "--trials", "1", *SMALL)
+    assert code == 0, error
+    assert "1 finished" in out
+
+
+def test_the_other_unicode_form_is_the_same_class(
+    trained: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run of a folder from a Mac scores a folder of Linux, and reads its split there."""
+    data, run_dir = trained
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    (other / COFFEE["NFD"]).rename(other / COFFEE["NFC"])
+    assert run(capfd, "eval", run_dir, other)[0] == 0
+    split = ["--split", str(run_dir / "split.csv"), "--cache-dir", "cache", "--no-report", "--quiet"]
+    assert run(capfd, "train", other, *SMALL, *split)[0] == 0
