@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.proof.lines import AGAIN, NO_TIME, OUT_OF_TIME, Proof, is_late
+from bench.proof.lines import AGAIN, NO_TIME, OUT_OF_TIME, Line, Proof, is_late
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "FASTCNN_PROOF_STEP"
@@ -120,7 +121,15 @@ def run_phase(proof: Proof, steps: Sequence[Step]) -> int:
     except BaseException:
         print(f"\nended early; packed {pack(proof.out)[0]}", file=sys.stderr)
         raise
-    return summary(proof, outcomes, *pack(proof.out))
+    text, code = summary(proof, outcomes)
+    (proof.out / f"summary-{proof.phase}.txt").write_text("\n".join([*text, ""]), encoding="utf-8")
+    (proof.out / "figures.md").write_text(figures_table(proof), encoding="utf-8")
+    packed, left_out = pack(proof.out)
+    size = packed.stat().st_size
+    print("\n".join(["", *text, f"lines    {proof.path}", f"packed   {packed} ({size / 1e6:.2f} MB)"]))
+    if left_out:
+        print(f"left out of it: {', '.join(left_out)}")
+    return 1 if size > MOST_BYTES else code
 
 
 def outcome_of(proof: Proof, step: Step) -> str:
@@ -131,8 +140,8 @@ def outcome_of(proof: Proof, step: Step) -> str:
     left = proof.seconds_left() - PACKING_SECONDS
     code = run_step(proof, step, min(step.limit, left)) if left > 5 else OUT_OF_TIME
     outcome = {0: "measured", OUT_OF_TIME: "skipped"}.get(code, "failed")
-    reason = {} if code == 0 else {"reason": NO_TIME if code == OUT_OF_TIME else f"exit code {code}"}
-    proof.write(figure, outcome, seconds=round(time.monotonic() - start, 1), **reason)
+    why = {} if code == 0 else {"reason": NO_TIME if code == OUT_OF_TIME else f"exit code {code}"}
+    proof.write(figure, outcome, seconds=round(time.monotonic() - start, 1), **why)
     said = "out of time" if code == OUT_OF_TIME else outcome
     print(f"phase {proof.phase}: {step.name}: {said}, {time.monotonic() - start:.0f} s", flush=True)
     return said
@@ -223,34 +232,35 @@ def pack(out: Path) -> tuple[Path, list[str]]:
     return target, left_out
 
 
-def summary(proof: Proof, outcomes: dict[str, str], packed: Path, left_out: Sequence[str]) -> int:
-    """Print what was measured, what failed and what is missing; return the exit code."""
-    last = {
-        line["figure"]: line for line in proof.lines() if line["phase"] == proof.phase and line["card"] == proof.card
-    }
-    figures = {name: line for name, line in last.items() if not name.startswith("part: ")}
-    failed = [line for line in figures.values() if line["outcome"] in ("failed", "started")]
-    late = [line for line in figures.values() if is_late(line)]
-    absent = [line for line in figures.values() if line["outcome"] == "skipped" and line not in late]
-    print(f"\nphase {proof.phase} on {proof.card}: {len(figures)} figures, ", end="")
-    print(f"{sum(line['outcome'] == 'measured' for line in figures.values())} measured, {len(failed)} failed")
+def summary(proof: Proof, outcomes: dict[str, str]) -> tuple[list[str], int]:
+    """Return lines on what was measured, what failed and what is missing, and the exit code of the phase."""
+    figures = {line["figure"]: line for line in proof.own_lines() if line["phase"] == proof.phase}
+    found = [line for name, line in figures.items() if not name.startswith("part: ")]
+    failed = [line for line in found if line["outcome"] in ("failed", "started")]
+    late = [line for line in found if is_late(line)]
+    absent = [line for line in found if line["outcome"] == "skipped" and line not in late]
+    count = sum(line["outcome"] == "measured" for line in found)
+    text = [f"phase {proof.phase} on {proof.card}: {len(found)} figures, {count} measured, {len(failed)} failed"]
     for title, lines in (("failed", failed), (NO_TIME, late), ("not here", absent)):
-        for line in lines[:20]:
-            reason = (
-                "" if line in late else ((line.get("reason") or "ended in the midst").strip().splitlines() or [""])[-1]
-            )
-            print(f"  {title}: {line['figure']}  {reason[:160]}")
-        if lines[20:]:
-            print(f"  {title}: {len(lines) - 20} more")
-    for name, outcome in outcomes.items():
-        print(f"  step {name}: {outcome}")
-    size = packed.stat().st_size
-    print(f"lines    {proof.path}\npacked   {packed} ({size / 1e6:.2f} MB)")
-    if left_out:
-        print(f"left out of it: {', '.join(left_out)}")
-    if failed or "failed" in outcomes.values() or size > MOST_BYTES:
-        return 1
-    return OUT_OF_TIME if late or "out of time" in outcomes.values() else 0
+        text += [f"  {title}: {line['figure']}  {'' if line in late else reason(line)}".rstrip() for line in lines[:20]]
+        text += [f"  {title}: {len(lines) - 20} more"] if lines[20:] else []
+    text += [f"  step {name}: {outcome}" for name, outcome in outcomes.items()]
+    if failed or "failed" in outcomes.values():
+        return text, 1
+    return text, OUT_OF_TIME if late or "out of time" in outcomes.values() else 0
+
+
+def reason(line: Line) -> str:
+    """Return the last line of why a figure is not there."""
+    lines = str(line.get("reason", "")).strip().splitlines()
+    return lines[-1][:160] if lines else "ended in the midst"
+
+
+def figures_table(proof: Proof) -> str:
+    """Return all figures, those of tests aside, as a table in Markdown."""
+    lines = {line["figure"]: line for line in proof.own_lines() if line.get("values")}
+    rows = [f"| {name} | {json.dumps(line['values'], default=str)[:400]} |" for name, line in lines.items()]
+    return "\n".join([f"# {proof.card}", "", "| figure | values |", "| --- | --- |", *rows, ""])
 
 
 if __name__ == "__main__":

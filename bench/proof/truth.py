@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -80,6 +81,10 @@ def whole_runs(proof: Proof) -> None:
     def ours() -> Line:
         found = runs.train(runs.photos, cache)
         split.write_bytes((Path(found["run_dir"]) / "split.csv").read_bytes())
+        for path in Path(found["run_dir"]).iterdir():
+            if path.suffix in (".png", ".html", ".json", ".yaml") or path.name == "metrics.csv":
+                (proof.out / "run").mkdir(exist_ok=True)
+                shutil.copy(path, proof.out / "run")
         kept = "wall_seconds images_per_second val_accuracy seconds engine precision decoder num_train num_decoded"
         return {name: found[name] for name in kept.split()}
 
