@@ -313,7 +313,8 @@ def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str
     yielded, so that it is reported with the photos that cannot be read.
     """
     start = len(os.path.join(root, ""))  # noqa: PTH118
-    stack = [(str(folder), frozenset[tuple[int, int]]())]
+    below = folder.relative_to(root)  # root / "a" is "a" where root is "."
+    stack = [(os.path.join(root, below) if below.parts else str(root), frozenset[tuple[int, int]]())]  # noqa: PTH118
     while stack:
         here, above = stack.pop()
         try:

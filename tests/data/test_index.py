@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcnn.data.index import scan, scan_held_out
+from fastcnn.data.index import scan, scan_held_out, scan_loosely
 from fastcnn.data.split import draw_split, read_split, write_split
 from fastcnn.errors import DataError, FastCNNWarning
 
@@ -249,3 +249,23 @@ def test_unicode_forms_of_a_class(tmp_path: Path) -> None:
     touch(tmp_path, f"{nfd}/a/1.jpg")
     with pytest.raises(DataError, match="there in another Unicode form"):
         scan(tmp_path / nfc)
+
+
+def test_a_folder_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = touch(tmp_path / "my photos", "train/a/in/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
+    (tmp_path / "link").symlink_to(data, target_is_directory=True)
+    expected = ("train/a/in/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
+    for here, path in [
+        *((data, path) for path in (".", "./", "../my photos", "../my photos/.", str(data))),
+        *((tmp_path, path) for path in ("my photos", "my photos/", "./my photos//", "link", "link/")),
+        *((data / "val", path) for path in ("..", "../", "../../link", "../.")),
+    ]:
+        monkeypatch.chdir(here)
+        index = scan(path)
+        assert index.paths == expected, path
+        assert all(Path(source).is_file() for source in index.sources() if isinstance(source, Path)), path
+        assert scan_held_out(path, ("a", "b")).paths == expected[2:], path
+    monkeypatch.chdir(data / "val" / "a")
+    assert scan_loosely(".")[0].paths == ("3.jpg",)  # no layout at all
+    monkeypatch.chdir(data / "train")
+    assert scan(".").paths == ("a/in/1.jpg", "b/2.jpg")
