@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -411,6 +412,32 @@ def gpu_code(graph: fx.GraphModule, inputs: Sequence[Any]) -> str:
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
             lowering.run(*there)
             return str(lowering.codegen()[0].value)
+
+
+def compile_inductors_kernels(code: str) -> list[str]:
+    """Compile the Triton kernels in `gpu_code`'s result to machine code for sm_90; return their names."""
+    from torch._inductor.runtime import triton_helpers
+    from triton.runtime.driver import driver
+
+    found = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pretended_gpu(),
+        mock.patch.object(driver, "_active", _pretended_driver(90)),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+    ):
+        for name, source in found:
+            path = Path(folder) / f"{name}.py"
+            path.write_text(source, encoding="utf-8")
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec
+            assert spec.loader
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            kernel = getattr(module, name)
+            for config in kernel.configs:
+                kernel._precompile_config(config)
+    return [name for name, _ in found]
 
 
 def _on_gpu(x: Tensor) -> Tensor:

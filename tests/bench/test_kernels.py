@@ -65,3 +65,25 @@ def test_a_step_of_the_hybrid_engine_is_thirty_launches() -> None:
     assert found["all"] <= 30
     assert found["augmented"] <= 31
     assert found["seconds"] < 100e-6
+
+
+INDUCTOR = """
+from unittest import mock
+from bench import kernels
+found, plain = [], kernels.gpu_code
+def kept(graph, inputs):
+    found.append(plain(graph, inputs))
+    return found[-1]
+with mock.patch.object(kernels, "gpu_code", kept):
+    kernels.count_launches("hybrid", "bf16", ["flip", "shift"])
+    kernels.count_launches("compiled", "bf16")
+    kernels.count_launches("compiled", "fp16")
+print(sum(len(kernels.compile_inductors_kernels(code)) for code in found))
+"""
+
+
+@pytest.mark.long
+def test_what_inductor_writes_for_a_gpu_compiles() -> None:
+    text, code = printed("-c", INDUCTOR)
+    assert code == 0
+    assert int(text.splitlines()[-1]) > 50

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,25 @@ def test_generated_photos_within_tolerance(decoder, photos, size):
 def test_real_photos_within_tolerance(decoder):
     paths = sorted(SHARED.glob("clothing-10/train/*/*")) + sorted(SHARED.glob("animals-8/*/*"))
     assert_parity(random.Random(0).sample(paths, 150), decoder, size=128)
+
+
+def test_the_graph_for_a_gpu_is_defined_without_one(monkeypatch):
+    """Operators and their arguments, as DALI checks them; building the graph takes a GPU."""
+    dali = pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali.fn")
+    from pipelines import dali as decoder
+
+    class Defined(dali.Pipeline):
+        def __init__(self, device_id, **options):
+            super().__init__(device_id=None, **options)
+
+        def build(self):
+            pass
+
+    monkeypatch.setattr(decoder, "_dali", SimpleNamespace(Pipeline=Defined, fn=dali.fn, types=dali.types))
+    graph = decoder._build(128, 2, 0).serialize()
+    assert b"mixed" in graph
+    assert b"jpeg_fancy_upsampling" in graph
 
 
 @pytest.mark.cuda
