@@ -35,6 +35,17 @@ def random_feed(device: torch.device, count: int, size: int) -> Feed:
     )
 
 
+STEPS_PER_REPLAY = 8
+
+
+def num_images(device: torch.device, batch: int) -> int:
+    """Return the images of an epoch to time steps on: two batches or more, on a GPU two replays of 8 steps.
+
+    In a shorter epoch none would be replayed 8 at a time.
+    """
+    return max(512, (2 * STEPS_PER_REPLAY if device.type == "cuda" else 2) * batch)
+
+
 def make_step(
     feed: Feed,
     filters: tuple[int, ...],

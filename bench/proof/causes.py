@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from bench.baselines import loops
-from bench.harness.step_setup import make_step, random_feed, run_steps
+from bench.harness.step_setup import make_step, num_images, random_feed, run_steps
 from bench.harness.timing import clocked, repeated, synchronize
 from bench.proof.lines import Line, NotHere, Proof
 from bench.proof.machine_and_steps import DEVICE, ROOT, TABLE, step_rate
@@ -52,7 +52,7 @@ def batches(proof: Proof) -> tuple[int, ...]:
 def step_of(batch: int, *, small: bool) -> TrainingStep:
     """Return a step of the reference network, or of a tiny one, in the machine's best precision."""
     precision = pick_precision("auto", DEVICE, deterministic=False, strict=False)
-    feed = random_feed(DEVICE, max(512, 16 * batch), 32 if small else 128)
+    feed = random_feed(DEVICE, num_images(DEVICE, batch), 32 if small else 128)
     return make_step(feed, (8,) * 5 if small else FILTERS, batch, precision)
 
 

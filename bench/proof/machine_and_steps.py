@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import machine
-from bench.harness.step_setup import make_step, random_feed, run_steps, steps_a_slice
+from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
 from bench.harness.timing import clocked
 from bench.proof.lines import NO_TIME, Line, NotHere, Proof
 from fastcnn.system.device import describe_hardware, peak_memory_bytes, pick_precision, torch_settings, versions
@@ -176,7 +176,7 @@ def step_rate(name: str, precision: str, batch: int, *, small: bool) -> Line:
         torch.cuda.reset_peak_memory_stats()
     size, filters = (32, (8,) * 5) if small else (128, (32,) * 5)
     with torch_settings(DEVICE, threads=None, deterministic=False):
-        step = make_step(random_feed(DEVICE, max(512, 16 * batch), size), filters, batch, precision)
+        step = make_step(random_feed(DEVICE, num_images(DEVICE, batch), size), filters, batch, precision)
         start = time.perf_counter()
         try:
             engine = ENGINES[name](step)

@@ -24,14 +24,12 @@ from bench.harness import machine
 from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, passes
-from bench.harness.step_setup import make_step, random_feed, run_steps, steps_a_slice
+from bench.harness.step_setup import STEPS_PER_REPLAY, make_step, num_images, random_feed, run_steps, steps_a_slice
 from bench.harness.timing import Apart, RivalFailed, clocked
 from fastcnn.network import hybrid_forward
 from fastcnn.network.small_cnn import BatchNorm
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
-
-STEPS_PER_REPLAY = 8
 
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
     **engines.ENGINES,
@@ -115,9 +113,7 @@ def rivals(device: torch.device) -> Iterator[Rivals]:
 def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int, ...], batch: int, engine: str) -> None:
     """Ours."""
     device, size, rounds = race.device, race.scale["image_size"], race.scale["rounds"]
-    # On a GPU an epoch of 16 steps: shorter than 8 steps, none of them would be replayed 8 at a time.
-    images = max(512, (2 * STEPS_PER_REPLAY if on_gpu(device) else 2) * batch)
-    step = make_step(random_feed(device, images, size), filters, batch, precision)
+    step = make_step(random_feed(device, num_images(device, batch), size), filters, batch, precision)
     start = time.perf_counter()
     try:
         runner = ENGINES[engine](step)

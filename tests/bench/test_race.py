@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 
 from bench import __main__ as command
 from bench.harness.race import SCALES, Race
+from bench.harness.step_setup import STEPS_PER_REPLAY, make_step, num_images, random_feed, run_steps
 from bench.harness.timing import Apart, RivalFailed
+from fastcnn.training.engines import Graphed
 from tests.bench.test_bench import ROOT, outside
 
 
@@ -94,3 +97,25 @@ def test_quick_on_a_gpu_has_epochs_that_are_no_mere_overhead(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert command._scale(command._parser().parse_args(options)) == scale
     assert SCALES["gpu"]["num_photos"] * 0.8 >= 10_000
+
+
+@pytest.mark.parametrize("batch", SCALES["full"]["batches"])
+def test_steps_are_timed_over_epochs_that_hold_whole_replays(batch: int) -> None:
+    """8 a replay would else be timed one by one, from a batch of 128 on."""
+    replays: list[int] = []
+
+    def capture(steps: Callable[[], None]) -> Callable[[], None]:
+        number = len(replays)
+        replays.append(0)
+
+        def replay() -> None:
+            replays[number] += 1
+
+        return replay
+
+    cpu = torch.device("cpu")
+    step = make_step(random_feed(cpu, 64, 32), (4,) * 5, 4, "fp32")
+    engine = Graphed(step, capture=capture, steps_per_replay=STEPS_PER_REPLAY)
+    step.num_steps = num_images(torch.device("cuda"), batch) // batch
+    run_steps(step, engine, 3 * step.num_steps)
+    assert replays == [0, 3 * step.num_steps // STEPS_PER_REPLAY]
