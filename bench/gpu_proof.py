@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ from pathlib import Path
 from bench.proof.lines import AGAIN, NO_TIME, OUT_OF_TIME, Line, Proof, is_late
 
 ROOT = Path(__file__).resolve().parents[1]
+NEEDED = {"torch": "torch", "numpy": "numpy", "PIL": "pillow", "pydantic": "pydantic", "yaml": "pyyaml"}
+"""Without these nothing can be shown; what needs others, or a tool, is left out and named."""
 MARK = "FASTCNN_PROOF_STEP"
 PACKING_SECONDS = 8.0
 MOST_BYTES = 15_000_000
@@ -95,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.step:
         return run_function(Proof.of_this_process(), args.step)
+    if missing := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
+        advice = "where there is a network, scripts/gpu_pack.sh gathers what this machine lacks, torch aside"
+        print(f"gpu_proof: error: {', '.join(missing)}: not installed; {advice}", file=sys.stderr)
+        return 1
     session = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     seconds = (SMALL_SECONDS if args.small else SECONDS)[args.phase]
     out = args.out.resolve()
@@ -104,8 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_function(proof: Proof, name: str) -> int:
     """Run a step's function in this process; return the exit code of what it wrote."""
-    import importlib
-
     module, _, function = name.partition(":")
     getattr(importlib.import_module(module), function)(proof)
     return proof.exit_code()

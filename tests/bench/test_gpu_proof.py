@@ -132,6 +132,15 @@ def has_ended(pid: int) -> bool:
     return False
 
 
+def test_what_nothing_runs_without_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(gpu_proof.NEEDED, "no_such_module", "a-package")
+    assert gpu_proof.main([str(tmp_path / "out"), "--phase", "1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpu_proof: error: a-package: not installed; where there is a network, scripts/gpu_pack.sh")
+
+
 def test_what_is_packed_stays_below_15_mb(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "work").mkdir(parents=True)
