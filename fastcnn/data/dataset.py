@@ -176,7 +176,8 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
         lambda: scan(config.data, memory) if classes is None else scan_held_out(config.data, classes, memory)
     )
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
-    note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}")
+    others = f", {index.told_others()} left out" if index.others else ""
+    note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}{others}")
     return index
 
 

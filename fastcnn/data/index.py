@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ import numpy.typing as npt
 
 from fastcnn.data import class_names, shards
 from fastcnn.data.shards import Shards
+from fastcnn.data.walk import Skipped, files_below, folders_in, is_folder, visible_folders
 from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
+from pipelines.meant import meant_as_photo
 from pipelines.verdict import Member
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -45,6 +46,8 @@ class Index:
     """(N,) split of the folder that each photo is in: train, val or test; train in a flat layout."""
     num_hidden: int
     """Hidden files that were skipped."""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """Files that nobody meant as photos, by name and content: number by extension, with its dot."""
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -60,6 +63,13 @@ class Index:
     def sources(self, photos: Iterable[int | np.integer[Any]] | None = None) -> list[Path | Member]:
         """Return where the bytes of photos are; None stands for all photos."""
         return [self.source(photo) for photo in (range(len(self)) if photos is None else photos)]
+
+    def told_others(self) -> str:
+        """Return the number of files that are no photos, and their kinds: 90 other files (45 .json, 45 .xml)."""
+        count = sum(self.others.values())
+        kinds = sorted(self.others.items(), key=lambda kind: (-kind[1], kind[0]))[:3]
+        told = ", ".join(f"{number:,} {printable(name) or 'without extension'}" for name, number in kinds)
+        return f"{count:,} other file{'s' * (count != 1)} ({told}{', ...' if len(self.others) > 3 else ''})"
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Index:
         """Return the index of the photos where `keep` (N,) is true."""
@@ -81,9 +91,8 @@ def scan(root: str | Path, memory: Path | None = None) -> Index:
     split_folders = _split_folders(root) or {"train": root}
     train_folder = split_folders["train"]
     found = _read_shards(root, split_folders, memory)
-    classes = (
-        found["train"].classes() if "train" in found else class_names.distinct(train_folder, _class_names(train_folder))
-    )
+    names = visible_folders(train_folder)
+    classes = found["train"].classes() if "train" in found else class_names.distinct(train_folder, names)
     if not classes:
         raise DataError(
             f"no class folders in {train_folder}: expected {train_folder.name}/<class>/<photos>, "
@@ -108,12 +117,12 @@ def scan_held_out(root: str | Path, classes: Sequence[str], memory: Path | None 
     root = Path(root)
     _check_folder(root)
     names = class_names.positions(classes)
-    found = _by_split(root, (folder for folder in _folders(root) if comparable(folder.name) not in names))
+    found = _by_split(root, (folder for folder in folders_in(root) if comparable(folder.name) not in names))
     if len(found) > 1:
         found.pop("train", None)
     known = tuple(classes)
     for place in found.values() or [root]:
-        for name in _class_names(place):
+        for name in visible_folders(place):
             if comparable(name) not in names:
                 raise DataError(
                     f"{place / name} is a class that the model does not know; "
@@ -140,25 +149,25 @@ def scan_loosely(root: str | Path) -> tuple[Index, str]:
         problem = str(error)
     root = Path(root)
     _check_folder(root)
-    named = {p.name: p for p in _folders(root) if not p.name.startswith(".")}
+    named = {p.name: p for p in folders_in(root) if not p.name.startswith(".")}
     parts = {SPLIT_FOLDERS[name]: folder for name, folder in named.items() if name in SPLIT_FOLDERS}
     if any(map(_holds_shards, [root, *(named[name] for name in named if name in SPLIT_FOLDERS)])):
         raise DataError(problem)
     split_folders = parts if parts and named.keys() <= SPLIT_FOLDERS.keys() else {"train": root}
-    names = sorted({name for folder in split_folders.values() for name in _class_names(folder)})
+    names = sorted({name for folder in split_folders.values() for name in visible_folders(folder)})
     return _read(root, split_folders, class_names.distinct(root, names) or ("",), {}), problem
 
 
 def outside(root: Path) -> list[str]:
-    """Return the visible files that are in no class folder, and so in no index: sorted paths relative to `root`."""
-    parts = [p for p in _folders(root) if p.name in SPLIT_FOLDERS]
-    places = [root, *(p for p in parts if _class_names(p) or _holds_shards(p))]
+    """Return the photos that are in no class folder, and so in no index: sorted paths relative to `root`."""
+    parts = [p for p in folders_in(root) if p.name in SPLIT_FOLDERS]
+    places = [root, *(p for p in parts if visible_folders(p) or _holds_shards(p))]
     sharded = any(map(_holds_shards, places))
     names = [
         os.path.relpath(entry.path, root).replace(os.sep, "/")
         for place in places
         for entry in os.scandir(place)
-        if not entry.name.startswith(".") and not _is_folder(entry)
+        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
         if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
         if not (entry.name.endswith(".tar") and _holds_shards(place))
     ]
@@ -175,7 +184,8 @@ def check_classes(index: Index) -> None:
         missing = [name for name, there in zip(index.classes, present, strict=True) if not there]
         if missing and split == "train":
             what = "photos at all" if len(missing) == len(index.classes) else f"usable photos of class '{missing[0]}'"
-            raise DataError(f"no {what} in {index.root}: add photos or remove the folder")
+            beside = f"; {index.told_others()}: no photos" if index.others else ""
+            raise DataError(f"no {what} in {index.root}: add photos or remove the folder{beside}")
         if missing:
             warn(f"the {split} folder of {index.root} has no photos of: {', '.join(missing)}")
 
@@ -195,24 +205,23 @@ def _read(
     root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...], found: Mapping[str, Shards]
 ) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
-    counts: Counter[str] = Counter()
+    skipped = Skipped()
     photos = []  # (path, label, bytes, mtime, split, offset)
     for split, split_folder in split_folders.items():
         if split in found:
             continue
         for label, name in [(0, "")] if classes == ("",) else _labelled(split_folder, split, classes):
-            photos += [
-                (path, label, size, mtime, split, -1) for path, size, mtime in _files(root, split_folder / name, counts)
-            ]
+            files = files_below(root, split_folder / name, skipped)
+            photos += [(path, label, size, mtime, split, -1) for path, size, mtime in files]
     photos.sort()
     for split, part in found.items():
         labels = part.labels(root, classes)
         photos += [
             (photo.path, labels[photo.label], photo.size, photo.mtime, split, photo.offset) for photo in part.photos
         ]
-        counts["hidden"] += part.num_hidden
+        skipped.hidden += part.num_hidden
     paths, numbers, sizes, mtimes, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
-    if num := counts["unreadable"]:
+    if num := skipped.unreadable:
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
     return Index(
         root=root,
@@ -223,12 +232,13 @@ def _read(
         mtimes=np.array(mtimes, np.int64),
         offsets=np.array(offsets, np.int64),
         folders=np.array(splits, np.str_),
-        num_hidden=counts["hidden"],
+        num_hidden=skipped.hidden,
+        others=skipped.others,
     )
 
 
 def _holds_shards(folder: Path) -> bool:
-    return not _class_names(folder) and bool(shards.archives(folder))
+    return not visible_folders(folder) and bool(shards.archives(folder))
 
 
 def _read_shards(root: Path, split_folders: Mapping[str, Path], memory: Path | None) -> dict[str, Shards]:
@@ -243,7 +253,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
     A class may be called 'train': then its folder holds photos and no folders.
     """
-    folders = {p.name: p for p in _folders(root)}
+    folders = {p.name: p for p in folders_in(root)}
     visible = {name for name in folders if not name.startswith(".")}
     if "train" not in folders:
         if visible and visible <= SPLIT_FOLDERS.keys():
@@ -253,7 +263,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
             )
         return {}
     train = folders["train"]
-    if visible - SPLIT_FOLDERS.keys() and not _class_names(train) and not _holds_shards(train):
+    if visible - SPLIT_FOLDERS.keys() and not visible_folders(train) and not _holds_shards(train):
         return {}
     return _by_split(root, (folders[name] for name in SPLIT_FOLDERS if name in folders))
 
@@ -270,34 +280,10 @@ def _by_split(root: Path, folders: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _class_names(folder: Path) -> list[str]:
-    return [p.name for p in _folders(folder) if not p.name.startswith(".")]
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without links to itself or above: those would be a class of all photos.
-
-    Raises DataError where it cannot be read.
-    """
-    try:
-        found = [folder / entry.name for entry in os.scandir(folder) if _is_folder(entry)]
-    except OSError as error:
-        raise DataError(f"the folder {printable(str(folder))} cannot be read: {error.strerror}") from None
-    here = folder.resolve()
-    return sorted(path for path in found if not (path.is_symlink() and path.resolve() in (here, *here.parents)))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a circular link, or one to a place without permission
-        return False
-
-
 def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
     """Yield label and folder name of each class folder. Raises DataError for a class that is not among `classes`."""
     labels = class_names.positions(classes)
-    for name in _class_names(folder):
+    for name in visible_folders(folder):
         if comparable(name) not in labels:
             raise DataError(
                 f"{folder.name}/{name} is a class that the training folder does not have{nearest(name, classes)}; "
@@ -306,43 +292,9 @@ def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tu
         yield labels[comparable(name)], name
 
 
-def _files(root: Path, folder: Path, counts: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield path below root, bytes and mtime of each file below a folder; links are followed, but never in a circle.
-
-    Plain strings and DirEntry instead of pathlib: 100,000 files are indexed three times as fast. A broken link is
-    yielded, so that it is reported with the photos that cannot be read.
-    """
-    start = len(os.path.join(root, ""))  # noqa: PTH118
-    below = folder.relative_to(root)  # root / "a" is "a" where root is "."
-    stack = [(os.path.join(root, below) if below.parts else str(root), frozenset[tuple[int, int]]())]  # noqa: PTH118
-    while stack:
-        here, above = stack.pop()
-        try:
-            info = os.stat(here)  # noqa: PTH116
-            entries = list(os.scandir(here))
-        except OSError:
-            counts["unreadable"] += 1
-            continue
-        inode = (info.st_dev, info.st_ino)
-        if inode in above:
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                counts["hidden"] += 1
-            elif _is_folder(entry):
-                stack.append((entry.path, above | {inode}))
-            else:
-                path = entry.path[start:].replace(os.sep, "/")
-                try:
-                    info = entry.stat()
-                    yield path, info.st_size, info.st_mtime_ns
-                except OSError:
-                    yield path, 0, 0
-
-
 def _sibling(root: Path) -> str:
     try:
-        beside = [entry.name for entry in os.scandir(root.parent) if _is_folder(entry)]
+        beside = [entry.name for entry in os.scandir(root.parent) if is_folder(entry)]
         if comparable(root.name) in map(comparable, beside):
             return "; that name is there in another Unicode form: have the shell complete it"
         return nearest(root.name, beside)

@@ -47,7 +47,7 @@ class Findings:
     near: Sequence[Group]
     """Photos that look the same, at least two of them not with the same bytes."""
     outside: Sequence[str]
-    """Files that are in no class folder."""
+    """Photos that are in no class folder."""
     decoder: str
     max_pixels: int
 
@@ -128,7 +128,7 @@ class Findings:
         if groups and len(self.splits()) < 3 and any("train" in group.splits for group in groups):
             found.append("copies among the training photos may fall on both sides of the split into train and val")
         if self.outside:
-            found.append(f"{len(self.outside):,} files are in no class folder and not used")
+            found.append(f"{_photos(len(self.outside))} in no class folder and not used")
         if len(index.classes) > 1 and self.imbalance > IMBALANCED:
             found.append(f"the largest class has {self.imbalance:.1f} times the photos of the smallest: see --balance")
         return found
@@ -145,6 +145,7 @@ class Findings:
             "num_photos": len(index),
             "num_usable": int(self.usable.sum()),
             "num_hidden": index.num_hidden,
+            "other_files": dict(index.others),
             "imbalance": self.imbalance if np.isfinite(self.imbalance) else None,
             "classes": self.classes(),
             "formats": dict(kinds["format"]),

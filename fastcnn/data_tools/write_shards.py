@@ -77,9 +77,12 @@ def write(
         # A photo and its label have a header each, and are padded to whole blocks.
         files.check_space(out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "the content of the shards")
         with signals.raising(), _beside(out) as partial:
-            return _write(found, partial, photos_each or len(found), bytes_each, seed, console)
+            written = _write(found, partial, photos_each or len(found), bytes_each, seed, console)
     except OSError as error:
         raise FastCNNError(f"cannot write the shards into {out}: {error.strerror or error}") from None
+    if found.others:
+        console.line(f"left out: {found.told_others()}")
+    return written
 
 
 @contextlib.contextmanager

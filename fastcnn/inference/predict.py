@@ -16,6 +16,7 @@ from fastcnn.errors import FastCNNError
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.classifier import Classifier, ranked
 from fastcnn.system.text import as_utf8, printable
+from pipelines.meant import may_hold_photos, meant_as_photo
 from pipelines.verdict import MAX_PIXELS
 
 BATCH_SIZE = 64
@@ -71,7 +72,7 @@ def predict_photos(
 
 
 def find_photos(inputs: Sequence[str | Path]) -> Iterator[str]:
-    """Yield files given, visible files below folders given and matches of globs given, each sorted.
+    """Yield files given, files below folders given that may be photos, and matches of globs given, each sorted.
 
     "-" reads paths from standard input, one per line or separated by null characters (`find -print0`). Raises
     FastCNNError for an input that does not exist.
@@ -93,8 +94,9 @@ def _below(path: str) -> Iterator[str]:
         yield path
         return
     for folder, subfolders, files in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (str(Path(folder, name)) for name in sorted(files) if not name.startswith("."))
+        subfolders[:] = sorted(filter(may_hold_photos, subfolders))
+        paths = (str(Path(folder, name)) for name in sorted(files) if not name.startswith("."))
+        yield from filter(meant_as_photo, paths)
 
 
 def _standard_input() -> Iterator[str]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastcnn.cli import main
 from fastcnn.inference import artefact
+from fastcnn.inference.predict import find_photos
 from tests.cli.test_cli import run
 
 SMALL = ["--epochs", "1", "--image-size", "32", "--filters", "8", "--batch-size", "8", "--device", "cpu"]
@@ -86,3 +87,12 @@ def test_the_other_unicode_form_is_the_same_class(
     assert run(capfd, "eval", run_dir, other)[0] == 0
     split = ["--split", str(run_dir / "split.csv"), "--cache-dir", "cache", "--no-report", "--quiet"]
     assert run(capfd, "train", other, *SMALL, *split)[0] == 0
+
+
+def test_a_folder_to_predict_has_other_files(tmp_path: Path) -> None:
+    """A file given by name is always tried; below a folder only what may be a photo."""
+    (tmp_path / "in" / "__MACOSX").mkdir(parents=True)
+    for name in ("1.jpg", "1.xml", "Thumbs.db", ".hidden.jpg", "__MACOSX/1.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    assert list(find_photos(["in"])) == ["in/1.jpg"]
+    assert list(find_photos(["in/1.xml"])) == ["in/1.xml"]

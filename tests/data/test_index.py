@@ -154,6 +154,8 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
     names = [b"with space.jpg", b"new\nline.jpg", b"\xff\xfe.jpg", b"n" * 251 + b".jpg", b"none", b"-o.jpg", b"%41.jpg"]
     for name in names:
         touch(tmp_path, "a/" + os.fsdecode(name), "b/" + os.fsdecode(name))
+    for name in ("a/none", "b/none"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff")
     assert {os.fsencode(path) for path in scan(tmp_path).paths} == {b + n for n in names for b in (b"a/", b"b/")}
 
 
@@ -230,7 +232,7 @@ def test_many_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i in range(2_000):
-            (tmp_path / name / f"{i}").touch()
+            (tmp_path / name / f"{i}.jpg").touch()
     assert len(scan(tmp_path)) == 4_000
 
 
@@ -269,3 +271,33 @@ def test_a_folder_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert scan_loosely(".")[0].paths == ("3.jpg",)  # no layout at all
     monkeypatch.chdir(data / "train")
     assert scan(".").paths == ("a/in/1.jpg", "b/2.jpg")
+
+
+def test_what_is_no_photo_is_no_bad_photo(tmp_path: Path) -> None:
+    """Files of systems, programs and annotators are counted; what has a photo's name or content is looked at."""
+    for name in ("cat", "dog"):
+        many(tmp_path, f"data/{name}", 3)
+        for extension in ("xml", "json", "txt", "csv"):
+            touch(tmp_path, f"data/{name}/000.{extension}")
+        touch(tmp_path, f"data/{name}/Thumbs.db", f"data/{name}/desktop.ini", f"data/{name}/._000.jpg")
+        touch(tmp_path, f"data/{name}/@eaDir/000.jpg", f"data/{name}/.ipynb_checkpoints/000-checkpoint.jpg")
+        (tmp_path / f"data/{name}/empty").touch()
+    touch(tmp_path, "data/__MACOSX/cat/000.jpg", "data/@eaDir/1.jpg", "data/.DS_Store", "data/train.csv")
+    touch(tmp_path, "data/cat/photo", "data/cat/photo.dat", "data/cat/drawing.psd")
+    for name in ("photo", "photo.dat"):
+        (tmp_path / "data/cat" / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    os.mkfifo(tmp_path / "data/dog/pipe")
+    index = scan(tmp_path / "data")
+    assert index.classes == ("cat", "dog")
+    assert [path for path in index.paths if not path.endswith(".jpg")] == [
+        *("cat/drawing.psd", "cat/photo", "cat/photo.dat"),
+        "dog/pipe",  # reported as unreadable
+    ]
+    assert len(index) == 10
+    assert index.others == {".xml": 2, ".json": 2, ".txt": 2, ".csv": 2, ".db": 2, ".ini": 2, "": 2}
+    assert index.told_others() == "14 other files (2 without extension, 2 .csv, 2 .db, ...)"
+    touch(tmp_path, "data/annotations/1.xml")
+    with pytest.raises(
+        DataError, match=r"no usable photos of class 'annotations' .*15 other files \(3 .xml, .*no photos"
+    ):
+        scan(tmp_path / "data")

@@ -23,13 +23,14 @@ from fastcnn.errors import DataError, FastCNNError
 
 @pytest.fixture
 def few(photos: Path, tmp_path: Path) -> Path:
-    """Fifteen photos of three classes, and files whose names and contents are no photos'."""
+    """Fifteen photos of three classes, and files of which name or content, or neither, is a photo's."""
     root = tmp_path / "few"
     for name in sorted(path.name for path in photos.iterdir() if path.is_dir())[:3]:
         (root / name / "deep").mkdir(parents=True)
         for i, photo in enumerate(sorted((photos / name).glob("*.jpg"))[:5]):
             shutil.copy2(photo, root / name / ("a.b.jpg", "deep/a.JPEG", "noextension", "caf\udce9.jpg", "z.tmp")[i])
     (root / name / "notes.txt").write_text("some words")
+    (root / name / "drawing.svg").write_text("<svg/>")
     (root / name / "empty.png").touch()
     return root
 
@@ -51,6 +52,7 @@ def test_every_byte_is_there(few: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "17 photos in 5 shards" in out
     assert "2 files are no image" not in out  # an empty .png has the extension of one
     assert "1 file is no image" in out
+    assert "left out: 1 other file (1 .txt)" in out
     assert f"next: fastcnn train {tmp_path / 'out'}" in out
     names = ["000000.tar", "000001.tar", "000002.tar", "000003.tar", "000004.tar", "classes.txt", "paths.csv"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -70,7 +72,7 @@ def test_every_byte_is_there(few: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (".JPEG", ".jpeg"): 3,
         ("", ".jpg"): 3,
         (".tmp", ".jpg"): 3,
-        (".txt", ".jpg"): 1,
+        (".svg", ".jpg"): 1,
         (".png", ".png"): 1,
     }
     with tarfile.open(tmp_path / "out/000000.tar") as archive:

@@ -1,0 +1,89 @@
+"""Folders in a folder, and the files below one that may be photos. Links are followed, but never in a circle."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from fastcnn.errors import DataError
+from fastcnn.system.text import printable
+from pipelines.meant import meant_as_photo, of_the_system
+
+
+@dataclass
+class Skipped:
+    """What a walk has left out."""
+
+    hidden: int = 0
+    """Hidden files, and folders of the system."""
+    unreadable: int = 0
+    """Folders that cannot be read."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Files that nobody meant as photos: number by extension, with its dot."""
+
+
+def visible_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, without hidden ones."""
+    return [p.name for p in folders_in(folder) if not p.name.startswith(".")]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without those of the system and without links to itself or above.
+
+    Such a link would be a class of all photos. Raises DataError where it cannot be read.
+    """
+    try:
+        found = [
+            folder / entry.name for entry in os.scandir(folder) if is_folder(entry) and not of_the_system(entry.name)
+        ]
+    except OSError as error:
+        raise DataError(f"the folder {printable(str(folder))} cannot be read: {error.strerror}") from None
+    here = folder.resolve()
+    return sorted(path for path in found if not (path.is_symlink() and path.resolve() in (here, *here.parents)))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a circular link, or one to a place without permission
+        return False
+
+
+def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[str, int, int]]:
+    """Yield path below root, bytes and mtime of each file below a folder that may be a photo; count the rest.
+
+    Plain strings and DirEntry instead of pathlib: 100,000 files are indexed three times as fast. A broken link is
+    yielded, so that it is reported with the photos that cannot be read.
+    """
+    start = len(os.path.join(root, ""))  # noqa: PTH118
+    below = folder.relative_to(root)  # root / "a" is "a" where root is "."
+    stack = [(os.path.join(root, below) if below.parts else str(root), frozenset[tuple[int, int]]())]  # noqa: PTH118
+    while stack:
+        here, above = stack.pop()
+        try:
+            info = os.stat(here)  # noqa: PTH116
+            entries = list(os.scandir(here))
+        except OSError:
+            skipped.unreadable += 1
+            continue
+        inode = (info.st_dev, info.st_ino)
+        if inode in above:
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or (of_the_system(entry.name) and is_folder(entry)):
+                skipped.hidden += 1
+            elif is_folder(entry):
+                stack.append((entry.path, above | {inode}))
+            elif not meant_as_photo(entry.path):
+                skipped.others[PurePosixPath(entry.name).suffix.lower()] += 1
+            else:
+                path = entry.path[start:].replace(os.sep, "/")
+                try:
+                    info = entry.stat()
+                    yield path, info.st_size, info.st_mtime_ns
+                except OSError:
+                    yield path, 0, 0
