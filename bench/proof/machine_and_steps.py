@@ -80,11 +80,12 @@ def cuda_tests(proof: Proof) -> None:
 
 
 def kernel_tests(proof: Proof) -> None:
-    """Run the tests of the kernels, which compare them with plain layers on whatever device there is.
+    """Run the tests of the kernels: on a GPU all, which compare them with plain layers there.
 
     Last, as one that goes astray may take the GPU with it.
     """
-    run_tests(proof, [file for file in test_files(proof) if "network" in file.parts], "not long")
+    marks = "not long" if proof.small or DEVICE.type == "cuda" else "cuda and not long"
+    run_tests(proof, [file for file in test_files(proof) if "network" in file.parts], marks)
 
 
 def test_files(proof: Proof) -> list[Path]:
