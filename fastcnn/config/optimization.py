@@ -52,7 +52,7 @@ class OptimizationConfig(Section):
     """Decay of the moving average of the weights, such as 0.999. The averaged weights are evaluated and exported.
     0: no average."""
     on_nan: OnNan = "stop"
-    """When the loss is not a finite number: stop the run, or skip the step and count it."""
+    """When the loss or a weight is not a finite number: stop the run, or skip the step and count it."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Early stopping: epochs without a better validation accuracy before the run ends. Default: never."""
     limit_train_batches: Annotated[int, Field(ge=1)] | None = None

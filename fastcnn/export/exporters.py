@@ -60,7 +60,8 @@ def export_run(
         note: called with each line of the result.
 
     Raises CheckError, and keeps no file, if it does not give the trained model's probabilities for the golden inputs
-    and the validation photos (see `verify`); UsageError for a wrong argument; FastCNNError if it cannot be written.
+    and the validation photos (see `verify`); UsageError for a wrong argument; FastCNNError if it cannot be written, or
+    the network gives no finite numbers.
     """
     _check_arguments(format, half)
     folder = run_folder.find(run)
@@ -150,7 +151,10 @@ def _plain(value: Any) -> Any:
 
 
 def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return synthetic images and the trained network's probabilities for them, as plain data."""
+    """Return synthetic images and the trained network's probabilities for them, as plain data.
+
+    Raises FastCNNError if a probability is not a finite number.
+    """
     normalise = Normalise(config["mean"], config["std"], config["image_size"])
     size = config["image_size"]
     found = []
@@ -158,6 +162,11 @@ def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict
         with torch.inference_mode():
             pixels = resized(torch.from_numpy(image)[None], size)
             probabilities = torch.softmax(network(normalise(pixels)), 1)[0]
+        if not probabilities.isfinite().all():
+            raise FastCNNError(
+                "the network's probabilities are not finite numbers, as its weights are too large: nothing is "
+                "exported; train again, with a lower --lr"
+            )
         found.append({**artefact.pack_image(image), "probabilities": probabilities.tolist()})
     return found
 

@@ -79,12 +79,18 @@ class Artefact:
         ]
 
     def probabilities(self, images: Images) -> Probabilities:
-        """(N, H, W, 3) uint8, any height and width -> (N, num_classes) fp32. Raises FastCNNError for other arrays."""
+        """(N, H, W, 3) uint8, any height and width -> (N, num_classes) fp32.
+
+        Raises FastCNNError for other arrays, and where a probability is not a finite number.
+        """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
             raise FastCNNError(f"expected (N, H, W, 3) uint8 images, got {images.shape} {images.dtype}")
         if not len(images):
             return np.zeros((0, len(self.classes)), np.float32)
-        return self._run(np.ascontiguousarray(images))
+        probabilities = self._run(np.ascontiguousarray(images))
+        if not np.isfinite(probabilities).all():
+            raise FastCNNError(f"{self.path} gives probabilities that are not finite numbers: train and export again")
+        return probabilities
 
 
 def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool = False) -> Artefact:

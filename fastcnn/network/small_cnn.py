@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -174,11 +174,16 @@ class SmallCNN(nn.Module):
         return self.output(self.dropout(self.activation(self.dense(x))))  # type: ignore[no-any-return]
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no value is NaN or infinite. Waits for the device."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 def restore(state: dict[str, Any]) -> SmallCNN:
     """Return the network of a checkpoint, with its weights, in evaluation mode.
 
-    Raises FastCNNError where configuration, classes and weights do not describe one network; that is checked before
-    anything large is allocated.
+    Raises FastCNNError where a weight is not finite, or where configuration, classes and weights do not describe one
+    network, which is checked before anything large is allocated.
     """
     network, config = state["network"], {**state["config"], "num_classes": len(state["classes"])}
     try:
@@ -190,6 +195,8 @@ def restore(state: dict[str, Any]) -> SmallCNN:
         shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in state["model"].items()}:
             raise ValueError("its weights are of another network")
+        if not all_finite(state["model"].values()):
+            raise ValueError("its weights are not finite numbers: train again, with a lower --lr")
         model = SmallCNN(**network)
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError, ValueError) as error:

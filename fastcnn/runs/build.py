@@ -24,7 +24,7 @@ from fastcnn.network import sync_layers
 from fastcnn.network.hybrid_forward import plain_blocks
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.network.pixels import Normalise
-from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.network.small_cnn import SmallCNN, all_finite
 from fastcnn.runs.resume import restore
 from fastcnn.runs.state import RunContext, RunState
 from fastcnn.storage import checkpoint, run_folder
@@ -219,10 +219,12 @@ def sampling_weights(labels: npt.NDArray[np.int64], num_classes: int) -> npt.NDA
 def load_initial_weights(model: SmallCNN, source: str) -> None:
     """Load the weights of a run or checkpoint; the output layer keeps its own if the number of classes differs.
 
-    Raises FastCNNError, naming the first, if another weight has another shape.
+    Raises FastCNNError, naming the first, if another weight has another shape, or if one is not finite.
     """
     path = Path(source) if Path(source).is_file() else run_folder.find(source) / "best.pt"
     found, own = checkpoint.load(path)["model"], model.state_dict()
+    if not all_finite(found.values()):
+        raise FastCNNError(f"--init-from {source}: its weights are not finite numbers: give another run")
     kept = {name for name in ("output.weight", "output.bias") if found[name].shape != own[name].shape}
     for name, value in own.items():
         if name not in found or (name not in kept and found[name].shape != value.shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def evaluate_run(
         decoder: decodes images that are not in the cache; None is the run's.
         progress: called with the numbers of images decoded and to decode.
 
-    Raises DataError if the images do not fit the run.
+    Raises DataError if the images do not fit the run, FastCNNError if weights or losses are not finite numbers.
     """
     run_dir = run_folder.find(run)
     saved, place = checkpoint.load(run_dir / "best.pt"), pick_device(device)
@@ -124,6 +125,11 @@ def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> 
     )
     feed = LOADERS[data.loader](data.index, data.cache, photos, options)
     found = Evaluator(model, feed, normalise, num_classes=len(data.index.classes))()
+    if not math.isfinite(found.score.loss):
+        raise FastCNNError(
+            f"the loss on the {split} photos is not a finite number, as the run's weights are too large: "
+            "train again, with a lower --lr"
+        )
     predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
     return score_classes(data.index.classes, found.score, data.index.labels[photos], predicted, probabilities)
 

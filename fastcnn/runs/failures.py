@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastcnn.config import Config
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.errors import FastCNNError, warn
+from fastcnn.network.small_cnn import all_finite
 from fastcnn.runs.build import start
 from fastcnn.runs.state import RunState
 from fastcnn.storage import files
@@ -54,12 +56,11 @@ def explained(run_dir: Path) -> Iterator[None]:
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}; {how_to_continue(run_dir)}") from None
 
 
-def raise_if_loss_not_finite(
-    state: RunState, data: Dataset, epoch: int, *, skipped_before: int, steps_done: int
-) -> None:
-    """Raise FastCNNError if a loss of this epoch was NaN or infinite; with `--on-nan skip`, warn at the epoch's end.
+def raise_if_not_finite(state: RunState, data: Dataset, epoch: int, *, skipped_before: int, steps_done: int) -> None:
+    """Raise FastCNNError if a loss of this epoch or a weight is NaN or infinite.
 
-    Waits for the device.
+    With `--on-nan skip`, steps that would lead there were left out; warn of them at the epoch's end. Waits for the
+    device.
 
     Args:
         state: of the run.
@@ -70,13 +71,14 @@ def raise_if_loss_not_finite(
     """
     step, run_dir = state.step, state.run_dir
     skipped = int(step.skipped) - skipped_before
-    if not skipped:
-        return
-    if step.skip_nan:
-        if steps_done == step.num_steps:
+    if step.skip_nan or not skipped:
+        average = [] if step.average is None else [step.average]
+        if not all_finite([step.parameters.values, *state.model.buffers(), *average]):
+            raise FastCNNError(f"weights became NaN or infinite in epoch {epoch}: {_REMEDY}{_last_good(run_dir)}")
+        if skipped and steps_done == step.num_steps:
             if skipped >= step.num_steps:
                 raise FastCNNError(f"no step of epoch {epoch} had a finite loss: {_REMEDY}{_last_good(run_dir)}")
-            warn(f"skipped {skipped:,} of {steps_done:,} steps of epoch {epoch}: their loss is not a finite number")
+            warn(f"skipped {skipped:,} of {steps_done:,} steps of epoch {epoch}: they gave no finite number")
         return
     failed = int(step.step_count) - skipped  # the first: every step from it on counts as skipped
     batch = slice((failed % step.num_steps) * step.batch_size, (failed % step.num_steps + 1) * step.batch_size)
@@ -90,6 +92,15 @@ def raise_if_loss_not_finite(
         f"{float(step.lr_schedule[failed]):g} and with {', '.join(map(printable, names[:3]))}{more}; "
         f"no later step changed the weights; {_REMEDY}, or --on-nan skip{_last_good(run_dir)}"
     )
+
+
+def raise_if_validation_not_finite(loss: float, epoch: int, run_dir: Path) -> None:
+    """Raise FastCNNError if the validation loss of an epoch is NaN or infinite, before anything of it is saved."""
+    if not math.isfinite(loss):
+        raise FastCNNError(
+            f"the validation loss of epoch {epoch} is not a finite number: its weights are too large; "
+            f"{_REMEDY}{_last_good(run_dir)}"
+        )
 
 
 def _last_good(run_dir: Path) -> str:

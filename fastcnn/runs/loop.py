@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from fastcnn.config import parse_interval
 from fastcnn.runs.build import Training
-from fastcnn.runs.failures import RunInterrupted, raise_if_loss_not_finite
+from fastcnn.runs.failures import RunInterrupted, raise_if_not_finite, raise_if_validation_not_finite
 from fastcnn.runs.state import RunContext, RunState
 from fastcnn.runs.trackers import Tracker
 from fastcnn.system.console import Console
@@ -23,7 +23,7 @@ PORTION_SECONDS = 0.1  # of steps queued between two looks at progress and signa
 def train(run: RunContext, training: Training, trackers: Sequence[Tracker], stop: StopRequest) -> None:
     """Train the epochs that are left, unless `--patience` ends them early.
 
-    Raises RunInterrupted, after saving, once `stop` holds a signal, and FastCNNError if the loss is not finite.
+    Raises RunInterrupted, after saving, once `stop` holds a signal, and FastCNNError if a loss or weight is not finite.
     """
     state, ranks, saving = training.state, run.ranks, CheckpointTimer(run.config.checkpoint_every)
     while state.epoch < state.config.epochs and not _is_stale(state, run.console):
@@ -32,6 +32,7 @@ def train(run: RunContext, training: Training, trackers: Sequence[Tracker], stop
         state.average_batch_norms()
         with run.stopwatch.stage("eval"), state.averaged():
             val = training.evaluator().score
+        raise_if_validation_not_finite(val.loss, state.epoch + 1, run.run_dir)
         row = {
             "epoch": state.epoch + 1,
             "seconds": time.perf_counter() - start,
@@ -73,7 +74,7 @@ def _train_epoch(
             signum, due = ranks.maximum(stop.signum, saving.due(done))
             save = (signum or due) and done < step.num_steps  # an epoch whose steps are done is finished first
             if save or not math.isfinite(live.loss):
-                raise_if_loss_not_finite(state, training.data, epoch, skipped_before=skipped, steps_done=done)
+                raise_if_not_finite(state, training.data, epoch, skipped_before=skipped, steps_done=done)
             if save:
                 with watch.stage("checkpoint"):
                     state.save("last.pt")
@@ -85,7 +86,7 @@ def _train_epoch(
         score = step.sums.read()  # the one synchronisation of the epoch
         if not ranks.first:
             step.sums.reset()
-    raise_if_loss_not_finite(state, training.data, epoch, skipped_before=skipped, steps_done=step.num_steps)
+    raise_if_not_finite(state, training.data, epoch, skipped_before=skipped, steps_done=step.num_steps)
     return score, (score.count - images_before) / (watch.seconds["train"] - seconds_before)
 
 
@@ -121,9 +122,9 @@ def _finish_epoch(run: RunContext, state: RunState, row: dict[str, float]) -> No
 
 
 def merit(row: dict[str, float]) -> tuple[float, float]:
-    """Return what orders epochs: validation accuracy, then validation loss; a loss of NaN is the worst."""
+    """Return what orders epochs: validation accuracy, then validation loss; without a finite loss it is last."""
     loss = row["val/loss"]
-    return row["val/accuracy"], -math.inf if math.isnan(loss) else -loss
+    return (row["val/accuracy"], -loss) if math.isfinite(loss) else (-math.inf, -math.inf)
 
 
 def _is_stale(state: RunState, console: Console) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcnn.config import Config
 from fastcnn.data.feeds import SamplingWeights
 from fastcnn.errors import FastCNNError, first_line
-from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.network.small_cnn import SmallCNN, all_finite
 from fastcnn.storage import checkpoint
 from fastcnn.system.console import Console
 from fastcnn.system.device import pick_device
@@ -131,6 +131,8 @@ class RunState:
             raise ValueError(f"{saved['step']} steps, {saved['epoch']} epochs and {len(rows)} rows of figures")
         if saved["step"] > len(step.lr_schedule):
             raise ValueError(f"{saved['step']} steps of {len(step.lr_schedule)}")
+        if not all_finite(saved["model"].values()):
+            raise ValueError("its weights are not finite numbers")
         self.model.load_state_dict(saved["model"])
         step.parameters.refresh()
         values = {**saved["optimizer"], **saved["loss_scale"], "average": saved["average"]}

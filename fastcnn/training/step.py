@@ -73,7 +73,7 @@ class TrainingStep:
         class_weights: (num_classes,) weights of the losses, 1 on average; None: all 1.
         limit: most steps per epoch; None: all.
         clip_norm: largest norm of the gradient; None: no limit.
-        skip_nan: skip a step whose loss is not finite and go on; False: update nothing from that step on.
+        skip_nan: skip a step that gives no finite loss and weights, and go on; False: update nothing from that loss on.
         average: (T,) weight of each step's values in their moving average; None: no average.
         ranks: processes that take each step together, each with its part of the batch.
     """
@@ -201,14 +201,14 @@ class TrainingStep:
         return torch.lerp(other, own, batch.share[:, None].to(own.dtype))
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Update the weights; return () 1 where the step is skipped because of its loss, else 0."""
+        """Update the weights; return () 1 where the step gives no finite loss or weights, else 0."""
         parameters, optimizer, gradient = self.parameters, self.optimizer, self.parameters.gradient
+        changed = [parameters.values, optimizer.num_updates, *optimizer.moments.values()]
         if self.skip_nan and self.loss_scale is None:
             loss = loss + 0 * gradient.sum()  # an overflowed gradient would make the weights NaN for good
         skipped_now = torch.ne(loss - loss, 0).to(self.skipped.dtype)
         if not self.skip_nan:
             skipped_now = torch.maximum(skipped_now, self.skipped.clamp(max=1))
-        self.skipped.add_(skipped_now)
         skip = skipped_now
         if self.loss_scale is not None:
             gradient.div_(self.loss_scale.scale)
@@ -218,7 +218,14 @@ class TrainingStep:
         if self.clip_norm is not None:
             gradient.mul_((self.clip_norm / (gradient.norm() + 1e-6)).clamp(max=1))
         optimizer.lr.copy_(self.lr_schedule.index_select(0, self.step_count).squeeze(0))
+        before = [tensor.clone() for tensor in changed] if self.skip_nan else []
         optimizer.step(skip)
+        if self.skip_nan:
+            overflowed = (~parameters.values.isfinite().all()).to(skip.dtype)
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(torch.where(overflowed > 0, old, tensor))
+            skipped_now = torch.maximum(skipped_now, overflowed)
+        self.skipped.add_(skipped_now)
         parameters.refresh()
         if self.average is not None and self.average_weights is not None:
             self.average.lerp_(parameters.values, self.average_weights.index_select(0, self.step_count))

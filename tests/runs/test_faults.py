@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,18 +24,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcnn import Config, fit
+from fastcnn import Config, export_run, fit
+from fastcnn.cli.app import main
 from fastcnn.data import cache, cache_files
 from fastcnn.data import loaders as loader
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
+from fastcnn.inference import artefact
 from fastcnn.runs import loop, trackers
+from fastcnn.runs.evaluate_run import evaluate_run
 from fastcnn.runs.failures import RunInterrupted, largest_batch_size
 from fastcnn.runs.fit import resolve_machine, write_config
-from fastcnn.runs.loop import CheckpointTimer
+from fastcnn.runs.loop import CheckpointTimer, merit
 from fastcnn.runs.resume import resumed_config
 from fastcnn.storage import checkpoint
 from fastcnn.system import signals, stopwatch
 from fastcnn.system.ranks import ALONE
+from fastcnn.training import optimizers
 from fastcnn.training import step as training_step
 from fastcnn.training.step import TrainingStep
 
@@ -405,6 +410,85 @@ def test_a_run_without_one_good_step_ends(photos: Path, monkeypatch: pytest.Monk
     planted(monkeypatch, lambda number: True)
     with pytest.raises(FastCNNError, match="no step of epoch 1 had a finite loss: try a lower --lr"):
         fit(Config(data=str(photos), on_nan="skip", **SMALL))
+
+
+@pytest.mark.filterwarnings("default::fastcnn.errors.FastCNNWarning")
+@pytest.mark.parametrize(("on_nan", "limit"), [("skip", None), ("stop", 1)])
+def test_an_epoch_without_a_validation_figure_is_no_result(
+    on_nan: str, limit: int | None, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [] if limit is None else [f"--limit-train-batches={limit}"]
+    options = ["--image-size=32", "--filters=8", "--batch-size=16", "--epochs=1", "--export=torchscript"]
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(photos), "--run-dir=run", "--lr=1e20", f"--on-nan={on_nan}", *options, *more])
+    assert end.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastcnn: error: the validation loss of epoch 1 is not a finite number")
+    assert "try a lower --lr" in last
+    assert not [name for name in ("best.pt", "last.pt", "result.json") if Path("run", name).exists()]
+
+
+def test_weights_that_are_no_numbers_stop_the_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(Config(data=str(photos), **SMALL), run_dir="run")
+    before = Path("run/best.pt").read_bytes()
+
+    plain, calls = optimizers.Adam._update, itertools.count(1)
+
+    def update(self: optimizers.Adam, skip: Tensor | None) -> None:
+        plain(self, skip)
+        if next(calls) == STEPS:  # the last of the epoch: no loss tells of it
+            self.parameters.values[0] = math.inf
+
+    monkeypatch.setattr(optimizers.Adam, "_update", update)
+    with pytest.raises(FastCNNError, match=r"weights became NaN or infinite in epoch 3: .*--resume continues"):
+        go_on("run", epochs=3)
+    assert Path("run/best.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_that_would_break_the_weights_is_left_out(optimizer: str) -> None:
+    from tests.training.test_step import make_feed, make_model, make_step
+
+    step = make_step(make_model(), make_feed(16), 4)
+    step.optimizer, step.skip_nan = optimizers.OPTIMIZERS[optimizer](step.parameters, 1e-2), True
+    step.lr_schedule[0] = math.inf
+    before = [tensor.clone() for tensor in (step.parameters.values, *step.optimizer.moments.values(), step.sums.values)]
+    step()
+    after = [step.parameters.values, *step.optimizer.moments.values(), step.sums.values]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert (int(step.step_count), int(step.skipped), int(step.optimizer.num_updates)) == (1, 1, 0)
+    step()
+    assert (int(step.skipped), int(step.optimizer.num_updates)) == (1, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_weights_without_finite_results_are_refused(value: float, run_dir: Path) -> None:
+    shutil.copytree(run_dir, "bad")
+    state = checkpoint.load(Path("bad/best.pt"))
+    for name, tensor in state["model"].items():
+        if name.endswith("weight"):
+            tensor.mul_(value)
+    checkpoint.save(Path("bad/best.pt"), state)
+    with pytest.raises(FastCNNError, match=r"not (a )?finite number.*lower --lr"):
+        evaluate_run("bad")
+    with pytest.raises(FastCNNError, match=r"not finite numbers.*lower --lr"):
+        export_run("bad")
+    assert not Path("bad/model.torchscript").exists()
+    if math.isnan(value):
+        with pytest.raises(FastCNNError, match=r"--init-from .*not finite numbers"):
+            fit(Config(data=state["config"]["data"], init_from="bad", **SMALL))
+
+
+def test_a_file_that_gives_no_numbers_predicts_nothing() -> None:
+    model = artefact.Artefact(Path("m.onnx"), "", {"classes": ["a"]}, lambda images: np.full((1, 1), np.nan, "f4"))
+    with pytest.raises(FastCNNError, match=r"m.onnx gives probabilities that are not finite numbers"):
+        model.probabilities(np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_no_epoch_without_figures_is_the_best() -> None:
+    rows = [{"val/accuracy": accuracy, "val/loss": loss} for accuracy, loss in [(0.9, math.nan), (0.8, math.inf)]]
+    good = {"val/accuracy": 0.1, "val/loss": 9.0}
+    assert max([*rows, good], key=merit) is good
 
 
 # Out of memory
