@@ -61,8 +61,9 @@ class DataConfig(Section):
 
     data: str = ""
     """Folder of images: DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Fraction of the training images held out for validation."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Fraction of the training images held out for validation. 0: train on all of them and validate on the val or test
+    folder that is there alone."""
     split: str | None = None
     """split.csv of an earlier run, to use the same split. Default: a new split, stratified by class."""
     image_size: Annotated[int, Field(ge=MIN_IMAGE_SIZE, le=4096)] = 128

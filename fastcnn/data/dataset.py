@@ -18,7 +18,7 @@ from fastcnn.config import DataConfig, Decoder, Loader
 from fastcnn.data import loaders
 from fastcnn.data.cache import Cache, build, default_folder, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
-from fastcnn.data.split import draw_split, read_split
+from fastcnn.data.split import draw_split, explain_split, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.storage import files
 from fastcnn.system.ranks import ALONE, Ranks
@@ -106,6 +106,8 @@ def prepare(
     pipelines.close()  # no DALI work may be in flight while a CUDA graph is captured
     index, cache, bad, damaged = _without_bad(index, cache, config.max_bad, scoring=classes is not None)
     splits = index.folders if classes is not None else _split(index, config, seed, ranks)
+    if classes is None and not config.split and (reading := explain_split(index, config.val_fraction)):
+        note(reading)
     if not (listed := splits != "").all():
         warn(f"{(~listed).sum()} photos are not listed in {config.split} and are left out")
         index, cache, splits = index.take(listed), cache.take(listed), splits[listed]

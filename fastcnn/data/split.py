@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data.index import Index
-from fastcnn.errors import DataError
+from fastcnn.errors import DataError, UsageError
 from fastcnn.storage import files
 from fastcnn.system.text import comparable, printable
 
@@ -19,11 +19,17 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
 
     A validation and a test folder are used as they are. One of them alone is the test set; the training photos are then
     split so that each class gives round(n * val_fraction) of its n photos, at least 1 and at most n - 1, to validation.
-    Raises DataError for a class with fewer than two training photos.
+    Where `val_fraction` is 0 it is the validation set instead, and there is no test set. Raises UsageError for 0
+    without such a folder, DataError for a class with fewer than two training photos.
     """
     splits = index.folders.astype("<U5")
     held_out = set(splits) - {"train"}
     if held_out == {"val", "test"}:
+        return splits
+    if val_fraction == 0:
+        if not held_out:
+            raise UsageError(f"--val-fraction 0 needs a val or test folder in {index.root}: add one, or leave it out")
+        splits[splits == "test"] = "val"
         return splits
     splits[splits == "val"] = "test"
     for label in range(len(index.classes)):
@@ -36,6 +42,19 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
         order = np.random.default_rng([seed, label]).permutation(len(mine))
         splits[mine[order[:num_val]]] = "val"
     return splits
+
+
+def explain_split(index: Index, val_fraction: float) -> str:
+    """Return how a split folder that is there alone was read, and how to get the other reading; "" without one."""
+    held_out = sorted(set(index.folders.tolist()) - {"train"})
+    if len(held_out) != 1:
+        return ""
+    if val_fraction == 0:
+        return f"training on all of train, validating on {held_out[0]}; no test set"
+    return (
+        f"{held_out[0]} is the test set, {val_fraction:.0%} of train validates; "
+        f"to train on all of train and validate on {held_out[0]}: --val-fraction 0"
+    )
 
 
 def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fastcnn.data.index import scan, scan_held_out, scan_loosely
-from fastcnn.data.split import draw_split, read_split, write_split
-from fastcnn.errors import DataError, FastCNNWarning
+from fastcnn.data.split import draw_split, explain_split, read_split, write_split
+from fastcnn.errors import DataError, FastCNNWarning, UsageError
 
 
 def touch(root: Path, *paths: str) -> Path:
@@ -301,3 +301,19 @@ def test_what_is_no_photo_is_no_bad_photo(tmp_path: Path) -> None:
         DataError, match=r"no usable photos of class 'annotations' .*15 other files \(3 .xml, .*no photos"
     ):
         scan(tmp_path / "data")
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_a_held_out_folder_alone_may_validate(tmp_path: Path, held_out: str) -> None:
+    for name in ("a", "b"):
+        many(tmp_path, f"data/train/{name}", 5)
+        many(tmp_path, f"data/{held_out}/{name}", 2)
+    index = scan(tmp_path / "data")
+    splits = draw_split(index, 0, 0)
+    assert (splits == np.where(index.folders == "train", "train", "val")).all()
+    assert explain_split(index, 0) == f"training on all of train, validating on {held_out}; no test set"
+    assert explain_split(index, 0.2).endswith(f"validate on {held_out}: --val-fraction 0")
+    flat = scan(tmp_path / "data" / "train")
+    assert explain_split(flat, 0.2) == ""
+    with pytest.raises(UsageError, match="needs a val or test folder"):
+        draw_split(flat, 0, 0)
