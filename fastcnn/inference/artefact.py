@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import shlex
 import warnings
 import zlib
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def _find(path: Path) -> Path:
     if path.is_dir():
         found = [path / f"model{suffix}" for suffix in OPENERS if (path / f"model{suffix}").is_file()]
         if not found:
-            raise FastCNNError(f"{path} holds no exported model: run `fastcnn export {path}` first")
+            raise FastCNNError(f"{path} holds no exported model: run fastcnn export {shlex.quote(str(path))} first")
         return found[0]
     if not path.is_file():
         raise FastCNNError(f"no exported model {path}: check the path, or run `fastcnn export` first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,9 @@ def _evaluation_config(run_dir: Path, config: Config, data: str | Path | None, d
     """Return a run's configuration for reading its held-out images, or those of another folder."""
     split = run_dir / "split.csv"
     if data is None and not split.is_file():
-        raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as fastcnn eval {run_dir} DATA")
+        raise FastCNNError(
+            f"{run_dir} has no split.csv: give a folder of photos, as fastcnn eval {shlex.quote(str(run_dir))} DATA"
+        )
     return dataclasses.replace(
         config,
         data=config.data if data is None else str(Path(data).resolve()),  # resolved, as it is in the cache's key

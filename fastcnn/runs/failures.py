@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,8 @@ def how_to_continue(run_dir: Path) -> str:
     if not (run_dir / "split.csv").is_file():
         return "no step was saved yet, but the images decoded so far are; to continue, run the same command again"
     if not (run_dir / "last.pt").is_file():
-        return f"no step was saved yet; to begin again, run: fastcnn train --resume {run_dir}"
-    return f"saved in {run_dir / 'last.pt'}; to continue, run: fastcnn train --resume {run_dir}"
+        return f"no step was saved yet; to begin again, run: fastcnn train --resume {shlex.quote(str(run_dir))}"
+    return f"saved in {run_dir / 'last.pt'}; to continue, run: fastcnn train --resume {shlex.quote(str(run_dir))}"
 
 
 @contextlib.contextmanager
@@ -129,7 +130,11 @@ def memory_advice(config: Config, why: str, run_dir: Path) -> str:
         return f"{problem}: use --loader mapped --batch-size {fits}, which fits"
     if config.loader in ("auto", "resident"):
         has_checkpoint = (run_dir / "last.pt").is_file()
-        resume = f"; to continue, run: fastcnn train --resume {run_dir} --loader mapped" if has_checkpoint else ""
+        resume = (
+            f"; to continue, run: fastcnn train --resume {shlex.quote(str(run_dir))} --loader mapped"
+            if has_checkpoint
+            else ""
+        )
         return f"{problem}: use --loader mapped, which fits with --batch-size {fits}{resume}"
     return f"{problem}: --batch-size {fits} alone fits, so end what else takes the memory, or try {fits // 2}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def _make(folder: str | Path | None, name: str) -> Path:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if not all(map(_is_leftover, folder.iterdir())):
-                resume = f", or continue its run with --resume {folder}" if (folder / CONFIG).is_file() else ""
+                resume = (
+                    f", or continue its run with --resume {shlex.quote(str(folder))}"
+                    if (folder / CONFIG).is_file()
+                    else ""
+                )
                 raise FastCNNError(f"the run folder {folder} is not empty: choose another with --run-dir{resume}")
             return folder
         for number in itertools.count(1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def outcome(study: Study, records: Sequence[TrialRecord], folder: Path) -> str:
         return f"{len(records)} trials: {states}; see {folder / 'sweep.csv'}"
     return (
         f"{len(records)} trials: {states}; best {best.folder}: {study.sweep.metric} {best.value:.4f}; "
-        f"to train it again: fastcnn train --config {folder / CONFIG}"
+        f"to train it again: fastcnn train --config {shlex.quote(str(folder / CONFIG))}"
     )
 
 
