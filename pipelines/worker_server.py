@@ -9,10 +9,13 @@ import contextlib
 import importlib
 import mmap
 import os
+import select
 import signal
 import socket
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ class Batch(NamedTuple):
 
 def serve(handle: int) -> None:
     """Import the decoder that the caller names, then fork workers until the caller is gone: the server's main."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the caller decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole process group: the caller decides
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     link = socket.socket(fileno=handle)
@@ -43,7 +46,8 @@ def serve(handle: int) -> None:
         module, preload = connection.recv()
         try:
             if preload:
-                importlib.import_module(module)
+                with _ending_with_caller(link):
+                    importlib.import_module(module)
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}")
             return
@@ -65,6 +69,29 @@ def serve(handle: int) -> None:
                 connection.send(_end_of(request))
     for pid in workers:  # in the middle of a batch they do not notice
         os.kill(pid, signal.SIGKILL)
+    for pid in workers:
+        _end_of(pid)  # else they would stay, as zombies, until some init looks after them
+
+
+@contextlib.contextmanager
+def _ending_with_caller(link: socket.socket) -> Iterator[None]:
+    """End this process at once where the caller goes meanwhile: an import takes seconds, and does not notice."""
+    imported = threading.Event()
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(link, 0)  # a closed socket alone
+        while not imported.wait(0.05):
+            if poll.poll(0):
+                os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        imported.set()
+        watcher.join()  # no thread must run when workers are forked
 
 
 def _end_of(pid: int) -> int:

@@ -14,7 +14,7 @@ from fastcnn.cli.group import SETTINGS, Commands
 from fastcnn.cli.options import config_options, json_option
 from fastcnn.config import in_our_words, option_name
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
-from fastcnn.system import launch
+from fastcnn.system import launch, signals
 from fastcnn.system.text import print_any_name
 
 
@@ -86,8 +86,15 @@ def _proposal(option: str, known: Sequence[str]) -> str:
 
 def _fail(message: str, code: int) -> int:
     if message and (code != UsageError.exit_code or launch.is_first_on_machine()):  # else another rank reports it
-        click.echo(f"fastcnn: error: {message}", err=True)
+        _say(f"fastcnn: error: {message}\n")
     return code
+
+
+def _say(text: str) -> None:
+    try:
+        click.echo(text, err=True, nl=False)
+    except OSError:  # the terminal was closed
+        signals.silence_lost_outputs()
 
 
 def _show_warning(
@@ -99,6 +106,6 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if issubclass(category, FastCNNWarning):
-        click.echo(f"fastcnn: warning: {message}", err=True)
+        _say(f"fastcnn: warning: {message}\n")
     else:
-        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
+        _say(warnings.formatwarning(message, category, filename, lineno, line))

@@ -13,7 +13,7 @@ from fastcnn.cli.group import SETTINGS
 from fastcnn.cli.options import ConfigCommand, config_options, given, quiet_option
 from fastcnn.config import OPTIONS, Config, read_recipe, read_yaml, recipe_names, resolve
 from fastcnn.errors import UsageError
-from fastcnn.system import launch
+from fastcnn.system import launch, signals
 
 
 @click.command(cls=ConfigCommand, **SETTINGS)
@@ -82,15 +82,16 @@ def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, s
     from fastcnn.system.console import Console
     from pipelines.workers import end_early
 
-    if not resume:
-        start_early(config.data, config.decoder, config.cache_dir)
-    try:
-        from fastcnn.runs.fit import fit
+    with signals.raising():  # while torch is imported, too, so that no process is left
+        try:
+            if not resume:
+                start_early(config.data, config.decoder, config.cache_dir)
+            from fastcnn.runs.fit import fit
 
-        spent = time.perf_counter() - start
-        fit(config, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)
-    finally:
-        end_early()
+            spent = time.perf_counter() - start
+            fit(config, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)
+        finally:
+            end_early()
 
 
 @click.command(cls=ConfigCommand, **SETTINGS)

@@ -70,7 +70,7 @@ def fit(
 
     Under torchrun, its processes train one model together; `devices` must be their number.
 
-    Raises DataError if the images cannot be used, RunInterrupted on SIGINT and SIGTERM after saving `last.pt`, and
+    Raises DataError if the images cannot be used, RunInterrupted on a signal after saving `last.pt`, and
     FastCNNError for anything else that the user can mend.
     """
     _check_devices(config)

@@ -27,7 +27,7 @@ _STATES = {"done": "finished", "pruned": "pruned", "failed": "failed"}
 
 
 class SweepStopped(FastCNNError):
-    """The sweep received SIGINT or SIGTERM; the message says how to resume it."""
+    """The sweep received SIGINT, SIGTERM or SIGHUP; the message says how to resume it."""
 
     def __init__(self, signum: int, folder: Path) -> None:
         super().__init__(f"stopped, and the running trials are saved in {folder}: run the same command to resume")
@@ -59,7 +59,7 @@ def run(
         pack: trials at once, on a CPU, each with its part of the cores.
         console: where progress is shown; None shows nothing.
 
-    Raises UsageError for wrong options, DataError where the photos are missing, SweepStopped on SIGINT and SIGTERM,
+    Raises UsageError for wrong options, DataError where the photos are missing, SweepStopped on a signal,
     FastCNNError where the first trials all fail for one reason, or no trial finished and none still runs.
     """
     console = console or Console(quiet=True)

@@ -175,6 +175,8 @@ def work(connection: Connection) -> None:
     """Run, in the trial process, the jobs that come through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between trials; `fit` handles both signals during one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # during a trial, too: the sweep gets it as well, and stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sent: set[str] = set()
 

@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastcnn.system.signals import silence_lost_outputs
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
@@ -23,7 +26,7 @@ class Console:
     def line(self, text: str) -> None:
         """Print a line."""
         if not self.quiet:
-            print(text, flush=True)
+            _print(text, sys.stdout)
 
     @contextmanager
     def progress(self, label: str, unit: str, *, start: int = 0) -> Iterator[Callable[..., None]]:
@@ -60,10 +63,14 @@ class Console:
                 if now - last >= PLAIN_INTERVAL and done < total:
                     last, rate = now, (done - start) / (now - began)
                     left = (total - done) / max(rate, 1e-9)
-                    print(
-                        f"{label} {done:,}/{total:,}  {note or f'{rate:,.0f} {unit}/s'}  {left:.0f} s left",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    note = note or f"{rate:,.0f} {unit}/s"
+                    _print(f"{label} {done:,}/{total:,}  {note}  {left:.0f} s left", sys.stderr)
 
             yield write
+
+
+def _print(text: str, file: TextIO) -> None:
+    try:
+        print(text, file=file, flush=True)
+    except OSError:  # nobody reads any more; the work goes on
+        silence_lost_outputs()

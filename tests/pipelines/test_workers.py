@@ -228,6 +228,26 @@ def test_relative_paths_are_the_callers(photos: list[bytes], tmp_path: Path, mon
         assert [verdict.reason for verdict in decoding.decode([Path("photo.jpg")], SIZE, out)] == [""]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_server_outlives_its_caller_neither_in_an_import_nor_with_workers(
+    photos: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(tmp_path)
+    importing = workers._Server("slow_to_import", gpu=None)
+    with Workers("pillow") as decoding:
+        decode(decoding, photos)
+        server, worker = decoding._server, decoding._workers[0]
+        assert server
+        assert worker
+        for each in (importing, server):  # as where the caller is killed
+            each._connection.close()
+            each._link.close()
+            assert each._process
+            each._process.wait(10)
+        assert not Path(f"/proc/{worker.pid}").exists(), "nor as a zombie"
+
+
 def test_nothing_is_left_behind(photos: list[bytes]) -> None:
     before, files = children(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(2):

@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_another_loader(config: Config, whole: Path, photos: 
 # Told to stop
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_while_photos_are_decoded(
     config: Config, whole: Path, sent: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +278,41 @@ def test_a_second_sigint_leaves_at_once(how: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "first\n")
+
+
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.raising(), signals.received() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signum == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(photos: Path) -> None:
+    """A terminal of its own, closed in the middle of training: the kernel sends SIGHUP, and printing fails."""
+    master, terminal = os.openpty()
+    command = [sys.executable, "-m", "fastcnn", "train", str(photos), "--run-dir=run", "--epochs=10000"]
+    options = ["--image-size=32", "--filters=8", "--batch-size=16", "--workers=1"]
+    code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command, *options],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    while not Path("run/last.pt").exists():
+        assert process.poll() is None
+        os.read(master, 1 << 16)
+    os.close(master)
+    assert process.wait(60) == 129
+    state = checkpoint.load(Path("run/last.pt"))
+    assert resumed_config("run", {}).epochs == 10000
+    assert len(state["rows"]) == len(figures(Path("run")))
 
 
 def test_no_exception_handler_takes_a_signal_for_a_failure() -> None:
