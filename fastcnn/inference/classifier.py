@@ -44,11 +44,16 @@ class Classifier:
 
     def warm_up(self) -> None:
         """Start the worker processes, import the libraries and let TorchScript specialise."""
-        file = io.BytesIO()
-        Image.new("RGB", (64, 64)).save(file, "JPEG")
         for _ in range(3):
-            self([file.getvalue()] * 2)
+            self([_grey_photo()] * 2)
         self.decode_seconds = self.model_seconds = 0.0
+
+    def start(self) -> float:
+        """Start the worker processes; return the seconds that it took."""
+        begun = time.perf_counter()
+        size = self.model.image_size
+        self._workers.decode([_grey_photo()], size, shared((1, size, size, 3)))
+        return time.perf_counter() - begun
 
     def __call__(self, sources: Sequence[Source]) -> list[tuple[Verdict, Probabilities]]:
         """Return a verdict for each source with (num_classes,) probabilities, which are empty if it is unusable.
@@ -69,6 +74,12 @@ class Classifier:
 
     def _probabilities(self, image: Images, verdict: Verdict) -> Probabilities:
         return self.model.probabilities(image[None])[0] if verdict.ok else NO_PROBABILITIES
+
+
+def _grey_photo() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(file, "JPEG")
+    return file.getvalue()
 
 
 def _one_thread() -> None:

@@ -50,24 +50,26 @@ def predict_photos(
         workers: decoding threads; None: one per core.
         max_pixels: photos with more pixels in their header are "too large".
         progress: called with the number of photos done and the total.
-        note: called at the end with a line about the speed.
+        note: called at the end with a line about the speed, in which starting the decoders does not count.
 
     Raises FastCNNError for an input that does not exist.
     """
     paths, bad = list(find_photos(inputs)), 0
-    begun = time.perf_counter()
     with Classifier(model, workers=workers, max_pixels=max_pixels) as classify:
+        startup = classify.start() if paths else 0.0
+        begun = time.perf_counter()
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
             for path, (verdict, probabilities) in zip(batch, classify(batch), strict=True):
                 bad += not verdict.ok
                 yield Prediction(path, verdict.reason, probabilities)
             progress(start + len(batch), len(paths))
-    seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
     decoding = classify.decode_seconds / max(classify.decode_seconds + classify.model_seconds, 1e-9)
     note(
         f"{len(paths):,} photo{'s' * (len(paths) != 1)} in {seconds:.1f} s ({len(paths) / max(seconds, 1e-9):,.0f} "
-        f"photos/s, {decoding:.0%} of it decoding)" + (f"; {bad:,} cannot be used" if bad else "")
+        f"photos/s, {decoding:.0%} of it decoding) after {startup:.1f} s of start-up"
+        + (f"; {bad:,} cannot be used" if bad else "")
     )
 
 

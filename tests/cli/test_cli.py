@@ -126,7 +126,9 @@ def test_export_predict(
         code, out, err = run(capsys, "predict", "runs/photos", "-")
         assert code == 1
         assert [line.split("  ")[0] for line in out.splitlines()] == [str(first), str(second), "bad.jpg"]
-        assert re.fullmatch(r"3 photos in .* s \(.* photos/s, \d+% of it decoding\); 1 cannot be used\n", err)
+        assert re.fullmatch(
+            r"3 photos in .* s \(.* photos/s, \d+% of it decoding\) after .* s of start-up; 1 cannot be used\n", err
+        )
 
 
 def test_resume_quietly(capsys: pytest.CaptureFixture[str], trained: tuple[Path, str]) -> None:
