@@ -61,6 +61,14 @@ class DataConfig(Section):
 
     data: str = ""
     """Folder of images: DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it."""
+    exclude: tuple[str, ...] = ()
+    """Names of folders of DATA that are no classes and no splits, such as runs,wandb: they are left out."""
+    train_dir: str | None = None
+    """Folder below DATA whose folders are the classes to train on. Default: found by its name, train or training."""
+    val_dir: str | None = None
+    """Folder below DATA of validation images, with --train-dir."""
+    test_dir: str | None = None
+    """Folder below DATA of test images, with --train-dir."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Fraction of the training images held out for validation. 0: train on all of them and validate on the val or test
     folder that is there alone."""
@@ -102,6 +110,12 @@ class DataConfig(Section):
     def decoded_size(self) -> int:
         """Height and width, in pixels, of decoded images."""
         return self.cache_size or self.image_size
+
+    @property
+    def split_dirs(self) -> dict[str, str]:
+        """Split -> the folder below DATA that is given for it."""
+        given = {"train": self.train_dir, "val": self.val_dir, "test": self.test_dir}
+        return {split: folder for split, folder in given.items() if folder}
 
     @property
     def augmentations(self) -> list[tuple[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 from fastcnn.errors import nearest
 
 _NAMES = {
-    "data": "dataset data_dir data_path data_root dataset_path train_dir",
+    "data": "dataset data_dir data_path data_root dataset_path",
     "val_fraction": "val_split validation_split val_ratio val_frac val_size valid_pct",
     "image_size": "imgsz img_size imgsize img_dim input_size im_size resolution",
     "augment": "augmentation augmentations data_augmentation data_aug aug",

@@ -174,9 +174,16 @@ def _without_bad(
 def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note: Callable[[str], None]) -> Index:
     """Return the index of the folder, of its held-out photos where `classes` are given, as the first rank scans it."""
     memory = default_folder(config.cache_dir)
+    left_out = config.exclude
     index = ranks.broadcast(
-        lambda: scan(config.data, memory) if classes is None else scan_held_out(config.data, classes, memory)
+        lambda: (
+            scan(config.data, memory, left_out, config.split_dirs)
+            if classes is None
+            else scan_held_out(config.data, classes, memory, left_out)
+        )
     )
+    if index.layout:
+        note(f"layout of {printable(str(index.root))}: {index.layout}")
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     others = f", {index.told_others()} left out" if index.others else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}{others}")

@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data import class_names, shards
+from fastcnn.data import class_names, layout, shards
+from fastcnn.data.layout import SPLITS, Layout
 from fastcnn.data.shards import Shards
-from fastcnn.data.walk import Skipped, files_below, folders_in, is_folder, visible_folders
+from fastcnn.data.walk import Skipped, files_below, is_folder
 from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.meant import meant_as_photo
 from pipelines.verdict import Member
-
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""Name of a folder -> the split whose photos it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,8 @@ class Index:
     """Hidden files that were skipped."""
     others: Mapping[str, int] = field(default_factory=dict)
     """Files that nobody meant as photos, by name and content: number by extension, with its dot."""
+    layout: str = ""
+    """How the folder was read, in words."""
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -77,22 +77,35 @@ class Index:
         return Index(**{**vars(self), "paths": tuple(compress(self.paths, keep)), **columns})
 
 
-def scan(root: str | Path, memory: Path | None = None) -> Index:
+def scan(
+    root: str | Path,
+    memory: Path | None = None,
+    exclude: Iterable[str] = (),
+    chosen: Mapping[str, str] | None = None,
+) -> Index:
     """Return the index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
-    Shards, see `shards`, may stand in the place of class folders: root/000000.tar, or root/train/000000.tar.
-    `memory` is a folder for remembered scans of their archives.
+    `layout` says by which names these go. Shards, see `shards`, may stand in the place of class folders:
+    root/000000.tar, or root/train/000000.tar.
+
+    Args:
+        root: the folder.
+        memory: a folder for remembered scans of archives.
+        exclude: names of class or split folders that are left out.
+        chosen: split -> its folder below root, where it is not to be found by its name.
 
     Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
     have a class that the training folder lacks.
     """
     root = Path(root)
     _check_folder(root)
-    split_folders = _split_folders(root) or {"train": root}
-    train_folder = split_folders["train"]
-    found = _read_shards(root, split_folders, memory)
-    names = visible_folders(train_folder)
-    classes = found["train"].classes() if "train" in found else class_names.distinct(train_folder, names)
+    read = layout.read(root, exclude, chosen)
+    train_folder = read.splits["train"]
+    found = _read_shards(root, read, memory)
+    if "train" in found:
+        classes = found["train"].classes()
+    else:
+        classes = class_names.distinct(train_folder, read.class_names(train_folder))
     if not classes:
         raise DataError(
             f"no class folders in {train_folder}: expected {train_folder.name}/<class>/<photos>, "
@@ -100,16 +113,19 @@ def scan(root: str | Path, memory: Path | None = None) -> Index:
         )
     if len(classes) == 1:
         raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two or more")
-    index = _read(root, split_folders, classes, found)
+    index = _read(root, read, classes, found)
     check_classes(index)
     return index
 
 
-def scan_held_out(root: str | Path, classes: Sequence[str], memory: Path | None = None) -> Index:
+def scan_held_out(
+    root: str | Path, classes: Sequence[str], memory: Path | None = None, exclude: Iterable[str] = ()
+) -> Index:
     """Return the index of the photos in a folder on which a model of these classes is scored.
 
     They are the photos of its val and test folders; without those, of its train folder; without that, of root/<class>.
-    `folders` says which: val, test, train or all. Labels are positions in `classes`. `memory` as for `scan`.
+    `folders` says which: val, test, train or all. Labels are positions in `classes`. `memory` and `exclude` are those
+    of `scan`.
 
     Raises DataError for a folder that is missing or empty, or has a class that is not among `classes`; a class
     without photos is a warning.
@@ -117,19 +133,16 @@ def scan_held_out(root: str | Path, classes: Sequence[str], memory: Path | None 
     root = Path(root)
     _check_folder(root)
     names = class_names.positions(classes)
-    found = _by_split(root, (folder for folder in folders_in(root) if comparable(folder.name) not in names))
-    if len(found) > 1:
-        found.pop("train", None)
+    read = _held_out_layout(root, names, frozenset(exclude))
     known = tuple(classes)
-    for place in found.values() or [root]:
-        for name in visible_folders(place):
+    for place in read.splits.values():
+        for name in read.class_names(place):
             if comparable(name) not in names:
                 raise DataError(
                     f"{place / name} is a class that the model does not know; "
                     f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
                 )
-    places = found or {"all": root}
-    index = _read(root, places, known, _read_shards(root, places, memory))
+    index = _read(root, read, known, _read_shards(root, read, memory))
     if not len(index):
         raise DataError(
             f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
@@ -137,39 +150,53 @@ def scan_held_out(root: str | Path, classes: Sequence[str], memory: Path | None 
     return index
 
 
-def scan_loosely(root: str | Path) -> tuple[Index, str]:
+def _held_out_layout(root: Path, names: Mapping[str, int], exclude: frozenset[str]) -> Layout:
+    """Return the layout of a folder to be scored on: its val and test folders, else train, else root/<class>."""
+    folders = [path for path in layout.visible_folders(root, exclude) if comparable(path.name) not in names]
+    found = layout.by_split(root, ((path, path.name.casefold()) for path in folders))
+    if not found and not any(comparable(path.name) in names for path in layout.visible_folders(root, exclude)):
+        read = layout.read(root, exclude)
+        found = dict(read.splits) if len(read.splits) > 1 else {"all": read.splits["train"]}
+    if len(found) > 1:
+        found.pop("train", None)
+    return Layout(found or {"all": root}, exclude, ", ".join(found) or "<class>/<photos>")
+
+
+def scan_loosely(root: str | Path, exclude: Iterable[str] = ()) -> tuple[Index, str]:
     """Return the index of all photos in a folder of any layout, and why `scan` refuses it ("" where it does not).
 
     Without class folders all files below it are of one class without a name. Raises DataError for a folder that is
     missing, and for shards that `scan` refuses: their photos cannot be listed.
     """
     try:
-        return scan(root), ""
+        return scan(root, exclude=exclude), ""
     except DataError as error:
         problem = str(error)
-    root = Path(root)
+    root, left_out = Path(root), frozenset(exclude)
     _check_folder(root)
-    named = {p.name: p for p in folders_in(root) if not p.name.startswith(".")}
-    parts = {SPLIT_FOLDERS[name]: folder for name, folder in named.items() if name in SPLIT_FOLDERS}
-    if any(map(_holds_shards, [root, *(named[name] for name in named if name in SPLIT_FOLDERS)])):
+    folders = layout.visible_folders(root, left_out)
+    parts = {SPLITS[path.name.casefold()]: path for path in folders if path.name.casefold() in SPLITS}
+    flat = Layout({"train": root}, left_out, "")
+    if any(map(flat.holds_shards, [root, *parts.values()])):
         raise DataError(problem)
-    split_folders = parts if parts and named.keys() <= SPLIT_FOLDERS.keys() else {"train": root}
-    names = sorted({name for folder in split_folders.values() for name in visible_folders(folder)})
-    return _read(root, split_folders, class_names.distinct(root, names) or ("",), {}), problem
+    read = Layout(parts, left_out, "") if parts and len(parts) == len(folders) else flat
+    names = sorted({name for folder in read.splits.values() for name in read.class_names(folder)})
+    return _read(root, read, class_names.distinct(root, names) or ("",), {}), problem
 
 
-def outside(root: Path) -> list[str]:
+def outside(root: Path, exclude: Iterable[str] = ()) -> list[str]:
     """Return the photos that are in no class folder, and so in no index: sorted paths relative to `root`."""
-    parts = [p for p in folders_in(root) if p.name in SPLIT_FOLDERS]
-    places = [root, *(p for p in parts if visible_folders(p) or _holds_shards(p))]
-    sharded = any(map(_holds_shards, places))
+    read = Layout({}, frozenset(exclude), "")
+    parts = [path for path in layout.visible_folders(root, read.exclude) if path.name.casefold() in SPLITS]
+    places = [root, *(path for path in parts if read.class_names(path) or read.holds_shards(path))]
+    sharded = any(map(read.holds_shards, places))
     names = [
         os.path.relpath(entry.path, root).replace(os.sep, "/")
         for place in places
         for entry in os.scandir(place)
         if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
         if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
-        if not (entry.name.endswith(".tar") and _holds_shards(place))
+        if not (entry.name.endswith(".tar") and read.holds_shards(place))
     ]
     return sorted(names)
 
@@ -185,7 +212,8 @@ def check_classes(index: Index) -> None:
         if missing and split == "train":
             what = "photos at all" if len(missing) == len(index.classes) else f"usable photos of class '{missing[0]}'"
             beside = f"; {index.told_others()}: no photos" if index.others else ""
-            raise DataError(f"no {what} in {index.root}: add photos or remove the folder{beside}")
+            way_on = "" if len(missing) == len(index.classes) else f", or leave it out with --exclude {missing[0]}"
+            raise DataError(f"no {what} in {index.root}: add photos or remove the folder{way_on}{beside}")
         if missing:
             warn(f"the {split} folder of {index.root} has no photos of: {', '.join(missing)}")
 
@@ -201,16 +229,14 @@ def _check_folder(root: Path) -> None:
         raise DataError(f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}")
 
 
-def _read(
-    root: Path, split_folders: Mapping[str, Path], classes: tuple[str, ...], found: Mapping[str, Shards]
-) -> Index:
+def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
     skipped = Skipped()
     photos = []  # (path, label, bytes, mtime, split, offset)
-    for split, split_folder in split_folders.items():
+    for split, split_folder in read.splits.items():
         if split in found:
             continue
-        for label, name in [(0, "")] if classes == ("",) else _labelled(split_folder, split, classes):
+        for label, name in [(0, "")] if classes == ("",) else _labelled(read, split, classes):
             files = files_below(root, split_folder / name, skipped)
             photos += [(path, label, size, mtime, split, -1) for path, size, mtime in files]
     photos.sort()
@@ -234,56 +260,21 @@ def _read(
         folders=np.array(splits, np.str_),
         num_hidden=skipped.hidden,
         others=skipped.others,
+        layout=read.described,
     )
 
 
-def _holds_shards(folder: Path) -> bool:
-    return not visible_folders(folder) and bool(shards.archives(folder))
-
-
-def _read_shards(root: Path, split_folders: Mapping[str, Path], memory: Path | None) -> dict[str, Shards]:
+def _read_shards(root: Path, read: Layout, memory: Path | None) -> dict[str, Shards]:
     """Return the content of the split folders that hold archives and no folders."""
     return {
-        split: shards.read(root, folder, memory) for split, folder in split_folders.items() if _holds_shards(folder)
+        split: shards.read(root, folder, memory) for split, folder in read.splits.items() if read.holds_shards(folder)
     }
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Return the split folders of a root/train/<class> layout, or {} for a flat one.
-
-    A class may be called 'train': then its folder holds photos and no folders.
-    """
-    folders = {p.name: p for p in folders_in(root)}
-    visible = {name for name in folders if not name.startswith(".")}
-    if "train" not in folders:
-        if visible and visible <= SPLIT_FOLDERS.keys():
-            raise DataError(
-                f"{root} has {', '.join(sorted(visible))} but no train folder: "
-                f"expected {root.name}/train/<class>/<photos>"
-            )
-        return {}
-    train = folders["train"]
-    if visible - SPLIT_FOLDERS.keys() and not visible_folders(train) and not _holds_shards(train):
-        return {}
-    return _by_split(root, (folders[name] for name in SPLIT_FOLDERS if name in folders))
-
-
-def _by_split(root: Path, folders: Iterable[Path]) -> dict[str, Path]:
-    """Return split -> folder, for those that are named for a split. Raises DataError for two of one split."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        split = SPLIT_FOLDERS.get(folder.name)
-        if split in found:
-            raise DataError(f"{root} has two validation folders, {found[split].name} and {folder.name}: keep one")
-        if split is not None:
-            found[split] = folder
-    return found
-
-
-def _labelled(folder: Path, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+def _labelled(read: Layout, split: str, classes: tuple[str, ...]) -> Iterator[tuple[int, str]]:
     """Yield label and folder name of each class folder. Raises DataError for a class that is not among `classes`."""
-    labels = class_names.positions(classes)
-    for name in visible_folders(folder):
+    labels, folder = class_names.positions(classes), read.splits[split]
+    for name in read.class_names(folder):
         if comparable(name) not in labels:
             raise DataError(
                 f"{folder.name}/{name} is a class that the training folder does not have{nearest(name, classes)}; "

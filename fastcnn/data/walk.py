@@ -25,11 +25,6 @@ class Skipped:
     """Files that nobody meant as photos: number by extension, with its dot."""
 
 
-def visible_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, without hidden ones."""
-    return [p.name for p in folders_in(folder) if not p.name.startswith(".")]
-
-
 def folders_in(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted, without those of the system and without links to itself or above.
 

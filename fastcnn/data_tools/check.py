@@ -34,6 +34,7 @@ def check(
     workers: int | None = None,
     max_bad: float = 0.05,
     max_pixels: int | None = None,
+    exclude: Iterable[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
     """Return the findings about a folder of photos, of any layout; nothing in it is changed.
@@ -44,11 +45,12 @@ def check(
         workers: decoding threads; None is one a core.
         max_bad: fraction of unusable photos above which a run refuses the folder.
         max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
+        exclude: names of folders that are left out.
         progress: called with the number of photos decoded and to decode.
 
     Raises DataError where there is no such folder, FastCNNError where the decoder is missing.
     """
-    index, refusal = scan_loosely(root)
+    index, refusal = scan_loosely(root, exclude)
     sources = index.sources()
     try:
         chosen, _ = pipelines.choose(decoder, gpu=False)
@@ -72,7 +74,7 @@ def check(
         verdicts=verdicts,
         exact=_groups(index, exact),
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
-        outside=[] if index.classes == ("",) else outside(index.root),
+        outside=[] if index.classes == ("",) else outside(index.root, exclude),
         decoder=chosen,
         max_pixels=max_pixels or pipelines.MAX_PIXELS,
     )
@@ -83,8 +85,9 @@ def table(findings: Findings) -> str:
     index, problems = findings.index, findings.problems()
     total = f"{len(index):,} photos, {index.sizes.sum() / 2**20:,.1f} MiB"
     heads, rows = class_rows(findings)
+    layout = f"layout: {index.layout}\n" if index.layout else ""
     others = f"; {index.told_others()}" if index.others else ""
-    blocks = [f"{total} in {printable(str(index.root))}{others}", text.table(heads, rows, right=heads[1:])]
+    blocks = [f"{layout}{total} in {printable(str(index.root))}{others}", text.table(heads, rows, right=heads[1:])]
     blocks.append("\n".join(f"{name}: {counted(each)}" for name, each in findings.kinds().items() if each))
     blocks.append("\n".join(["to look at:", *(f"  {line}" for line in problems)]) if problems else "nothing is wrong")
     bad = [f"{printable(path)}: {each.reason}{detail(each.detail)}" for path, each in findings.bad.items()]

@@ -1,0 +1,235 @@
+"""Layout of a folder of photos: which folders hold the splits, and what beside them is no class.
+
+Folders come from Kaggle, from assignments and from desktops: split folders in any case and by several names, with a
+word before or behind ("seg_train", "Train_Set"), inside a folder of the same name or in an archive's own folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastcnn.data import shards
+from fastcnn.data.walk import folders_in, is_folder
+from fastcnn.errors import DataError, warn
+from fastcnn.system.text import printable
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Name of a folder in small letters -> the split whose photos it holds."""
+
+OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "sweeps")
+"""Folders that training tools leave beside the photos."""
+
+OWN_FILES = [(".lock",), ("config.yaml", "split.csv"), ("config.yaml", "last.pt"), ("cache.json",), ("sweep.csv",)]
+"""Files by which a folder is told to be a run (while it trains, too), a cache or a sweep of ours."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the classes of each split are."""
+
+    splits: Mapping[str, Path]
+    """Split -> folder of its class folders or shards; train alone, the folder itself, in a flat layout."""
+    exclude: frozenset[str]
+    """Names of folders that are left out wherever classes or splits stand."""
+    described: str
+    """The layout in words, such as "train, val/<class>"."""
+
+    def class_names(self, folder: Path) -> list[str]:
+        """Return the names of the class folders in a folder, sorted."""
+        return [path.name for path in visible_folders(folder, self.exclude)]
+
+    def holds_shards(self, folder: Path) -> bool:
+        """Return whether archives stand in a folder in the place of class folders."""
+        return not self.class_names(folder) and bool(shards.archives(folder))
+
+
+def read(root: Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | None = None) -> Layout:
+    """Return the layout of a folder that exists. What it finds beside the layout is named in a warning.
+
+    exclude: names of folders that are left out.
+    chosen: split -> its folder below the root, by --train-dir, --val-dir and --test-dir; nothing is guessed then.
+
+    Raises DataError where two folders are of one split, where held-out folders have no training folder, where there are
+    two ways to read it, or where a folder cannot be read.
+    """
+    left_out = frozenset(exclude)
+    if chosen:
+        return _as_chosen(root, left_out, chosen)
+    inner = _unwrapped(root, left_out)
+    if inner != root:
+        warn(f"{printable(str(root))} has one folder, {printable(str(inner.relative_to(root)))}: reading that")
+    splits, ignored = split_folders(inner, left_out)
+    where = "" if inner == root else f"{inner.relative_to(root).as_posix()}/"
+    if splits:
+        names = ", ".join(f"{where}{path.relative_to(inner).as_posix()}" for path in splits.values())
+        if ignored:
+            warn(
+                f"{printable(', '.join(ignored))} in {printable(str(inner))} "
+                f"{'is' if len(ignored) == 1 else 'are'} beside the split folders ({names}), and not read"
+            )
+        return Layout(splits, left_out, f"{printable(names)}, each with <class>/<photos>")
+    _check_certain(root, inner, left_out)
+    for path in visible_folders(inner, left_out):
+        if path.name.casefold() in OTHER_TOOLS:
+            warn(
+                f"{printable(str(path))} is read as a class: if another program made it, "
+                f"leave it out with --exclude {path.name}"
+            )
+    return Layout({"train": inner}, left_out, f"{where}<class>/<photos>")
+
+
+def _as_chosen(root: Path, exclude: frozenset[str], chosen: Mapping[str, str]) -> Layout:
+    if "train" not in chosen:
+        raise DataError("--val-dir and --test-dir need --train-dir: the folder of the training photos")
+    splits = {split: root / name for split, name in chosen.items()}
+    for split, path in splits.items():
+        if not path.is_dir():
+            raise DataError(f"--{split}-dir {chosen[split]}: no such folder in {printable(str(root))}")
+    names = ", ".join(f"{split} in {name}" for split, name in chosen.items())
+    return Layout(splits, exclude, f"{printable(names)}, each with <class>/<photos>")
+
+
+def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
+    """Raise DataError where folders that would be classes have a split in their names and folders inside."""
+    folders = visible_folders(folder, exclude)
+    named = (_repeated(path, exclude) for path in folders if set(_words(path)) & SPLITS.keys())
+    doubtful = {path: inside for path in named if len(inside := visible_folders(path, exclude)) > 1}
+    if not doubtful:
+        return
+    path, inside = next(iter(doubtful.items()))
+    here, name = (printable(one.relative_to(root).as_posix()) for one in (folder, path))
+    raise DataError(
+        f"{printable(str(root))} can be read in two ways: {len(folders)} classes, {_shown(folders)}, of "
+        f"{_num_files(folders):,} photos; or {len(inside)} classes, {_shown(inside)}, of {_num_files(inside):,} photos "
+        f"in {name}. Say which: --train-dir {here} or --train-dir {name} (with --val-dir and --test-dir for others)"
+    )
+
+
+def _shown(folders: list[Path]) -> str:
+    return printable(", ".join(path.name for path in folders[:3]) + (", ..." if len(folders) > 3 else ""))
+
+
+def _num_files(folders: list[Path]) -> int:
+    return sum(len(files) for folder in folders for _, _, files in os.walk(folder))
+
+
+def _words(folder: Path) -> list[str]:
+    return re.split(r"[\W_]+", folder.name.casefold())
+
+
+def split_folders(root: Path, exclude: frozenset[str]) -> tuple[dict[str, Path], list[str]]:
+    """Return split -> its folder, and the names of the folders beside these; {} for a flat layout.
+
+    A class may be called 'train': then its folder holds photos and no folders.
+    """
+    folders = visible_folders(root, exclude)
+    found = by_split(root, ((path, path.name.casefold()) for path in folders))
+    if not found:
+        found = by_split(root, _without_affix(folders))
+        if not _holds_classes(found.get("train"), exclude):
+            return {}, []
+    others = [path.name for path in folders if path not in found.values()]
+    if "train" not in found:
+        if not others:
+            raise DataError(
+                f"{printable(str(root))} has {', '.join(path.name for path in folders)} but no train folder: "
+                f"expected {printable(root.name)}/train/<class>/<photos>"
+            )
+        return {}, []
+    if others and not _holds_classes(found["train"], exclude):
+        return {}, []
+    ordered = {split: found[split] for split in ("train", "val", "test") if split in found}
+    return {split: _repeated(path, exclude) for split, path in ordered.items()}, others
+
+
+def by_split(root: Path, folders: Iterable[tuple[Path, str]]) -> dict[str, Path]:
+    """Return split -> folder, for those whose word names a split. Raises DataError for two of one split."""
+    found: dict[str, Path] = {}
+    for folder, word in folders:
+        split = SPLITS.get(word)
+        if split in found:
+            kind = {"train": "training", "val": "validation", "test": "test"}[str(split)]
+            raise DataError(
+                f"{printable(str(root))} has two {kind} folders, {found[split].name} and {folder.name}: keep one, "
+                f"or leave one out with --exclude {folder.name}"
+            )
+        if split is not None:
+            found[split] = folder
+    return found
+
+
+def visible_folders(folder: Path, exclude: frozenset[str] = frozenset()) -> list[Path]:
+    """Return the folders in a folder that are for photos: sorted, without hidden, excluded and our own ones."""
+    return [
+        path
+        for path in folders_in(folder)
+        if not path.name.startswith(".") and path.name not in exclude and not _is_own(path)
+    ]
+
+
+def _holds_classes(folder: Path | None, exclude: frozenset[str]) -> bool:
+    return folder is not None and bool(visible_folders(folder, exclude) or shards.archives(folder))
+
+
+def _without_affix(folders: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield folders with the word of a split in their names, whose other words are those of a training folder."""
+    words = {path: _words(path) for path in folders}
+    found = {path: [word for word in parts if word in SPLITS] for path, parts in words.items()}
+    rest = {path: [word for word in parts if word not in SPLITS] for path, parts in words.items()}
+    trained = [rest[path] for path, split in found.items() if [SPLITS[word] for word in split] == ["train"]]
+    for path, split in found.items():
+        if len(split) == 1 and rest[path] in trained[:1]:
+            yield path, split[0]
+
+
+def _repeated(folder: Path, exclude: frozenset[str]) -> Path:
+    """Return a folder, or the one in it that repeats its name and is all that is there."""
+    inside = visible_folders(folder, exclude)
+    same = len(inside) == 1 and inside[0].name.casefold() == folder.name.casefold()
+    return _repeated(inside[0], exclude) if same else folder
+
+
+def _unwrapped(root: Path, exclude: frozenset[str]) -> Path:
+    """Return a folder, or the only one in it where that holds the classes or the splits: an archive's own folder."""
+    inside = visible_folders(root, exclude)
+    if len(inside) != 1 or inside[0].name.casefold() in SPLITS or any(map(_is_photo, _files_in(root))):
+        return root
+    return inside[0] if len(visible_folders(inside[0], exclude)) > 1 else root
+
+
+def _is_own(folder: Path, depth: int = 3) -> bool:
+    """Return whether a folder is a run, cache or sweep of ours, or holds nothing but such."""
+    folders = []
+    try:
+        if any(all((folder / name).exists() for name in names) for names in OWN_FILES):
+            return True
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    if not is_folder(entry):
+                        return False  # at the first photo: class folders are long
+                    folders.append(folder / entry.name)
+    except OSError:
+        return False
+    return depth > 0 and bool(folders) and all(_is_own(one, depth - 1) for one in folders)
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(folder) if not is_folder(entry)]
+
+
+def _is_photo(name: str) -> bool:
+    return Path(name).suffix.lower() in {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tar"}

@@ -1,0 +1,187 @@
+"""Layouts of people's folders: which are read, and what is said about them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from fastcnn.data import layout
+from fastcnn.data.index import Index, scan, scan_held_out
+from fastcnn.errors import DataError, FastCNNWarning
+
+
+def photos(root: Path, *folders: str) -> Path:
+    """Make folders with a file each, by their paths; a path that ends in a slash is an empty folder."""
+    for name in folders:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            (root / name / f"{name.replace('/', '-')}.jpg").write_bytes(b"x")
+    return root
+
+
+def read(root: Path) -> tuple[Index, list[str]]:
+    """Return the index and the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", FastCNNWarning)
+        index = scan(root)
+    return index, [str(one.message) for one in told]
+
+
+SPLIT: dict[str, tuple[list[str], dict[str, int]]] = {
+    "capitals": (["Train/cat", "Train/dog", "Test/cat", "Test/dog"], {"train": 2, "test": 2}),
+    "brain MRI": (
+        ["Training/glioma", "Training/notumor", "Testing/glioma", "Testing/notumor"],
+        {"train": 2, "test": 2},
+    ),
+    "10 monkey species": (
+        ["training/training/n0", "training/training/n1", "validation/validation/n0", "validation/validation/n1"],
+        {"train": 2, "val": 2},
+    ),
+    "dev": (["train/cat", "train/dog", "dev/cat", "dev/dog"], {"train": 2, "val": 2}),
+    "Intel scenes": (
+        ["seg_train/seg_train/sea", "seg_train/seg_train/street", "seg_test/seg_test/sea", "seg_pred/seg_pred"],
+        {"train": 2, "test": 1},
+    ),
+    "affix behind": (["Train_Set/a", "Train_Set/b", "Test_Set/a", "Test_Set/b"], {"train": 2, "test": 2}),
+    "images": (["train_images/a", "train_images/b", "val_images/a"], {"train": 2, "val": 1}),
+    "iNaturalist-12K": (["inaturalist_12K/train/Aves", "inaturalist_12K/train/Fungi", "inaturalist_12K/val/Aves"],
+                        {"train": 2, "val": 1}),
+}  # fmt: skip
+
+FLAT = {
+    "classes": ["daisy", "rose"],
+    "a class called train": ["train", "plane"],
+    "a class called test": ["test", "control"],
+    "classes with affixes": ["dog_train", "dog_test"],
+    "flowers in their archive's folder": ["flowers/daisy", "flowers/rose"],
+    "PlantVillage": ["PlantVillage/Potato___healthy", "PlantVillage/Tomato_Bacterial_spot"],
+    "macOS's folder beside": ["daisy", "rose", "__MACOSX/daisy"],
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_folders(name: str, tmp_path: Path) -> None:
+    folders, expected = SPLIT[name]
+    index, told = read(photos(tmp_path / "data", *folders))
+    assert len(index.classes) == 2
+    assert not {one.casefold() for one in index.classes} & set(layout.SPLITS)
+    assert {split: int((index.folders == split).sum()) for split in expected} == expected
+    assert len(index) == sum(expected.values())
+    assert "<class>/<photos>" in index.layout
+    beside = [line for line in told if "beside the split folders" in line]
+    assert (len(beside) == 1 and "seg_pred" in beside[0]) == (name == "Intel scenes")
+    assert any("has one folder" in line for line in told) == (name == "iNaturalist-12K")
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_layouts(name: str, tmp_path: Path) -> None:
+    index, told = read(photos(tmp_path / "data", *FLAT[name]))
+    assert len(index.classes) == 2
+    assert set(index.folders) == {"train"}
+    assert any("has one folder" in line for line in told) == ("/" in FLAT[name][0])
+
+
+def test_what_stands_beside_a_train_folder_is_named(tmp_path: Path) -> None:
+    index, told = read(photos(tmp_path, "train/cat", "train/dog", "images/a", "extra/b"))
+    assert index.classes == ("cat", "dog")
+    assert told == [f"extra, images in {tmp_path} are beside the split folders (train), and not read"]
+
+
+def test_two_readings_are_shown_and_an_option_settles_it(tmp_path: Path) -> None:
+    photos(tmp_path, "seg_dev/apple", "seg_dev/pear", "seg_other/apple", "seg_other/pear")
+    with pytest.raises(DataError, match="in two ways") as error:
+        scan(tmp_path)
+    assert "2 classes, seg_dev, seg_other, of 4 photos; or 2 classes, apple, pear, of 2 photos in seg_dev" in str(
+        error.value
+    )
+    assert scan(tmp_path, chosen={"train": "."}).classes == ("seg_dev", "seg_other")
+    index = scan(tmp_path, chosen={"train": "seg_other", "val": "seg_dev"})
+    assert (index.classes, list(index.folders)) == (("apple", "pear"), ["val", "val", "train", "train"])
+    with pytest.raises(DataError, match="--test-dir nowhere: no such folder"):
+        scan(tmp_path, chosen={"train": "seg_dev", "test": "nowhere"})
+    with pytest.raises(DataError, match="need --train-dir"):
+        scan(tmp_path, chosen={"val": "seg_dev"})
+
+
+def test_two_folders_of_a_split_are_one_too_many(tmp_path: Path) -> None:
+    photos(tmp_path, "train/cat", "train/dog", "Training/cat", "Training/dog")
+    with pytest.raises(DataError, match=r"two training folders, Training and train: .* --exclude train"):
+        scan(tmp_path)
+    assert scan(tmp_path, exclude=["Training"]).classes == ("cat", "dog")
+
+
+def test_our_own_folders_are_no_classes(tmp_path: Path) -> None:
+    photos(tmp_path, "cat", "dog")
+    own = {"runs/a/config.yaml", "runs/a/last.pt", "runs/b/.lock", "caches/128-turbo/cache.json", "s/sweep.csv"}
+    for name in own:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    index, told = read(tmp_path)
+    assert (index.classes, len(index), told) == (("cat", "dog"), 2, [])
+
+
+def test_folders_of_other_tools_are_named_and_can_be_left_out(tmp_path: Path) -> None:
+    photos(tmp_path, "cat", "dog", "runs/classify")
+    index, told = read(tmp_path)
+    assert index.classes == ("cat", "dog", "runs")
+    assert told == [
+        f"{tmp_path / 'runs'} is read as a class: if another program made it, leave it out with --exclude runs"
+    ]
+    assert scan(tmp_path, exclude=["runs"]).classes == ("cat", "dog")
+
+
+def test_an_empty_class_is_refused_and_can_be_left_out(tmp_path: Path) -> None:
+    photos(tmp_path, "cat", "dog", "owl/")
+    with pytest.raises(DataError, match=r"class 'owl' .*--exclude owl"):
+        scan(tmp_path)
+    assert scan(tmp_path, exclude=["owl"]).classes == ("cat", "dog")
+
+
+def test_scoring_finds_held_out_folders_by_the_same_names(tmp_path: Path) -> None:
+    photos(tmp_path, "Train/cat", "Train/dog", "Testing/cat", "Testing/dog")
+    assert set(scan_held_out(tmp_path, ["cat", "dog"]).folders) == {"test"}
+
+
+def check_layout(root: Path, names: list[str], form: str, *, wrapped: bool, repeated: bool, others: list[str]) -> None:
+    """Split folders with classes in them: their names become classes in no reading without a warning or an error."""
+    top = root / "archive" if wrapped else root
+    shown = [form.format(name) for name in names]
+    for name in shown:
+        photos(top / name / name if repeated else top / name, "apple", "pear")
+    photos(top, *others)
+    try:
+        index, told = read(root)
+    except DataError:
+        return
+    assert not set(index.classes) & set(shown) or told, (index.classes, told)
+
+
+LAYOUTS = {
+    "names": st.lists(st.sampled_from(sorted(layout.SPLITS)), min_size=1, max_size=4, unique=True).flatmap(
+        lambda names: st.sampled_from([names, [name.title() for name in names], [name.upper() for name in names]])
+    ),
+    "form": st.sampled_from(["{}", "seg_{}", "{}_set", "{}-images", "my {}"]),
+    "wrapped": st.booleans(),
+    "repeated": st.booleans(),
+    "others": st.lists(st.sampled_from(["cat", "docs", "runs", "Zebra"]), max_size=2, unique=True),
+}
+SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=30, **SETTINGS)
+@given(**LAYOUTS)
+@example(names=["Train", "Test"], form="{}", wrapped=True, repeated=True, others=[])
+def test_classes_are_never_splits_without_a_word(tmp_path_factory: pytest.TempPathFactory, **one: Any) -> None:
+    check_layout(tmp_path_factory.mktemp("layout"), **one)
+
+
+@pytest.mark.long
+@settings(max_examples=1000, **SETTINGS)
+@given(**LAYOUTS)
+def test_a_thousand_layouts(tmp_path_factory: pytest.TempPathFactory, **one: Any) -> None:
+    check_layout(tmp_path_factory.mktemp("layout"), **one)
