@@ -66,9 +66,9 @@ class DataConfig(Section):
     train_dir: str | None = None
     """Folder below DATA whose folders are the classes to train on. Default: found by its name, train or training."""
     val_dir: str | None = None
-    """Folder below DATA of validation images, with --train-dir."""
+    """Folder below DATA of validation images, with --train-dir. Default: found by its name."""
     test_dir: str | None = None
-    """Folder below DATA of test images, with --train-dir."""
+    """Folder below DATA of test images, with --train-dir. Default: found by its name."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Fraction of the training images held out for validation. 0: train on all of them and validate on the val or test
     folder that is there alone."""

@@ -162,14 +162,16 @@ def _held_out_layout(root: Path, names: Mapping[str, int], exclude: frozenset[st
     return Layout(found or {"all": root}, exclude, ", ".join(found) or "<class>/<photos>")
 
 
-def scan_loosely(root: str | Path, exclude: Iterable[str] = ()) -> tuple[Index, str]:
+def scan_loosely(
+    root: str | Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | None = None
+) -> tuple[Index, str]:
     """Return the index of all photos in a folder of any layout, and why `scan` refuses it ("" where it does not).
 
     Without class folders all files below it are of one class without a name. Raises DataError for a folder that is
     missing, and for shards that `scan` refuses: their photos cannot be listed.
     """
     try:
-        return scan(root, exclude=exclude), ""
+        return scan(root, exclude=exclude, chosen=chosen), ""
     except DataError as error:
         problem = str(error)
     root, left_out = Path(root), frozenset(exclude)

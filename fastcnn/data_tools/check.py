@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def check(
     max_bad: float = 0.05,
     max_pixels: int | None = None,
     exclude: Iterable[str] = (),
+    chosen: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
     """Return the findings about a folder of photos, of any layout; nothing in it is changed.
@@ -46,15 +47,16 @@ def check(
         max_bad: fraction of unusable photos above which a run refuses the folder.
         max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
         exclude: names of folders that are left out.
+        chosen: split -> its folder below root, where it is not to be found by its name.
         progress: called with the number of photos decoded and to decode.
 
     Raises DataError where there is no such folder, FastCNNError where the decoder is missing.
     """
-    index, refusal = scan_loosely(root, exclude)
+    index, refusal = scan_loosely(root, exclude, chosen)
     sources = index.sources()
     try:
-        chosen, _ = pipelines.choose(decoder, gpu=False)
-        verdicts, hashes, pictures = _decode(sources, chosen, workers, max_pixels or pipelines.MAX_PIXELS, progress)
+        used, _ = pipelines.choose(decoder, gpu=False)
+        verdicts, hashes, pictures = _decode(sources, used, workers, max_pixels or pipelines.MAX_PIXELS, progress)
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     usable = np.flatnonzero([verdict.ok for verdict in verdicts])
@@ -75,7 +77,7 @@ def check(
         exact=_groups(index, exact),
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
         outside=[] if index.classes == ("",) else outside(index.root, exclude),
-        decoder=chosen,
+        decoder=used,
         max_pixels=max_pixels or pipelines.MAX_PIXELS,
     )
 

@@ -214,10 +214,10 @@ def test_options_exist(page: str) -> None:
         inside = command.commands.values() if isinstance(command, click.Group) else []
         return names.union(*map(options, inside))
 
-    foreign = {  # of our scripts and benchmarks, and of torchrun, git, pytest
+    foreign = {  # of our scripts and benchmarks, of torchrun, git, pytest, and of other trainers
         "--long", "--check", "--write", "--launches", "--only", "--budget", "--out", "--device", "--seeds", "--margin",
         "--ingredients", "--types", "--quick", "--small", "--nnodes", "--rdzv-endpoint", "--photos", "--kills",
-        "--threads",
+        "--threads", "--learning-rate",
     }  # fmt: skip
     named = re.findall(r"`(--[a-z][a-z0-9_-]+)", FENCED.sub("", PAGES[page]))
     assert {name.replace("_", "-") for name in named} <= options(app.commands) | foreign
