@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastcnn.sweeps.search_space import Choice, Hyperband, Normal, Parameter, Sweep
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 
-def sampler(sweep: Sweep, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler of a trial: it draws the same for the same seed, number and earlier trials."""
+def sampler(sweep: Sweep, seed: int, number: int, attempt: int = 0) -> optuna.samplers.BaseSampler:
+    """Return the sampler of a trial: it draws the same for the same seed, number, attempt and earlier trials."""
     from optuna import samplers
 
     if sweep.method == "grid":
         return _grid_point(sweep.grid_point(number))
-    seed = (seed * 1_000_003 + number) % 2**32
+    seed = (seed * 1_000_003 + number + attempt * 777_767_777) % 2**32
     if sweep.method == "random":
         return samplers.RandomSampler(seed=seed)
     return samplers.TPESampler(seed=seed, multivariate=False, constant_liar=True)
 
 
-def suggest(trial: Trial, name: str, parameter: Parameter) -> Any:
+def suggest(trial: Trial | Draft, name: str, parameter: Parameter) -> Any:
     """Return the value that Optuna's sampler draws for a parameter, as plain data."""
     if isinstance(parameter, Normal) or (isinstance(parameter, Choice) and parameter.probabilities):
         return parameter.at(trial.suggest_float(name, 0.0, 1.0))  # Optuna lacks these: it draws the quantile
@@ -38,6 +38,72 @@ def suggest(trial: Trial, name: str, parameter: Parameter) -> Any:
     return int(number) if parameter.quantum and number.is_integer() else number
 
 
+class Draft:
+    """Draws values by a sampler as a trial would, and records them nowhere.
+
+    Args:
+        study: its earlier trials are what TPE goes by.
+        trial: the one that the values may be for.
+        sampler: draws.
+    """
+
+    def __init__(self, study: optuna.Study, trial: FrozenTrial, sampler: optuna.samplers.BaseSampler) -> None:
+        self._study, self._trial, self._sampler = study, trial, sampler
+        self.drawn: dict[str, Any] = {}
+        """Value of each parameter in Optuna's own terms, as `recorded` takes them."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """Return a number from `low` to `high`."""
+        from optuna.distributions import FloatDistribution
+
+        return float(self._draw(name, FloatDistribution(low, high, log=log)))
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """Return a whole number from `low` to `high`."""
+        from optuna.distributions import IntDistribution
+
+        return int(self._draw(name, IntDistribution(low, high)))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Return one of the choices."""
+        from optuna.distributions import CategoricalDistribution
+
+        return self._draw(name, CategoricalDistribution(choices))
+
+    def _draw(self, name: str, distribution: optuna.distributions.BaseDistribution) -> Any:
+        if distribution.single():
+            value = distribution.to_external_repr(distribution.to_internal_repr(_first(distribution)))
+        else:
+            value = self._sampler.sample_independent(self._study, self._trial, name, distribution)
+        self.drawn[name] = value
+        return value
+
+
+def recorded(drawn: Mapping[str, Any]) -> optuna.samplers.BaseSampler:
+    """Return the sampler that gives each parameter a known value, in Optuna's own terms."""
+    from optuna.samplers import RandomSampler
+
+    class Recorded(RandomSampler):
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return drawn[param_name]
+
+    return Recorded()
+
+
+def in_optunas_terms(parameter: Parameter, value: Any) -> Any:
+    """Return what Optuna would have to draw for a value: a label, a quantile or a number."""
+    if isinstance(parameter, Normal):
+        return 0.5
+    if isinstance(parameter, Choice):
+        return parameter.quantile(value) if parameter.probabilities else _label(value)
+    return min(max(value, parameter.low), parameter.high)
+
+
+def key(values: Mapping[str, Any]) -> str:
+    """Return a point as text that is equal for equal points."""
+    return json.dumps({name: float(v) if type(v) is int else v for name, v in values.items()}, sort_keys=True)
+
+
 def pruner(early: Hyperband | None) -> optuna.pruners.BasePruner:
     """Return the rule of W&B's "hyperband": one bracket of rungs, each passed by the best 1 / eta.
 
@@ -48,6 +114,10 @@ def pruner(early: Hyperband | None) -> optuna.pruners.BasePruner:
     if early is None:
         return pruners.NopPruner()
     return pruners.SuccessiveHalvingPruner(min_resource=early.first_rung, reduction_factor=max(2, round(early.eta)))
+
+
+def _first(distribution: Any) -> Any:
+    return distribution.choices[0] if hasattr(distribution, "choices") else distribution.low
 
 
 def _label(value: Any) -> Any:

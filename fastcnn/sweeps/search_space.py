@@ -6,11 +6,12 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
+MAX_POINTS = 100_000  # of a space whose points are listed
 MAX_EXPONENT = 709.0  # above it, math.exp overflows
 
 Goal = Literal["minimize", "maximize"]
@@ -31,6 +32,19 @@ class Choice:
         last = bounds.index(bounds[-1])  # any after it have probability 0
         return self.values[min(bisect.bisect_right(bounds, quantile * bounds[-1]), last)]
 
+    @property
+    def points(self) -> Sequence[Any]:
+        """Every value that may be drawn."""
+        weights = self.probabilities or (1.0,) * len(self.values)
+        drawn = [value for value, weight in zip(self.values, weights, strict=True) if weight]
+        return [value for i, value in enumerate(drawn) if value not in drawn[:i]]
+
+    def quantile(self, value: Any) -> float:
+        """Return a quantile that `at` gives a value for."""
+        assert self.probabilities
+        i = next(i for i, v in enumerate(self.values) if v == value and self.probabilities[i])
+        return (sum(self.probabilities[:i]) + self.probabilities[i] / 2) / sum(self.probabilities)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
@@ -46,6 +60,18 @@ class Uniform:
     def rounded(self, number: float) -> float:
         """Return a drawn number as a multiple of the quantum."""
         return round_to_multiple(number, self.quantum)
+
+    @property
+    def points(self) -> Sequence[Any] | None:
+        """Every value that may be drawn; None where they are endless."""
+        if self.integer:
+            return range(int(self.low), int(self.high) + 1)
+        if self.low == self.high:
+            return [self.rounded(self.low)]
+        if self.quantum is None or self.high / self.quantum > MAX_POINTS:
+            return None
+        steps = range(round(self.low / self.quantum), round(self.high / self.quantum) + 1)
+        return [self.rounded(step * self.quantum) for step in steps]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +91,11 @@ class Normal:
             number = NormalDist(self.mean, self.std).inv_cdf(min(max(quantile, 1e-9), 1 - 1e-9))
         number = math.exp(min(number, MAX_EXPONENT)) if self.log else number
         return round_to_multiple(number, self.quantum)
+
+    @property
+    def points(self) -> Sequence[Any] | None:
+        """Every value that may be drawn; None where they are endless."""
+        return None if self.std else [self.at(0.5)]
 
 
 Parameter = Choice | Uniform | Normal
@@ -117,6 +148,18 @@ class Sweep:
             assert isinstance(parameter, Choice)
             number, point[name] = divmod(number, len(parameter.values))
         return point
+
+    @property
+    def num_points(self) -> int | None:
+        """Number of points of the search space; None where it is endless, or has so many that none comes twice."""
+        listed = [parameter.points for parameter in self.parameters.values()]
+        count = math.prod(0 if points is None else len(points) for points in listed)
+        return count if 0 < count <= MAX_POINTS else None
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Yield every point of the space: the value of each parameter. Only where `num_points` is a number."""
+        listed = [parameter.points or () for parameter in self.parameters.values()]
+        return (dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*listed))
 
     def without(self, names: Collection[str]) -> Sweep:
         """Return the sweep without the parameters that an option fixes."""

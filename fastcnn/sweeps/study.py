@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,10 @@ from fastcnn.sweeps import journal, sampling
 from fastcnn.sweeps.search_space import Sweep
 
 if TYPE_CHECKING:
+    import optuna
     from optuna.trial import FrozenTrial, Trial
+
+ATTEMPTS = 20  # to draw a point that no trial has
 
 FOLDER = "trial-{:04}"
 
@@ -137,6 +141,8 @@ class Study:
                     return self._begin(Trial(self.optuna, trial._trial_id), resumed=True)
             if len(trials) >= min(limit, self.sweep.grid_size or limit) or self._has_reached_target():
                 return None
+            if len(self._points_taken()) >= (self.sweep.num_points or math.inf):
+                return None
             # The real sampler comes with the trial's number: processes that draw at once must not draw alike.
             self.optuna.sampler = optuna.samplers.RandomSampler(seed=self.seed)
             return self._begin(self.optuna.ask(), resumed=False)
@@ -205,10 +211,36 @@ class Study:
         handle.set_user_attr("owner", [self._folder_id, self._owner])
         values = handle.user_attrs.get("values")
         if values is None:
-            self.optuna.sampler = sampling.sampler(self.sweep, self.seed, handle.number)
+            self.optuna.sampler = self._sampler_of_new_point(handle)
             values = {name: sampling.suggest(handle, name, p) for name, p in self.sweep.parameters.items()}
             handle.set_user_attr("values", values)
         return ClaimedTrial(number=handle.number, values=values, resumed=resumed, handle=handle)
+
+    def _sampler_of_new_point(self, handle: Trial) -> optuna.samplers.BaseSampler:
+        """Return the sampler of a trial, which gives it a point that no other trial has.
+
+        After some attempts the point is one of those that are left, as TPE likes those that it knows.
+        """
+        if self.sweep.method == "grid":
+            return sampling.sampler(self.sweep, self.seed, handle.number)
+        taken, frozen = self._points_taken(), self.optuna.get_trials(deepcopy=False)[handle.number]
+        for attempt in range(ATTEMPTS):
+            draft = sampling.Draft(self.optuna, frozen, sampling.sampler(self.sweep, self.seed, handle.number, attempt))
+            values = {name: sampling.suggest(draft, name, p) for name, p in self.sweep.parameters.items()}
+            if sampling.key(values) not in taken:
+                break
+        else:
+            if self.sweep.num_points is not None:
+                left = [point for point in self.sweep.points() if sampling.key(point) not in taken]
+                point = random.Random(self.seed * 1_000_003 + handle.number).choice(left)
+                drawn = {n: sampling.in_optunas_terms(self.sweep.parameters[n], value) for n, value in point.items()}
+                return sampling.recorded(drawn)
+        return sampling.recorded(draft.drawn)
+
+    def _points_taken(self) -> set[str]:
+        """Return the points, as `sampling.key`, that trials have, failed and running ones among them."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        return {sampling.key(trial.user_attrs["values"]) for trial in trials if "values" in trial.user_attrs}
 
     def _is_interrupted(self, trial: FrozenTrial) -> bool:
         """Return whether the process that began a trial is gone. False for another folder's: nobody can tell here."""

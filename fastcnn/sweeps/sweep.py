@@ -112,7 +112,7 @@ def _num_trials(sweep: Sweep, trials: int | None) -> int:
     limits = [limit for limit in (trials, sweep.run_cap, sweep.grid_size) if limit is not None]
     if not limits:
         raise UsageError("how many trials? give --trials N, or run_cap in the file")
-    return min(limits)
+    return min(*limits, sweep.num_points or limits[0])
 
 
 def _check_pack(device: str) -> None:

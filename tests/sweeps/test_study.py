@@ -34,9 +34,16 @@ class Open:
         self.folder, self.opened = folder, []
 
     def __call__(
-        self, method: str = "random", *, storage: str | None = None, seed: int = 0, folder: str = "", **more: Any
+        self,
+        method: str = "random",
+        *,
+        space: dict[str, Any] | None = None,
+        storage: str | None = None,
+        seed: int = 0,
+        folder: str = "",
+        **more: Any,
     ) -> Study:
-        text = {"method": method, "parameters": GRID if method == "grid" else PARAMETERS, **more}
+        text = {"method": method, "parameters": space or (GRID if method == "grid" else PARAMETERS), **more}
         study = Study(
             self.folder / folder, parse(text, "s.yaml"), storage=storage, seed=seed, definition={"method": method}
         )
@@ -97,6 +104,35 @@ def test_values_are_what_the_options_take(open_study: Open) -> None:
         assert values["activation"] in ("relu", "gelu")
         finish(study, trial)
     assert study.claim(6) is None
+
+
+SPACE = {
+    "filters": {"values": [[8], [4], [4]]},
+    "dropout": {"distribution": "q_uniform", "min": 0.05, "max": 0.4, "q": 0.2},
+    "batch_size": {"min": 8, "max": 9},
+    "activation": {"values": ["relu", "gelu", "selu"], "probabilities": [0.999, 0.001, 0]},
+}
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_a_small_space_is_used_up_point_by_point(method: str, open_study: Open) -> None:
+    def values(folder: str) -> list[str]:
+        study, drawn = open_study(method, space=SPACE, folder=folder), []
+        while trial := study.claim(100):
+            drawn.append(str(trial.values))
+            if len(drawn) == 5:
+                study.tell(trial, "failed", "as it would again")
+            elif len(drawn) != 7:  # which is still running
+                finish(study, trial, len(drawn) / 100)
+        return drawn
+
+    drawn = values("a")
+    assert len(drawn) == len(set(drawn)) == 2 * 3 * 2 * 2 == open_study(space=SPACE).sweep.num_points
+    assert values("b") == drawn
+
+
+def test_an_endless_space_has_no_number_of_points(open_study: Open) -> None:
+    assert open_study().sweep.num_points is None
 
 
 def test_a_grid_ends_with_its_last_point(open_study: Open) -> None:
