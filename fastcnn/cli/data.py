@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fastcnn.cli.group import SETTINGS, Commands
-from fastcnn.cli.options import config_options, given, json_option, parse_size
+from fastcnn.cli.options import config_options, given, json_option, parse_size, photos_in
 from fastcnn.config import resolve
 from fastcnn.errors import FastCNNError, nearest
 from fastcnn.system.text import to_json
@@ -34,7 +34,7 @@ def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> 
     from fastcnn.data_tools import check, check_report
     from fastcnn.system.console import Console
 
-    config = resolve(given(options))
+    config, folder = resolve(given(options)), photos_in(folder, quiet=as_json)
     with Console().progress("checking", "images") as progress:
         findings = check.check(
             folder,
@@ -89,6 +89,7 @@ def data_shard(folder: str, out: str, photos: int | None, shard_size: int, seed:
     from fastcnn.data_tools.write_shards import write
     from fastcnn.system.console import Console
 
+    folder = photos_in(folder)
     written = write(folder, out, photos_each=photos, bytes_each=shard_size, seed=seed, console=Console())
     if strange := written.no_images:
         some = "1 file is" if len(strange) == 1 else f"{len(strange):,} files are"

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from fastcnn.cli.group import SETTINGS
-from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, sha256_option
+from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, photos_in, sha256_option
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.system.text import to_json
@@ -34,6 +34,7 @@ def evaluate(
     from fastcnn.system.console import Console
 
     options = resolve(given({"device": device, "decoder": decoder}))
+    data = data and photos_in(data, quiet=as_json)
     with Console().progress("decoding", "images") as progress:
         scores = evaluate_run(
             run, data, device=options.device, decoder=options.decoder if decoder else None, progress=progress
@@ -107,6 +108,7 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
     verification = verify_file(opened)
     sensitivity = None
     if data:
+        data = photos_in(data, quiet=as_json)
         import torch
 
         from fastcnn.export.decoder_sensitivity import measure

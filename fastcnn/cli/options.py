@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -129,6 +130,16 @@ class ExportCommand(click.Command):
             for arg, following in zip(args, [*args[1:], ""], strict=True)
         ]
         return super().parse_args(ctx, halves)
+
+
+def photos_in(data: str, *, quiet: bool = False) -> str:
+    """Return the folder that DATA names: itself, or where DATA is an archive, the folder that it is unpacked into."""
+    if not Path(data).is_file():
+        return data
+    from fastcnn.data_tools.archive import unpacked
+    from fastcnn.system.console import Console
+
+    return unpacked(data, Console(quiet=quiet))
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from fastcnn.cli.group import SETTINGS
-from fastcnn.cli.options import ConfigCommand, config_options, given, quiet_option
+from fastcnn.cli.options import ConfigCommand, config_options, given, photos_in, quiet_option
 from fastcnn.config import OPTIONS, Config, read_recipe, read_yaml, recipe_names, resolve
 from fastcnn.errors import UsageError
 from fastcnn.system import launch, signals
@@ -68,6 +69,7 @@ def train(
 
         click.echo(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
+    config = dataclasses.replace(config, data=photos_in(config.data, quiet=quiet))
     if ranks is not None and config.devices != ranks:
         raise UsageError(f"--devices {config.devices} differs from the {ranks} processes of torchrun: leave it out")
     if ranks is None and config.devices > 1:
@@ -137,7 +139,7 @@ def sweep(
         raise UsageError("--sweep-id works only with --wandb: add --wandb, or leave it out")
     if as_agent and (storage or pack > 1):
         raise UsageError("--wandb keeps the trials in W&B, one after another: leave out --storage and --pack")
-    fixed = given({"data": data, **options})
+    fixed = given({"data": data and photos_in(data, quiet=quiet), **options})
     plan = files.read(Path(sweep_file) if sweep_file else None).without(fixed)
     fixed = {**(read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **fixed}
     where = Path(folder) if folder else None

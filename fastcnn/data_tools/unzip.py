@@ -69,7 +69,7 @@ def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if blocked:
             raise Refused(f"'{blocked}' is a file and the folder of '{name}'")
     _check_sizes(archive, found)
-    return {name: info for name, info in found.items() if not _is_junk(name)}
+    return {name: info for name, info in found.items() if not is_junk(name)}
 
 
 def safe_path(name: str) -> PurePosixPath:
@@ -125,7 +125,8 @@ def _check_sizes(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
         raise Refused(f"{unpacked / 2**20:,.0f} MiB in an archive of {size / 2**20:,.1f} MiB are not photos")
 
 
-def _is_junk(name: str) -> bool:
+def is_junk(name: str) -> bool:
+    """Return whether a file is one that operating systems leave in archives."""
     parts = PurePosixPath(name).parts
     return any(part in JUNK for part in parts) or parts[-1].startswith("._")
 
