@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,4 +103,4 @@ def _called(
         return (out / "shards" / "paths.csv").read_text(encoding="utf-8").splitlines()
     names = [line.partition("  ") for line in printed.splitlines()]
     lines = [Path(first).name + rest for first, _, rest in names]
-    return lines if command == "predict" else [line for line in lines[1:] if " images of " not in line]
+    return lines if command == "predict" else [line for line in lines[1:] if not re.search(" images of |MiB in ", line)]
