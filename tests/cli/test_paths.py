@@ -101,6 +101,5 @@ def _called(
         return (out / "a run" / "split.csv").read_text(encoding="utf-8").splitlines()
     if command == "data shard":
         return (out / "shards" / "paths.csv").read_text(encoding="utf-8").splitlines()
-    names = [line.partition("  ") for line in printed.splitlines()]
-    lines = [Path(first).name + rest for first, _, rest in names]
-    return lines if command == "predict" else [line for line in lines[1:] if not re.search(" images of |MiB in ", line)]
+    lines = [line for line in printed.splitlines() if not re.search(" images of |MiB in |SHA-256|^epoch ", line)]
+    return [Path(first).name + rest for first, _, rest in (line.partition("  ") for line in lines)]
