@@ -141,12 +141,16 @@ def cache_info(cache_dir: str | None) -> None:
 
 @cache.command("clear", **SETTINGS)
 @click.argument("key", required=False)
+@click.option("--force", is_flag=True, help="Delete caches that a run is reading, too.")
 @config_options("cache_dir")
-def cache_clear(key: str | None, cache_dir: str | None) -> None:
-    """Delete the cache KEY, or all caches. Images are decoded again when they are next needed."""
+def cache_clear(key: str | None, force: bool, cache_dir: str | None) -> None:
+    """Delete the cache KEY, or all caches. Images are decoded again when they are next needed.
+
+    A cache that a run is reading is left alone.
+    """
     from fastcnn.data.cache import clear, list_caches
 
     keys = [entry["key"] for entry in list_caches(cache_dir)]
     if key and key not in keys:
         raise FastCNNError(f"no cache {key}{nearest(key, keys)}; see fastcnn cache list")
-    click.echo(f"freed {clear(cache_dir, key) / 2**20:,.0f} MiB")
+    click.echo(f"freed {clear(cache_dir, key, force=force) / 2**20:,.0f} MiB")

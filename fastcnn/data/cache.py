@@ -43,13 +43,15 @@ from fastcnn.data.cache_files import CacheFiles, chunks_of, read_header, read_jo
 from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.shards import forget
-from fastcnn.errors import FastCNNError, fall_back
+from fastcnn.errors import FastCNNError, fall_back, warn
 from fastcnn.storage.files import check_space, free_bytes
 from fastcnn.storage.locks import locked
 from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.ranks import ALONE, Ranks
 from pipelines import workers
 from pipelines.workers import Workers, end_early, shared
+
+_GO_ON = "to continue a run from its last checkpoint, use fastcnn train --resume, which decodes again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ class Cache:
         """
         with self._opened() as file:
             if os.fstat(file.fileno()).st_size < self.images.nbytes:
-                raise FastCNNError(f"{file.name} became shorter while it was used: run again")
+                raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
             return np.memmap(file, np.uint8, "c", shape=self.images.shape)
 
     def read(self, photos: Positions, out: Pixels) -> None:
@@ -109,7 +111,7 @@ class Cache:
         with self._opened() as file:
             for i in np.argsort(rows):  # in the order of the disk
                 if not read_row(file, rows[i], out[i]):
-                    raise FastCNNError(f"{file.name} became shorter while it was used: run again")
+                    raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[io.FileIO]:
@@ -118,10 +120,10 @@ class Cache:
         try:
             with io.FileIO(path) as file:
                 if self.inode is not None and os.fstat(file.fileno()).st_ino != self.inode:
-                    raise FastCNNError(f"{path} was replaced while it was used: run again")
+                    raise FastCNNError(f"{path} was replaced while it was used: {_GO_ON}")
                 yield file
         except OSError as error:
-            raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; run again") from None
+            raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; {_GO_ON}") from None
 
 
 def build(
@@ -224,8 +226,10 @@ def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     return caches
 
 
-def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
+def clear(cache_dir: str | Path | None = None, key: str | None = None, *, force: bool = False) -> int:
     """Delete one cache, or all; return the bytes freed. Only folders that hold a cache are touched.
+
+    A cache that a run reads is left alone, with a warning, unless `force`; where it is the `key`, that is an error.
 
     Raises FastCNNError where a run is building one of them, or it cannot be deleted.
     """
@@ -236,6 +240,12 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None) -> int:
     freed = 0
     for folder in _cache_folders(cache_dir):
         if key is None or folder.name == key:
+            if not force and cache_files.is_read(folder):
+                problem = f"a run reads the cache {folder}: it is left alone; --force deletes it all the same"
+                if key is not None:
+                    raise FastCNNError(problem)
+                warn(problem)
+                continue
             try:
                 with locked(folder / "lock", refuse):
                     freed += sum(path.stat().st_size for path in folder.iterdir())

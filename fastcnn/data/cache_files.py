@@ -18,7 +18,7 @@ import pipelines
 from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.errors import warn
-from fastcnn.storage import files
+from fastcnn.storage import files, locks
 
 FORMAT = 2
 
@@ -116,6 +116,7 @@ class CacheFiles:
         if shape[0] == 0:
             return np.zeros(shape, np.uint8), None
         with self.pixels.open("rb") as file:
+            locks.share(file.fileno())  # for as long as the map lives: it keeps the file open
             return np.memmap(file, np.uint8, "r", shape=shape), os.fstat(file.fileno()).st_ino
 
     def _find_damaged(self, kept: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -154,6 +155,11 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         return {}
     return {name: value for name, value in header.items() if isinstance(value, str | int)}
+
+
+def is_read(folder: Path) -> bool:
+    """Return whether a process has mapped the pixels of a cache."""
+    return locks.is_shared(folder / "pixels.bin")
 
 
 def read_journal(folder: Path) -> Journal:

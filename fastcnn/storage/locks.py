@@ -7,6 +7,11 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows, which deletes no file that is open
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[], None], *, remove: bool = False) -> Iterator[OSError | None]:
@@ -50,3 +55,24 @@ def is_held(path: Path) -> bool:
             return False
     except filelock.Timeout:
         return True
+
+
+def share(file: int) -> None:
+    """Note that this process reads an open file, by a lock that many may have, until its last descriptor is closed."""
+    if fcntl:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_shared(path: Path) -> bool:
+    """Return whether a process, this one or another, has a file open that it noted by `share`."""
+    if not fcntl:
+        return False
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False

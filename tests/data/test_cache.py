@@ -277,12 +277,27 @@ def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: 
     """`fastcnn cache clear` and a new build, while a run still reads: its rows mean other photos by then."""
     index = scan(data)
     old = build(index, tmp_path)
-    cache.clear(tmp_path / "cache")
+    cache.clear(tmp_path / "cache", force=True)
     with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
         old.pixels(np.arange(3))
     build(index.take(np.arange(len(index)) > 2), tmp_path)
-    with pytest.raises(FastCNNError, match="was replaced while it was used: run again"):
+    with pytest.raises(FastCNNError, match=r"was replaced while it was used: to continue a run .* --resume"):
         old.pixels(np.arange(3))
+
+
+def test_a_cache_that_a_run_reads_is_left_alone(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    held = build(index, tmp_path)
+    build(index, tmp_path, image_size=40)
+    with pytest.warns(FastCNNWarning, match=f"a run reads the cache {held.folder}: it is left alone; --force"):
+        assert cache.clear(tmp_path / "cache") > 0
+    assert [entry["key"] for entry in cache.list_caches(tmp_path / "cache")] == [held.folder.name]
+    with pytest.raises(FastCNNError, match="a run reads the cache"):
+        cache.clear(tmp_path / "cache", held.folder.name)
+    assert_right(held, index)
+    del held
+    assert cache.clear(tmp_path / "cache") > 0
+    assert not cache.list_caches(tmp_path / "cache")
 
 
 def test_a_cache_that_is_being_built_is_not_cleared(data: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_cache_that_vanishes_is_one_line(index: Index, tmp_path: Path) -> None
         file.truncate(1000)
     with pytest.raises(FastCNNError, match="became shorter") as caught, feed.start_epoch(7, 1):
         batches(feed, 2)
-    cache.clear(tmp_path / "cache")
+    cache.clear(tmp_path / "cache", force=True)
     with pytest.raises(FastCNNError, match="No such file") as caught, feed.start_epoch(7, 1):
         batches(feed, 2)
     assert "\n" not in str(caught.value)
