@@ -83,7 +83,8 @@ def _appending(folder: Path) -> None:
 
 
 def _journal(folder: Path) -> None:
-    entry = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "crc": 4_000_000_000, "reason": ""}
+    stamp = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "ctime": 1_700_000_000_000_000_000, "inode": 10**7}
+    entry = {**stamp, "digest": "0" * 32, "crc": 4_000_000_000, "reason": ""}
     lines = [journal_line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
     (folder / "photos.jsonl").write_bytes(b"".join(lines))
     assert len(read_journal(folder)) == LINES

@@ -93,6 +93,9 @@ class DataConfig(Section):
     """Number of decoding threads. Default: one per core."""
     cache_dir: str | None = None
     """Folder for decoded images. Default: the user's cache folder."""
+    verify_cache: bool = False
+    """Read every image whose pixels are in the cache, and decode those whose bytes have changed. Default: read only
+    those whose size, times or inode have."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Refuse the data when more than this fraction of the images cannot be used."""
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970

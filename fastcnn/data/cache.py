@@ -4,13 +4,15 @@ A cache is a folder named by the hash of what determines pixels (data folder, im
 
     cache.json     header: format version and those values
     pixels.bin     rows of (size, size, 3) uint8, only ever appended to
-    photos.jsonl   journal, one line a photo: path, size, mtime, row, CRC-32 of the row or the reason why there is none,
-                   and the CRC-32 of the line
+    photos.jsonl   journal, one line a photo: path, size, mtime, ctime, inode, digest of its bytes, row, CRC-32 of the
+                   row or the reason why there is none, and the CRC-32 of the line
     lock           held by the run that builds the cache
 
-A photo is identified by path, size and modification time, so photos added later are decoded alone and an interrupted
-build continues where it stopped. A line that is cut short or damaged, or a row with a wrong checksum, means that its
-photo is decoded again; an unexpected header, that all are. Files from elsewhere can do no more harm: all is plain data.
+A photo whose path, size, times and inode are those of a line is not read. Any other is read once, and is the one whose
+digest it has, in this cache or in that of another data folder, or is decoded: so photos added later are decoded alone,
+a copied or moved set is not, and an interrupted build continues where it stopped. A line that is cut short or damaged,
+or a row with a wrong checksum, means that its photo is decoded again; an unexpected header, that all are. Files from
+elsewhere can do no more harm: all is plain data.
 
 A set whose pixels fit nowhere has a cache of verdicts alone: its header says so, and it has no pixels and no rows.
 """
@@ -26,7 +28,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress
@@ -42,6 +44,7 @@ from fastcnn.data import cache_files
 from fastcnn.data.cache_files import CacheFiles, chunks_of, read_header, read_journal, read_row
 from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
+from fastcnn.data.recognise import digests, recognise
 from fastcnn.data.shards import forget
 from fastcnn.errors import FastCNNError, fall_back, warn
 from fastcnn.storage.files import check_space, free_bytes
@@ -161,7 +164,7 @@ def build(
         lock = locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
         with lock if ranks.first else contextlib.nullcontext() as unwritable:
             journal: cache_files.Journal = {}
-            missing = ranks.broadcast(lambda: _look(index, files, journal, unwritable))
+            missing = ranks.broadcast(lambda: _look(index, files, journal, unwritable, config))
             if read_header(folder) != files.header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
@@ -267,7 +270,9 @@ def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool)
         header["max_pixels"] = config.max_pixels
     if not keep_pixels:
         header["pixels"] = False
-    key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps({**header, "format": 2}, sort_keys=True).encode()).hexdigest()[
+        :16
+    ]  # 2: a cache of an older format is replaced, not left behind
     return CacheFiles(default_folder(config.cache_dir) / key, header)
 
 
@@ -275,19 +280,27 @@ def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
     return [path.parent for path in default_folder(cache_dir).glob("*/cache.json")]
 
 
-def _look(index: Index, files: CacheFiles, journal: cache_files.Journal, unwritable: OSError | None) -> Positions:
+def _look(
+    index: Index, files: CacheFiles, journal: cache_files.Journal, unwritable: OSError | None, config: DataConfig
+) -> Positions:
     """Read the journal of a cache into `journal`; return the positions of the photos that have to be decoded.
 
     Raises `unwritable` where there are some, FastCNNError where the disk has no room for them.
     """
     files.ensure_header(unwritable)
     journal.update(read_journal(files.folder))
+    others = [folder for folder in _cache_folders(config.cache_dir) if _differs_in_root(folder, files)]
+    recognise(index, files, journal, others, read_all=config.verify_cache)
     missing = files.find_missing(index, journal)
     if len(missing) and unwritable:
         raise unwritable
     advice = "`fastcnn cache clear`, or choose another place with --cache-dir"
     check_space(files.folder, len(missing) * files.row_bytes * files.keeps_pixels, "the cache", advice)
     return missing
+
+
+def _differs_in_root(folder: Path, files: CacheFiles) -> bool:
+    return folder != files.folder and {**read_header(folder), "root": files.header["root"]} == files.header
 
 
 def _decode(
@@ -311,10 +324,17 @@ def _decode(
             pixels = buffers[0][: len(photos)]
             verdicts = decoding.decode(index.sources(photos), side, pixels)
             writing.result()
-            append = functools.partial(files.append_chunk, index, photos, pixels, verdicts)
+            append = functools.partial(_append, index, files, photos, pixels, verdicts)
             writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
             progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
         writing.result()
+
+
+def _append(
+    index: Index, files: CacheFiles, photos: Positions, pixels: Pixels, verdicts: Sequence[pipelines.Verdict]
+) -> None:
+    # After decoding: a file that is still as scanned now was so when it was decoded.
+    files.append_chunk(index, photos, pixels, verdicts, digests(index, photos))
 
 
 def _open(index: Index, files: CacheFiles, journal: cache_files.Journal, num_decoded: int, seconds: float) -> Cache:

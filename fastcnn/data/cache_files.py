@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,15 +20,20 @@ from fastcnn.data.index import Index
 from fastcnn.errors import warn
 from fastcnn.storage import files, locks
 
-FORMAT = 2
+FORMAT = 3
+"""2 lacked ctime, inode and digest, so a file replaced under its old time was not seen: such a cache is made anew."""
 
 CHUNK = 512  # photos between two writes: an interrupted build loses at most these
 
 _TRANSIENT = frozenset({"unreadable", "decoder killed"})  # verdicts on the moment, not the file: tried again
+_KINDS = {
+    **{"path": str, "size": int, "mtime": int, "ctime": int, "inode": int, "digest": str},
+    **{"row": int, "crc": int, "reason": str},
+}
 _SUM = b', "sum": '
 
 Journal = dict[str, dict[str, Any]]
-"""Path -> its entry: path, size, mtime, row, crc, reason and perhaps damage."""
+"""Path -> its entry: path, size, mtime, ctime, inode, digest, row, crc, reason and perhaps damage."""
 
 _Sequence = TypeVar("_Sequence", Positions, Sequence[tuple[int, int, int]])
 
@@ -71,7 +76,7 @@ class CacheFiles:
         missing, kept = [], []  # kept: (row, position, checksum) of those whose pixels are verified
         for i, photo in enumerate(index.paths):
             entry = journal.get(photo)
-            if entry is None or (entry["size"], entry["mtime"]) != (index.sizes[i], index.mtimes[i]):
+            if entry is None or not is_current(entry, index, i):
                 missing.append(i)
             elif self.keeps_pixels and not entry["reason"]:
                 kept.append((entry["row"], i, entry["crc"]))
@@ -84,17 +89,21 @@ class CacheFiles:
         return np.array(sorted(missing + damaged), np.intp)
 
     def append_chunk(
-        self, index: Index, photos: Positions, pixels: Pixels, verdicts: Sequence[pipelines.Verdict]
+        self,
+        index: Index,
+        photos: Positions,
+        pixels: Pixels,
+        verdicts: Sequence[pipelines.Verdict],
+        digests: Sequence[str],
     ) -> None:
         """Append the rows of usable photos, then a line for every photo: a line is never there without its row."""
         good = np.array([self.keeps_pixels and verdict.ok for verdict in verdicts])
-        row = self._append_rows(pixels[good]) if self.keeps_pixels else 0
-        lines = []
-        for i, verdict, image, kept in zip(photos, verdicts, pixels, good, strict=True):
+        row = self.append_rows(pixels[good]) if self.keeps_pixels else 0
+        entries = []
+        for i, verdict, image, kept, digest in zip(photos, verdicts, pixels, good, digests, strict=True):
             entry: dict[str, Any] = {
-                "path": index.paths[i],
-                "size": int(index.sizes[i]),
-                "mtime": int(index.mtimes[i]),
+                **facts(index, i),
+                "digest": digest,
                 "row": row if kept else -1,
                 "crc": zlib.crc32(image) if kept else 0,
                 "reason": verdict.reason,
@@ -102,13 +111,20 @@ class CacheFiles:
             if verdict.warning:
                 entry["damage"] = verdict.warning
             row += bool(kept)
-            lines.append(journal_line(entry))
+            entries.append(entry)
+        self.append_entries(entries)
+
+    def append_entries(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Append a line for each entry to the journal."""
+        lines = b"".join(map(journal_line, entries))
+        if not lines:
+            return
         with self.journal.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a line that was cut short must not swallow the first of these
                     file.write(b"\n")
-            file.write(b"".join(lines))
+            file.write(lines)
 
     def map_rows(self) -> tuple[Pixels, int | None]:
         """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the inode of their file."""
@@ -137,13 +153,31 @@ class CacheFiles:
         with ThreadPoolExecutor() as threads:  # reading and summing release the interpreter's lock
             return [i for part in threads.map(check, chunks_of(kept, CHUNK)) for i in part]
 
-    def _append_rows(self, pixels: Pixels) -> int:
+    def append_rows(self, pixels: Pixels) -> int:
         """Append rows; return the number of the first."""
         with self.pixels.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
             row = -(-file.tell() // self.row_bytes)
             file.truncate(row * self.row_bytes)  # completes the row that an interrupted build left cut short
             file.write(pixels.data)
         return row
+
+
+def facts(index: Index, photo: int) -> dict[str, Any]:
+    """Return what an entry says of a photo's file; while it agrees, the file is taken to be the same, unread."""
+    columns = {"size": index.sizes, "mtime": index.mtimes, "ctime": index.ctimes, "inode": index.inodes}
+    return {"path": index.paths[photo], **{name: int(column[photo]) for name, column in columns.items()}}
+
+
+def is_current(entry: dict[str, Any] | None, index: Index, photo: int) -> bool:
+    """Return whether an entry is that of a photo's file as it is."""
+    if entry is None:
+        return False
+    return (entry["size"], entry["mtime"], entry["ctime"], entry["inode"]) == (
+        index.sizes[photo],
+        index.mtimes[photo],
+        index.ctimes[photo],
+        index.inodes[photo],
+    )
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -195,5 +229,4 @@ def chunks_of(sequence: _Sequence, size: int) -> list[_Sequence]:
 
 
 def _is_entry(entry: object) -> bool:
-    kinds = {"path": str, "size": int, "mtime": int, "row": int, "crc": int, "reason": str}
-    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
+    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in _KINDS.items())

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fastcnn.data import class_names, layout, shards
 from fastcnn.data.layout import SPLITS, Layout
 from fastcnn.data.shards import Shards
-from fastcnn.data.walk import Skipped, files_below, is_folder
+from fastcnn.data.walk import Skipped, Stamp, files_below, is_folder
 from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.meant import meant_as_photo
@@ -38,6 +38,10 @@ class Index:
     """(N,) bytes."""
     mtimes: npt.NDArray[np.int64]
     """(N,) modification time in nanoseconds; for a photo in a shard another number that changes with the archive."""
+    ctimes: npt.NDArray[np.int64]
+    """(N,) time in nanoseconds at which the system last changed the file, or the archive."""
+    inodes: npt.NDArray[np.int64]
+    """(N,) inode of the file, or of the archive."""
     offsets: npt.NDArray[np.int64]
     """(N,) position of a photo's first byte in its shard, -1 for a file of its own."""
     folders: npt.NDArray[np.str_]
@@ -64,6 +68,13 @@ class Index:
         """Return where the bytes of photos are; None stands for all photos."""
         return [self.source(photo) for photo in (range(len(self)) if photos is None else photos)]
 
+    def is_unchanged(self, photo: int | np.integer[Any], info: os.stat_result) -> bool:
+        """Return whether the file that holds a photo is, by its facts now, the one that was scanned."""
+        offset = int(self.offsets[photo])
+        stamp = Stamp.of(info, max(0, offset))
+        scanned = (self.mtimes[photo], self.ctimes[photo], self.inodes[photo])
+        return stamp == scanned and (offset >= 0 or info.st_size == self.sizes[photo])
+
     def told_others(self) -> str:
         """Return the number of files that are no photos, and their kinds: 90 other files (45 .json, 45 .xml)."""
         count = sum(self.others.values())
@@ -73,7 +84,7 @@ class Index:
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Index:
         """Return the index of the photos where `keep` (N,) is true."""
-        columns = {name: getattr(self, name)[keep] for name in ("labels", "sizes", "mtimes", "offsets", "folders")}
+        columns = {name: column[keep] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
         return Index(**{**vars(self), "paths": tuple(compress(self.paths, keep)), **columns})
 
 
@@ -234,21 +245,22 @@ def _check_folder(root: Path) -> None:
 def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
     skipped = Skipped()
-    photos = []  # (path, label, bytes, mtime, split, offset)
+    photos = []  # (path, label, bytes, stamp, split, offset)
     for split, split_folder in read.splits.items():
         if split in found:
             continue
         for label, name in [(0, "")] if classes == ("",) else _labelled(read, split, classes):
             files = files_below(root, split_folder / name, skipped)
-            photos += [(path, label, size, mtime, split, -1) for path, size, mtime in files]
+            photos += [(path, label, size, stamp, split, -1) for path, size, stamp in files]
     photos.sort()
     for split, part in found.items():
         labels = part.labels(root, classes)
         photos += [
-            (photo.path, labels[photo.label], photo.size, photo.mtime, split, photo.offset) for photo in part.photos
+            (photo.path, labels[photo.label], photo.size, photo.stamp, split, photo.offset) for photo in part.photos
         ]
         skipped.hidden += part.num_hidden
-    paths, numbers, sizes, mtimes, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
+    paths, numbers, sizes, stamps, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
+    mtimes, ctimes, inodes = np.array(stamps, np.int64).reshape(-1, 3).T
     if num := skipped.unreadable:
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
     return Index(
@@ -257,7 +269,9 @@ def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str
         paths=paths,
         labels=np.array(numbers, np.int64),
         sizes=np.array(sizes, np.int64),
-        mtimes=np.array(mtimes, np.int64),
+        mtimes=mtimes,
+        ctimes=ctimes,
+        inodes=inodes,
         offsets=np.array(offsets, np.int64),
         folders=np.array(splits, np.str_),
         num_hidden=skipped.hidden,

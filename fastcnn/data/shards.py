@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcnn.data import class_names, tar
+from fastcnn.data.walk import Stamp
 from fastcnn.errors import DataError, warn
 from fastcnn.storage import files
 from fastcnn.system.text import comparable, printable
@@ -32,7 +33,7 @@ ORIGINALS = "paths.csv"
 """File in which `fastcnn data shard` lists each photo's path in the original folder."""
 PHOTO_EXTENSIONS = frozenset(chain(*EXTENSIONS.values()))
 
-FORMAT = 1  # of remembered scans
+FORMAT = 2  # of remembered scans
 SCANS = "shards-{}.json"  # their file, by the hash of the shards' folder
 THREADS = 4  # archives read at once: half the time on a slow disk, none lost on a fast one
 
@@ -49,8 +50,8 @@ class Photo(NamedTuple):
     offset: int
     """Position of its first byte in the archive."""
     size: int
-    mtime: int
-    """Modification time of the archive in nanoseconds plus `offset`: it changes with the archive."""
+    stamp: Stamp
+    """That of the archive, with `offset` added to its modification time."""
     label: int
     """The number in its .cls file."""
 
@@ -130,8 +131,11 @@ def read(root: Path, folder: Path, memory: Path | None = None) -> Shards:
     scans = _scans(folder, memory)
     photos, unlabelled, alone = [], [], []
     for path, scan in scans.items():
-        name, mtime = path.relative_to(root).as_posix(), scan.mtime
-        photos += [Photo(f"{name}/{file}", at, size, mtime + at, label) for file, at, size, label in scan.photos]
+        name, (mtime, *others) = path.relative_to(root).as_posix(), scan[1:4]
+        photos += [
+            Photo(f"{name}/{file}", at, size, Stamp(mtime + at, *others), label)
+            for file, at, size, label in scan.photos
+        ]
         unlabelled += [f"{name}/{file}" for file in scan.unlabelled]
         alone += [f"{name}/{file}" for file in scan.alone]
     if unlabelled:
@@ -165,6 +169,8 @@ class _Scan(NamedTuple):
     """Bytes of the archive."""
     mtime: int
     """Modification time of the archive in nanoseconds."""
+    ctime: int
+    inode: int
     photos: list[list[Any]]
     """Name, offset, size and label of each photo."""
     unlabelled: list[str]
@@ -186,7 +192,7 @@ def _scans(folder: Path, memory: Path | None) -> dict[Path, _Scan]:
         except OSError as error:
             raise DataError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
         old = known.get(path.name)
-        return old if old and old[:2] == (info.st_size, info.st_mtime_ns) else _scan(path, info)
+        return old if old and old[:4] == (info.st_size, *Stamp.of(info)) else _scan(path, info)
 
     with ThreadPoolExecutor(THREADS) as pool:
         scans = dict(zip(paths, pool.map(scan, paths), strict=True))
@@ -213,7 +219,7 @@ def _remembered(file: Path) -> dict[str, _Scan]:
 def _is_whole(scan: _Scan) -> bool:
     """Return whether a remembered scan is plain data of the right kinds, with all photos inside the archive."""
     lists = (scan.photos, scan.unlabelled, scan.alone)
-    if not all(type(number) is int for number in (scan.size, scan.mtime, scan.num_hidden)):
+    if not all(type(number) is int for number in (*scan[:4], scan.num_hidden)):
         return False
     if not all(type(each) is list for each in lists) or not all(type(name) is str for name in chain(*lists[1:])):
         return False
@@ -258,7 +264,7 @@ def _scan(archive: Path, info: os.stat_result) -> _Scan:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from None
     return _Scan(
         size=info.st_size,
-        mtime=info.st_mtime_ns,
+        **Stamp.of(info)._asdict(),
         photos=[[entry.name, entry.offset, entry.size, labels[s]] for s, entry in photos.items() if s in labels],
         unlabelled=[entry.name for sample, entry in photos.items() if sample not in labels],
         alone=[f"{sample}.cls" for sample in labels if sample not in photos],

@@ -18,7 +18,7 @@ import pytest
 
 import pipelines
 from fastcnn.config import Config, DataConfig
-from fastcnn.data import cache, cache_files, dataset
+from fastcnn.data import cache, cache_files, dataset, recognise
 from fastcnn.data.index import Index, scan
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from pipelines.workers import Workers
@@ -85,14 +85,165 @@ def test_a_second_build_decodes_nothing(data: Path, tmp_path: Path, monkeypatch:
 def test_only_new_and_changed_photos_are_decoded(data: Path, tmp_path: Path) -> None:
     build(scan(data), tmp_path)
     photos = sorted(data.rglob("0*.jpg"))
-    shutil.copy(photos[0], photos[0].with_name("new.jpg"))
-    shutil.copy(photos[7], photos[1])
+    photos[0].with_name("new.jpg").write_bytes(photos[0].read_bytes() + b"\0")
+    photos[1].write_bytes(photos[7].read_bytes() + b"\0")
     photos[2].unlink()
     expected_pixels.cache_clear()
     index = scan(data)
     built = build(index, tmp_path)
     assert built.num_decoded == 2
     assert_right(built, index)
+
+
+def same_size(first: Path, second: Path) -> None:
+    """Give two photos one size and one time: trailing bytes are no part of a JPEG."""
+    content = [first.read_bytes(), second.read_bytes()]
+    for path, data in zip((first, second), content, strict=True):
+        path.write_bytes(data.ljust(max(map(len, content)), b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+
+
+def replace(old: Path, new: Path) -> None:
+    """Replace a file by a copy with its times, as `cp -p` into a temporary file and `mv` do."""
+    shutil.copy2(new, old.with_name("copy"))
+    old.with_name("copy").rename(old)
+
+
+@pytest.mark.parametrize("how", ["rename", "copy2", "replace"])
+def test_a_file_of_the_same_size_and_time_is_not_the_same(data: Path, tmp_path: Path, how: str) -> None:
+    first, second = (data / path for path in scan(data).paths[:2])
+    same_size(first, second)
+    build(scan(data), tmp_path)
+    if how == "rename":
+        other = first.rename(first.with_name("other"))
+        second.rename(first)
+        other.rename(second)
+    else:
+        {"copy2": shutil.copy2, "replace": lambda a, b: replace(b, a)}[how](second, first)
+    expected_pixels.cache_clear()
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert built.num_decoded == 0  # both contents are known
+    assert_right(built, index)
+
+
+def test_class_folders_that_change_names(data: Path, tmp_path: Path) -> None:
+    build(scan(data), tmp_path)
+    first, second = sorted(data.iterdir())[:2]
+    other = first.rename(data / "other")
+    second.rename(first)
+    other.rename(second)
+    expected_pixels.cache_clear()
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert built.num_decoded == 0
+    assert_right(built, index)
+
+
+def test_unchanged_photos_are_not_read_and_touched_ones_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(scan(data), tmp_path)
+    read: list[object] = []
+    monkeypatch.setattr(recognise, "read", lambda source: read.append(source) or source.read_bytes())
+    monkeypatch.setattr(Workers, "decode", None)
+    build(scan(data), tmp_path)
+    assert not read
+    touched = data / scan(data).paths[0]
+    os.utime(touched)
+    for _ in range(2):
+        build(scan(data), tmp_path)
+        assert read == [touched]
+    read.clear()
+    build(scan(data), tmp_path, verify_cache=True)
+    assert len(read) == len(scan(data))
+    lines = len((build(scan(data), tmp_path).folder / "photos.jsonl").read_bytes())
+    build(scan(data), tmp_path, verify_cache=True)
+    assert len((build(scan(data), tmp_path).folder / "photos.jsonl").read_bytes()) == lines
+
+
+def test_verify_cache_finds_bytes_that_changed_under_the_same_facts(data: Path, tmp_path: Path) -> None:
+    """As a disk does that loses writes; here the journal is given the facts of the new file."""
+    index = scan(data)
+    folder = build(index, tmp_path).folder
+    journal = cache_files.read_journal(folder)
+    (data / index.paths[0]).write_bytes((data / index.paths[3]).read_bytes() + b"\0")
+    index = scan(data)
+    with (folder / "photos.jsonl").open("ab") as file:
+        file.write(cache_files.journal_line({**journal[index.paths[0]], **cache_files.facts(index, 0)}))
+    assert build(index, tmp_path).num_decoded == 0
+    expected_pixels.cache_clear()
+    built = build(index, tmp_path, verify_cache=True)
+    assert built.num_decoded == 1
+    assert_right(built, index)
+
+
+@pytest.mark.parametrize("keep_pixels", [True, False])
+def test_a_copied_or_moved_set_is_not_decoded(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_pixels: bool
+) -> None:
+    config = DataConfig(image_size=SIZE, decoder="pillow", cache_dir=str(tmp_path / "cache"))
+    first = cache.build(scan(data), config, keep_pixels=keep_pixels)
+    shutil.copytree(data, tmp_path / "copy")
+    data.rename(tmp_path / "moved")
+    monkeypatch.setattr(Workers, "decode", None)
+    for name in ("copy", "moved"):
+        index = scan(tmp_path / name)
+        built = cache.build(index, config, keep_pixels=keep_pixels)
+        assert built.num_decoded == 0
+        assert built.folder != first.folder
+        assert built.reasons == first.reasons
+        if keep_pixels:
+            assert_right(built, index)
+
+
+def test_a_cache_of_the_format_before_is_made_anew(data: Path, tmp_path: Path) -> None:
+    """It cannot tell a file that was replaced under its old time."""
+    index = scan(data)
+    folder = build(index, tmp_path).folder
+    header = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({**header, "format": 2}))
+    with pytest.warns(FastCNNWarning, match="decoding every photo again"):
+        built = build(index, tmp_path)
+    assert built.folder == folder
+    assert built.num_decoded == len(index)
+    assert_right(built, index)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 50))])
+def test_pixels_are_those_of_the_files_whatever_happened_to_them(data: Path, tmp_path: Path, seed: int) -> None:
+    """Ten sequences of changes, each followed by a build."""
+    draw = random.Random(seed)
+    names = scan(data).paths
+    photos = [data / name for name in names]
+    for photo in photos[1:]:
+        same_size(photos[0], photo)
+    kept = [photo.read_bytes() for photo in photos]
+    for _ in range(10):
+        for _ in range(draw.randint(1, 4)):
+            path, other = draw.sample(photos, 2)
+            match draw.randint(0, 5):
+                case 0:
+                    path.write_bytes(draw.choice(kept))
+                case 1:  # mv a b; cp -p
+                    replace(path, other)
+                case 2:
+                    shutil.copy2(other, path)
+                case 3:
+                    os.utime(path, ns=(10**18, 10**18))
+                case 4:
+                    path.write_bytes(path.read_bytes()[: draw.randint(0, 500)])
+                case 5:  # two change names
+                    path.rename(data / "aside")
+                    other.rename(path)
+                    (data / "aside").rename(other)
+        index = scan(data)
+        built = build(index, tmp_path)
+        pixels = np.zeros((len(index), SIZE, SIZE, 3), np.uint8)
+        verdicts = pipelines.decode(index.sources(), SIZE, pixels, decoder="pillow")
+        assert built.reasons == tuple(verdict.reason for verdict in verdicts)
+        for i, row in enumerate(built.rows):
+            assert row < 0 or (built.images[row] == pixels[i]).all()
 
 
 def test_another_size_or_decoder_is_another_cache(data: Path, tmp_path: Path) -> None:
@@ -117,7 +268,7 @@ def test_unreadable_photos_are_tried_again(data: Path, tmp_path: Path) -> None:
 def test_a_photo_that_changes_between_scan_and_decode(data: Path, tmp_path: Path) -> None:
     """What is there when it is decoded counts; the next run sees that it is another, and decodes it again."""
     index = scan(data)
-    shutil.copy(data / index.paths[3], data / index.paths[0])
+    (data / index.paths[0]).write_bytes((data / index.paths[3]).read_bytes() + b"\0")
     assert_right(build(index, tmp_path), index)
     index = scan(data)
     assert build(index, tmp_path).num_decoded == 1

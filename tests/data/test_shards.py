@@ -141,7 +141,7 @@ def test_parts_of_files_that_are_not_there(tmp_path: Path, photos: Path) -> None
     assert [verdict.reason for verdict in verdicts] == reasons
 
 
-def test_the_cache_notices_a_shard_that_is_written_anew(sharded: Path, tmp_path: Path) -> None:
+def test_the_cache_knows_a_shard_that_is_written_anew(sharded: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(sharded, out)
 
@@ -157,7 +157,7 @@ def test_the_cache_notices_a_shard_that_is_written_anew(sharded: Path, tmp_path:
     shutil.copy(shard, tmp_path / "copy.tar")
     os.replace(tmp_path / "copy.tar", shard)  # noqa: PTH105
     again = build()
-    assert again.num_decoded == sum(path.startswith("val/000000.tar/") for path in found.paths)
+    assert again.num_decoded == sum(map("empty".__eq__, again.reasons))  # without bytes there is nothing to know it by
     usable = np.flatnonzero(again.usable)
     assert (again.pixels(usable) == first.pixels(usable)).all()
 

@@ -101,7 +101,7 @@ def test_a_malicious_split_file(mine: Path, tmp_path: Path, name: str) -> None:
 
 
 def journal_line(entry: dict[str, object]) -> bytes:
-    return cache_files.journal_line({"path": "", "size": 0, "mtime": 0, "row": 0, "crc": 0, "reason": "", **entry})
+    return cache_files.journal_line({"digest": "", "row": 0, "crc": 0, "reason": "", **entry})
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_malicious_cache(mine: Path, tmp_path: Path, entry: dict[str, object])
     found = index.scan(mine)
     built = cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache"))
     right, journal = built.pixels(found.labels * 0), built.folder / "photos.jsonl"
-    facts = {"path": found.paths[0], "size": int(found.sizes[0]), "mtime": int(found.mtimes[0]), "crc": zlib.crc32(b"")}
+    facts = {**cache_files.facts(found, 0), "crc": zlib.crc32(b"")}
     journal.write_bytes(journal.read_bytes() + journal_line({**facts, **entry}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)
