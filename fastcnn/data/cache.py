@@ -289,18 +289,13 @@ def _look(
     """
     files.ensure_header(unwritable)
     journal.update(read_journal(files.folder))
-    others = [folder for folder in _cache_folders(config.cache_dir) if _differs_in_root(folder, files)]
-    recognise(index, files, journal, others, read_all=config.verify_cache)
+    recognise(index, files, journal, _cache_folders(config.cache_dir), read_all=config.verify_cache)
     missing = files.find_missing(index, journal)
     if len(missing) and unwritable:
         raise unwritable
     advice = "`fastcnn cache clear`, or choose another place with --cache-dir"
     check_space(files.folder, len(missing) * files.row_bytes * files.keeps_pixels, "the cache", advice)
     return missing
-
-
-def _differs_in_root(folder: Path, files: CacheFiles) -> bool:
-    return folder != files.folder and {**read_header(folder), "root": files.header["root"]} == files.header
 
 
 def _decode(

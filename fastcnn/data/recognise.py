@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from fastcnn.data.cache_files import CacheFiles, Journal, chunks_of, facts, is_current, read_journal, read_row
+from fastcnn.data.cache_files import (
+    CacheFiles,
+    Journal,
+    chunks_of,
+    facts,
+    is_current,
+    read_header,
+    read_journal,
+    read_row,
+)
 from fastcnn.data.feeds import Positions
 from fastcnn.data.index import Index
 from pipelines.verdict import Unusable, read
@@ -31,7 +40,7 @@ def recognise(index: Index, files: CacheFiles, journal: Journal, others: Iterabl
         index: the photos.
         files: the files of this cache.
         journal: of this cache; changed in place.
-        others: folders of the caches that differ in the data folder alone.
+        others: folders of caches; those that differ in the data folder alone are looked at.
         read_all: whether to read the photos whose stamp is the same, too.
     """
     changed = [
@@ -40,6 +49,7 @@ def recognise(index: Index, files: CacheFiles, journal: Journal, others: Iterabl
     if not changed:
         return
     known: dict[str, tuple[Path, dict[str, Any]]] = {}
+    others = [folder for folder in others if folder != files.folder and _differs_in_root(folder, files)]
     for folder in (*others, files.folder):  # this cache last: its rows need no copy
         entries = journal if folder == files.folder else read_journal(folder)
         known |= {entry["digest"]: (folder, entry) for entry in entries.values() if entry["digest"]}
@@ -56,6 +66,10 @@ def digests(index: Index, photos: Positions) -> list[str]:
     """Return the digest of each photo's bytes; "" where it cannot be read or is not the one of the index any more."""
     with ThreadPoolExecutor() as threads:  # reading and hashing release the interpreter's lock
         return list(threads.map(lambda i: _digest(index, i), photos))
+
+
+def _differs_in_root(folder: Path, files: CacheFiles) -> bool:
+    return {**read_header(folder), "root": files.header["root"]} == files.header
 
 
 def _digest(index: Index, photo: int) -> str:
