@@ -99,7 +99,10 @@ def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, s
 @click.command(cls=ConfigCommand, **SETTINGS)
 @click.argument("data", required=False)
 @click.option("--config", "sweep_file", metavar="FILE", help="W&B sweep file. Default: the assignment's.")
-@click.option("--trials", type=click.IntRange(1), metavar="N", help="Number of trials. Default: run_cap, or the grid.")
+@click.option(
+    "--trials", type=click.IntRange(1), metavar="N", help="Number of points to try. Default: run_cap, or the grid."
+)
+@click.option("--seeds", type=click.IntRange(1), default=1, metavar="N", help="Trials of each point, by other seeds.")
 @click.option("--dir", "folder", metavar="DIR", help="Sweep folder. Default: the sweep's name under sweeps/.")
 @click.option("--storage", metavar="URL", help="Optuna storage, such as sqlite:///sweep.db. Default: a file in DIR.")
 @click.option("--pack", type=click.IntRange(1), default=1, metavar="K", help="Trials at the same time, on a CPU.")
@@ -114,6 +117,7 @@ def sweep(
     data: str | None,
     sweep_file: str | None,
     trials: int | None,
+    seeds: int,
     folder: str | None,
     storage: str | None,
     pack: int,
@@ -137,8 +141,8 @@ def sweep(
         return
     if sweep_id and not as_agent:
         raise UsageError("--sweep-id works only with --wandb: add --wandb, or leave it out")
-    if as_agent and (storage or pack > 1):
-        raise UsageError("--wandb keeps the trials in W&B, one after another: leave out --storage and --pack")
+    if as_agent and (storage or pack > 1 or seeds > 1):
+        raise UsageError("--wandb keeps the trials in W&B, one after another: leave out --storage, --pack and --seeds")
     fixed = given({"data": data and photos_in(data, quiet=quiet), **options})
     plan = files.read(Path(sweep_file) if sweep_file else None).without(fixed)
     fixed = {**(read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **fixed}
@@ -153,7 +157,7 @@ def sweep(
         return
     from fastcnn.sweeps import sweep as sweeps
 
-    sweeps.run(plan, fixed, folder=where, trials=trials, storage=storage, pack=pack, console=console)
+    sweeps.run(plan, fixed, folder=where, trials=trials, seeds=seeds, storage=storage, pack=pack, console=console)
 
 
 def _command_options(command: Sequence[str]) -> dict[str, Any]:

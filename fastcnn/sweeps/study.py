@@ -10,8 +10,9 @@ import json
 import math
 import random
 import secrets
+import statistics
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class ClaimedTrial:
     number: int
     values: dict[str, Any]
     """Value of each parameter."""
+    repeat: int
+    """Which of its point's trials it is, from 0: each has a seed of its own."""
     resumed: bool
     """Whether a process that is gone began it."""
     handle: Trial
@@ -72,6 +75,35 @@ class TrialRecord:
         return FOLDER.format(self.number)
 
 
+@dataclass(frozen=True)
+class Point:
+    """Trials of one point of the search space, each with a seed of its own."""
+
+    records: Sequence[TrialRecord]
+
+    @property
+    def finished(self) -> list[TrialRecord]:
+        """Those that finished."""
+        return [record for record in self.records if record.state == "finished" and record.value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the metric over the seeds that finished."""
+        values = [record.value for record in self.finished if record.value is not None]
+        return statistics.mean(values) if values else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95% interval of the mean, by Student's t; None for fewer than two seeds."""
+        values = [record.value for record in self.finished if record.value is not None]
+        if len(values) < 2:
+            return None
+        from scipy.stats import t  # takes a second to import
+
+        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        return statistics.mean(values) - half, statistics.mean(values) + half
+
+
 class Study:
     """The trials of a sweep.
 
@@ -80,21 +112,32 @@ class Study:
         sweep: parameters, method and metric.
         storage: SQLAlchemy address, as sqlite:///sweep.db; None is a journal in the folder.
         seed: seed of the search.
+        seeds: trials of each point.
         definition: settings that must be equal to resume the sweep; the error names the keys that differ.
 
     Raises FastCNNError where Optuna or the storage is missing, UsageError where the folder is another sweep's.
     """
 
     def __init__(
-        self, folder: Path, sweep: Sweep, *, storage: str | None, seed: int, definition: Mapping[str, Any]
+        self,
+        folder: Path,
+        sweep: Sweep,
+        *,
+        storage: str | None,
+        seed: int,
+        seeds: int = 1,
+        definition: Mapping[str, Any],
     ) -> None:
         try:
             import filelock
             import optuna
+
+            if seeds > 1:  # here, not after all trials
+                import scipy.stats  # noqa: F401
         except ImportError as error:
-            raise FastCNNError(f"sweeps need Optuna ({error}): pip install 'fastcnn[sweep]'") from None
+            raise FastCNNError(f"sweeps need more packages ({error}): pip install 'fastcnn[sweep]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.sweep, self.seed = sweep, seed
+        self.sweep, self.seed, self.seeds = sweep, seed, seeds
         try:
             self._locks = folder / "locks"
             self._locks.mkdir(parents=True, exist_ok=True)
@@ -130,7 +173,7 @@ class Study:
         self._alive.release()
 
     def claim(self, limit: int) -> ClaimedTrial | None:
-        """Return a trial to run, an interrupted one before a new one; None where `limit` trials have begun."""
+        """Return a trial to run, an interrupted one before a new one; None where those of `limit` points have begun."""
         import optuna
         from optuna.trial import Trial, TrialState
 
@@ -139,9 +182,10 @@ class Study:
             for trial in trials:
                 if trial.state == TrialState.RUNNING and self._is_interrupted(trial):
                     return self._begin(Trial(self.optuna, trial._trial_id), resumed=True)
-            if len(trials) >= min(limit, self.sweep.grid_size or limit) or self._has_reached_target():
+            if len(trials) >= min(limit, self.sweep.grid_size or limit) * self.seeds:
                 return None
-            if len(self._points_taken()) >= (self.sweep.num_points or math.inf):
+            used_up = len(self._points_taken()) >= (self.sweep.num_points or math.inf)
+            if len(trials) % self.seeds == 0 and (used_up or self._has_reached_target()):
                 return None
             # The real sampler comes with the trial's number: processes that draw at once must not draw alike.
             self.optuna.sampler = optuna.samplers.RandomSampler(seed=self.seed)
@@ -181,9 +225,13 @@ class Study:
         return [self._record(trial) for trial in self.optuna.get_trials(deepcopy=False)]
 
     def best(self) -> TrialRecord | None:
-        """Return the best of the finished trials."""
-        finished = [record for record in self.records() if record.state == "finished" and record.value is not None]
-        return min(finished, key=lambda record: self.rank(record.value), default=None)
+        """Return the best of the finished trials, or the first of the point with the best mean."""
+        return next((point.finished[0] for point in self.points(self.records()) if point.finished), None)
+
+    def points(self, records: Sequence[TrialRecord]) -> list[Point]:
+        """Return the points of trials, the best mean first; a point whose seeds have not all finished comes later."""
+        points = [Point(records[i : i + self.seeds]) for i in range(0, len(records), self.seeds)]
+        return sorted(points, key=lambda point: (-len(point.finished), self.rank(point.mean)))
 
     def rank(self, value: float | None) -> float:
         """Return a sort key that puts the best value first and a missing one last."""
@@ -211,28 +259,32 @@ class Study:
         handle.set_user_attr("owner", [self._folder_id, self._owner])
         values = handle.user_attrs.get("values")
         if values is None:
-            self.optuna.sampler = self._sampler_of_new_point(handle)
+            first = self.optuna.get_trials(deepcopy=False)[handle.number - handle.number % self.seeds]
+            is_repeat = first.number != handle.number and "values" in first.user_attrs
+            self.optuna.sampler = sampling.recorded(first.params) if is_repeat else self._sampler_of_new_point(handle)
             values = {name: sampling.suggest(handle, name, p) for name, p in self.sweep.parameters.items()}
             handle.set_user_attr("values", values)
-        return ClaimedTrial(number=handle.number, values=values, resumed=resumed, handle=handle)
+        repeat = handle.number % self.seeds
+        return ClaimedTrial(number=handle.number, values=values, repeat=repeat, resumed=resumed, handle=handle)
 
     def _sampler_of_new_point(self, handle: Trial) -> optuna.samplers.BaseSampler:
         """Return the sampler of a trial, which gives it a point that no other trial has.
 
         After some attempts the point is one of those that are left, as TPE likes those that it knows.
         """
+        number = handle.number // self.seeds
         if self.sweep.method == "grid":
-            return sampling.sampler(self.sweep, self.seed, handle.number)
+            return sampling.sampler(self.sweep, self.seed, number)
         taken, frozen = self._points_taken(), self.optuna.get_trials(deepcopy=False)[handle.number]
         for attempt in range(ATTEMPTS):
-            draft = sampling.Draft(self.optuna, frozen, sampling.sampler(self.sweep, self.seed, handle.number, attempt))
+            draft = sampling.Draft(self.optuna, frozen, sampling.sampler(self.sweep, self.seed, number, attempt))
             values = {name: sampling.suggest(draft, name, p) for name, p in self.sweep.parameters.items()}
             if sampling.key(values) not in taken:
                 break
         else:
             if self.sweep.num_points is not None:
                 left = [point for point in self.sweep.points() if sampling.key(point) not in taken]
-                point = random.Random(self.seed * 1_000_003 + handle.number).choice(left)
+                point = random.Random(self.seed * 1_000_003 + number).choice(left)
                 drawn = {n: sampling.in_optunas_terms(self.sweep.parameters[n], value) for n, value in point.items()}
                 return sampling.recorded(drawn)
         return sampling.recorded(draft.drawn)
@@ -252,7 +304,8 @@ class Study:
 
     def _has_reached_target(self) -> bool:
         target, best = self.sweep.target, self.best()
-        return target is not None and best is not None and self.rank(best.value) <= self.rank(target)
+        reached = self.points(self.records())[0].mean if best else None
+        return target is not None and reached is not None and self.rank(reached) <= self.rank(target)
 
     def _check(self, definition: Mapping[str, Any], folder: Path) -> None:
         """Record the definition of a new sweep; raise UsageError where it differs from the one that was begun."""

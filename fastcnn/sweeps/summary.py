@@ -14,7 +14,7 @@ from fastcnn.config import resolve
 from fastcnn.storage import files
 from fastcnn.storage.run_folder import CONFIG
 from fastcnn.sweeps import plots
-from fastcnn.sweeps.study import Study, TrialRecord
+from fastcnn.sweeps.study import Point, Study, TrialRecord
 from fastcnn.sweeps.sweep_file import METRICS
 from fastcnn.system import text
 
@@ -47,6 +47,8 @@ def write(study: Study, folder: Path, options: Mapping[str, Any]) -> None:
             ),
         ],
     )
+    if study.seeds > 1:
+        _write_points(study, folder, records)
     measured = [record for record in records if record.value is not None and record.values]
     if measured and sweep.parameters:
         points = [({**record.values, sweep.metric: record.value}, record.state == "finished") for record in measured]
@@ -67,8 +69,10 @@ def write(study: Study, folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def table(study: Study, records: Sequence[TrialRecord]) -> str:
-    """Return the best trials as a table for a terminal."""
+    """Return the best trials, or points where each has several seeds, as a table for a terminal."""
     sweep = study.sweep
+    if study.seeds > 1:
+        return _table_of_points(study, records)
     ranked = sorted(records, key=lambda record: (record.state == "failed", study.rank(record.value)))
     rows = [
         [
@@ -86,6 +90,42 @@ def table(study: Study, records: Sequence[TrialRecord]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _table_of_points(study: Study, records: Sequence[TrialRecord]) -> str:
+    points, names = study.points(records), study.sweep.parameters
+    rows = [
+        [
+            point.records[0].folder,
+            f"{len(point.finished)} of {study.seeds}",
+            "" if point.mean is None else f"{point.mean:.4f}",
+            _interval(point),
+            *(shown(point.records[0].values.get(name, "")) for name in names),
+        ]
+        for point in points[:NUM_SHOWN]
+    ]
+    head = ["first trial", "seeds", f"mean {study.sweep.metric}", "95% interval", *names]
+    more = [f"and {len(points) - NUM_SHOWN} more in points.csv"] if len(points) > NUM_SHOWN else []
+    return "\n".join(["", text.table(head, rows), *more, ""])
+
+
+def _interval(point: Point) -> str:
+    return "" if point.interval is None else "{:.4f} to {:.4f}".format(*point.interval)
+
+
+def _write_points(study: Study, folder: Path, records: Sequence[TrialRecord]) -> None:
+    names = study.sweep.parameters
+    rows = [
+        [
+            point.records[0].folder,
+            len(point.finished),
+            *("" if value is None else value for value in (point.mean, *(point.interval or (None, None)))),
+            *(_exact(point.records[0].values.get(name, "")) for name in names),
+        ]
+        for point in study.points(records)
+    ]
+    metric = study.sweep.metric
+    files.write_csv(folder / "points.csv", [["trial", "seeds", f"mean {metric}", "low", "high", *names], *rows])
+
+
 def outcome(study: Study, records: Sequence[TrialRecord], folder: Path) -> str:
     """Return, in one line, how many trials ended how, and how to train the best one again."""
     counts = Counter(record.state for record in records)
@@ -95,8 +135,10 @@ def outcome(study: Study, records: Sequence[TrialRecord], folder: Path) -> str:
     best = study.best()
     if best is None or best.value is None:
         return f"{len(records)} trials: {states}; see {folder / 'sweep.csv'}"
+    point = study.points(records)[0]
+    mean = f" ({_interval(point)}, {len(point.finished)} seeds)" if point.interval else ""
     return (
-        f"{len(records)} trials: {states}; best {best.folder}: {study.sweep.metric} {best.value:.4f}; "
+        f"{len(records)} trials: {states}; best {best.folder}: {study.sweep.metric} {point.mean:.4f}{mean}; "
         f"to train it again: fastcnn train --config {shlex.quote(str(folder / CONFIG))}"
     )
 

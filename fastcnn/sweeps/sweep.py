@@ -40,6 +40,7 @@ def run(
     *,
     folder: Path | None = None,
     trials: int | None = None,
+    seeds: int = 1,
     storage: str | None = None,
     pack: int = 1,
     console: Console | None = None,
@@ -54,7 +55,8 @@ def run(
         sweep: parameters, method and metric; see `sweep_file.read`.
         options: options of every trial, as `fastcnn.config.resolve` takes them; `data` is needed.
         folder: the sweep's folder; None is `sweeps/` with its name.
-        trials: number of trials in all; None is the file's run_cap, or the whole grid.
+        trials: number of points to try; None is the file's run_cap, or the whole grid.
+        seeds: trials of each point, with seeds from the options' on; figures are then means with their intervals.
         storage: SQLAlchemy address for Optuna, as sqlite:///sweep.db; None is a journal in the folder.
         pack: trials at once, on a CPU, each with its part of the cores.
         console: where progress is shown; None shows nothing.
@@ -62,7 +64,7 @@ def run(
     Raises UsageError for wrong options, DataError where the photos are missing, SweepStopped on a signal,
     FastCNNError where the first trials all fail for one reason, or no trial finished and none still runs.
     """
-    console = console or Console(quiet=True)
+    console, folder = console or Console(quiet=True), folder or SWEEPS / sweep.name
     options = {**options, **sweep.fixed}
     base = resolve(options)
     _check_data(base.data)
@@ -70,11 +72,11 @@ def run(
     if pack > 1:
         _check_pack(base.device)
     options = {"wandb": "disabled", **options, "data": str(Path(base.data).resolve())}
-    folder = folder or SWEEPS / sweep.name
-    study = Study(folder, sweep, storage=storage, seed=base.seed, definition=_definition(sweep, options))
+    same = _definition(sweep, options, seeds)
+    study = Study(folder, sweep, storage=storage, seed=base.seed, seeds=seeds, definition=same)
     begun = len(study.records())
     console.line(
-        f"{limit} trials by {sweep.method} search over {', '.join(sweep.parameters)}; sweep folder {folder}"
+        f"{limit * seeds} trials by {sweep.method} search over {', '.join(sweep.parameters)}; sweep folder {folder}"
         + (f"; {begun} have begun already" if begun else "")
     )
     runner = Runner(study, folder, options, limit, pack, console)
@@ -123,10 +125,13 @@ def _check_pack(device: str) -> None:
         raise UsageError(f"--pack is for CPUs: leave it out on {kind}, where trials run one after another")
 
 
-def _definition(sweep: Sweep, options: Mapping[str, Any]) -> dict[str, Any]:
+def _definition(sweep: Sweep, options: Mapping[str, Any], seeds: int) -> dict[str, Any]:
     """Return what a sweep that is resumed must have in common with the one that was begun."""
+    if seeds > 1 and "seed" in sweep.parameters:
+        raise UsageError("--seeds repeats each point with other seeds: take seed out of the sweep file's parameters")
     spelled = {str(key).replace("-", "_"): value for key, value in sweep.text["parameters"].items()}
     return {
+        **({"--seeds": seeds} if seeds > 1 else {}),
         "method": sweep.method,
         "metric": [sweep.metric, sweep.goal],
         "early_terminate": sweep.text.get("early_terminate"),
@@ -205,12 +210,15 @@ class Runner:
                 self.console.line(f"{trial.folder} was interrupted: resuming it")
             worker.process.start(
                 Job(
-                    options={**self.options, **trial.values},
+                    options={**self.options, **trial.values, **self._seed_of(trial)},
                     run_dir=str(self.folder / trial.folder),
                     lock=str(self.folder / "locks" / trial.folder),
                     num_parallel=len(self.workers),
                 )
             )
+
+    def _seed_of(self, trial: ClaimedTrial) -> dict[str, int]:
+        return {"seed": self.study.seed + trial.repeat} if self.study.seeds > 1 else {}
 
     def _report(self, worker: Worker, epoch: Epoch) -> bool:
         assert worker.trial

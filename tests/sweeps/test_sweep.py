@@ -127,6 +127,35 @@ def test_what_a_sweep_leaves(packed: tuple[Path, list[TrialRecord]]) -> None:
     assert (values["threads"], values["loader"], values["wandb"]) == (1, "shared", "disabled")
 
 
+@pytest.mark.usefixtures("_inline")
+def test_seeds_repeat_each_point(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.yaml").write_text(yaml.safe_dump({"method": "bayes", "parameters": {"lr": {"values": [0.001, 0.01]}}}))
+    options = ["--image-size=32", "--filters=8", "--epochs=1", "--no-report", "--seed=5"]
+    with pytest.raises(SystemExit) as error:
+        cli.main(["sweep", str(photos), "--config=s.yaml", "--trials=9", "--seeds=2", *options])
+    assert not error.value.code
+    output = capsys.readouterr().out
+    assert "4 trials: 4 finished; best trial-000" in output
+    assert "95% interval" in output
+    configs = [read_yaml(Path("sweeps/s", f"trial-000{i}", "config.yaml")) for i in range(4)]
+    assert [config["seed"] for config in configs] == [5, 6, 5, 6]
+    assert configs[0]["lr"] == configs[1]["lr"] != configs[2]["lr"] == configs[3]["lr"]
+    with Path("sweeps/s/sweep.csv").open(newline="") as file:
+        values = {row["trial"]: float(row["val/accuracy"]) for row in csv.DictReader(file)}
+    with Path("sweeps/s/points.csv").open(newline="") as file:
+        points = list(csv.DictReader(file))
+    assert {row["trial"] for row in points} == {"trial-0000", "trial-0002"}
+    for row in points:
+        first = int(row["trial"][-1])
+        mean = (values[f"trial-000{first}"] + values[f"trial-000{first + 1}"]) / 2
+        assert float(row["mean val/accuracy"]) == pytest.approx(mean)
+        assert float(row["low"]) <= mean <= float(row["high"])
+    with pytest.raises(SystemExit) as error:
+        cli.main(["sweep", str(photos), "--config=s.yaml", "--trials=9", "--seeds=3", *options])
+    assert error.value.code == 2
+    assert "begun with another --seeds" in capsys.readouterr().err
+
+
 def test_all_of_it_is_there_already(packed: tuple[Path, list[TrialRecord]], photos: Path) -> None:
     before = (packed[0] / "trial-0002" / "last.pt").stat().st_mtime_ns
     again = sweep.run(plan(), {"data": str(photos), **EXACT}, folder=packed[0], pack=2)
@@ -288,7 +317,7 @@ def test_packing_is_for_cpus(photos: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("arguments", "message"),
     [
         (["photos", "--sweep-id", "abc"], "--sweep-id works only with --wandb"),
-        (["photos", "--wandb", "--pack", "2"], "leave out --storage and --pack"),
+        (["photos", "--wandb", "--pack", "2"], "leave out --storage, --pack and --seeds"),
         (["photos", "--config", "none.yaml"], "cannot read the configuration none.yaml"),
         (["photos", "--trails", "3"], "did you mean '--trials'"),
         (["photos", "--lr", "-1"], "expected a number above 0"),
