@@ -239,7 +239,10 @@ def _check_folder(root: Path) -> None:
         where = "does not exist" if missing else f"cannot be read: {error.strerror}"
         raise DataError(f"the data folder {printable(str(root))} {where}{_sibling(root) if missing else ''}") from None
     if not stat.S_ISDIR(kind):
-        raise DataError(f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}")
+        raise DataError(
+            f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}: expected a folder "
+            "with one folder of photos per class; on the command line also a .zip or .tar of it"
+        )
 
 
 def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:

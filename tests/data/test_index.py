@@ -317,3 +317,11 @@ def test_a_held_out_folder_alone_may_validate(tmp_path: Path, held_out: str) -> 
     assert explain_split(flat, 0.2) == ""
     with pytest.raises(UsageError, match="needs a val or test folder"):
         draw_split(flat, 0, 0)
+
+
+def test_a_table_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("path,label\n")
+    with pytest.raises(
+        DataError, match=r"train.csv is a file, not a folder: expected a folder with one folder of photos"
+    ):
+        scan(tmp_path / "train.csv")
