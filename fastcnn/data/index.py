@@ -240,7 +240,7 @@ def _check_folder(root: Path) -> None:
         raise DataError(f"the data folder {printable(str(root))} {where}{_sibling(root) if missing else ''}") from None
     if not stat.S_ISDIR(kind):
         raise DataError(
-            f"the data folder {printable(str(root))} is a file, not a folder{_sibling(root)}: expected a folder "
+            f"the data folder {printable(str(root))} is a file, not a folder: expected a folder "
             "with one folder of photos per class; on the command line also a .zip or .tar of it"
         )
 
