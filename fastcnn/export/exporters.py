@@ -29,6 +29,7 @@ from fastcnn.network.inference_network import Deployed, Inference
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint, files, run_folder
+from fastcnn.system import generators
 from fastcnn.system.device import DTYPES, versions
 from fastcnn.system.text import as_utf8
 
@@ -72,7 +73,8 @@ def export_run(
     try:
         with tempfile.TemporaryDirectory() as unchecked:
             temporary = Path(unchecked) / path.name
-            write(state, temporary, format, half)
+            with generators.given_back():
+                write(state, temporary, format, half)
             verification = _verify_in_new_process(temporary, folder)
             if verification.problems:
                 raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")

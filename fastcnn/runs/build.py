@@ -28,6 +28,7 @@ from fastcnn.network.small_cnn import SmallCNN, all_finite
 from fastcnn.runs.resume import restore
 from fastcnn.runs.state import RunContext, RunState
 from fastcnn.storage import checkpoint, run_folder
+from fastcnn.system import generators
 from fastcnn.system.device import DTYPES, describe_hardware, is_out_of_memory, release_memory
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training import engine_choice, engines
@@ -143,7 +144,7 @@ def start(
         ranks: the processes that train together.
     """
     labels = feed.labels.cpu().numpy() if labels is None else labels
-    torch.manual_seed(config.seed)  # on the CPU first: the same initial weights on every device
+    generators.seed(feed.images.device, config.seed)  # on the CPU first: the same initial weights on every device
     model = SmallCNN(
         len(classes),
         filters=config.filters,
