@@ -17,7 +17,7 @@ import torch
 
 from fastcnn.config import resolve
 from fastcnn.data import dataset
-from fastcnn.errors import FastCNNError, FastCNNWarning, warn
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, warn
 from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from fastcnn.network.pixels import Normalise, resized
@@ -75,6 +75,15 @@ class Verification:
         return lines
 
 
+def _on_golden(model: Artefact, image: Images) -> Probabilities:
+    """Return the probabilities (num_classes,) of a golden input (H, W, 3)."""
+    try:
+        found: Probabilities = model.probabilities(image[None])[0]
+    except FastCNNError as error:  # they are not finite
+        raise CheckError(f"golden inputs: {error}") from None
+    return found
+
+
 @dataclass(frozen=True)
 class TrainingAccuracy:
     """Accuracy on the validation photos that the training run recorded."""
@@ -95,7 +104,7 @@ def verify(model: Artefact, photos: Iterable[Batch] = (), reported: TrainingAccu
     size = (model.image_size, model.image_size, 3)
     golden, resized_golden = (
         _largest(
-            model.probabilities(one.image[None])[0] - one.probabilities
+            _on_golden(model, one.image) - one.probabilities
             for one in model.golden
             if (one.image.shape == size) is same_size
         )

