@@ -6,6 +6,7 @@ word before or behind ("seg_train", "Train_Set"), inside a folder of the same na
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,8 +33,21 @@ SPLITS = {
 OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "sweeps")
 """Folders that training tools leave beside the photos."""
 
-OWN_FILES = [(".lock",), ("config.yaml", "split.csv"), ("config.yaml", "last.pt"), ("cache.json",), ("sweep.csv",)]
-"""Files by which a folder is told to be a run (while it trains, too), a cache or a sweep of ours."""
+OWN_FILES = [
+    ("config.yaml", "split.csv"),
+    ("config.yaml", "last.pt"),
+    ("cache.json", "photos.jsonl"),
+    ("sweep.csv", "config.yaml"),
+    ("sweep.csv", "journal.log"),
+]
+"""Files by which a folder is told to be a run, a cache or a sweep of ours: two, as a class may hold one of them."""
+
+FEW = 20
+"""Folders in which split folders are looked for: listing those of a hundred classes would take as long as the scan."""
+
+_SPLIT_NAMES = "|".join(sorted(SPLITS, key=len, reverse=True))
+JOINED = re.compile(rf"({_SPLIT_NAMES})(sets?|data|images?|imgs?|photos?|dir|folder)")
+"""A split's name with a word written to it: trainset, testdata."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,10 @@ def read(root: Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | No
     if inner != root:
         warn(f"{printable(str(root))} has one folder, {printable(str(inner.relative_to(root)))}: reading that")
     splits, ignored = split_folders(inner, left_out)
+    for split, path in list(splits.items()):
+        if split != "train" and not _holds_classes(path, left_out):
+            warn(f"{printable(str(path))} has no class folders: its photos cannot be scored, and are not read")
+            del splits[split]
     where = "" if inner == root else f"{inner.relative_to(root).as_posix()}/"
     if splits:
         names = ", ".join(f"{where}{path.relative_to(inner).as_posix()}" for path in splits.values())
@@ -105,7 +123,13 @@ def _as_chosen(root: Path, exclude: frozenset[str], chosen: Mapping[str, str]) -
 def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
     """Raise DataError where folders that would be classes have a split in their names and folders inside."""
     folders = visible_folders(folder, exclude)
-    named = (_repeated(path, exclude) for path in folders if set(_words(path)) & SPLITS.keys())
+    deeper: list[Path] = []
+    for path in folders[:FEW]:
+        with contextlib.suppress(DataError):  # it cannot be read: told when its photos are listed
+            deeper += visible_folders(path, exclude)
+    trains = [path for path in folders + deeper if "train" in {SPLITS.get(word) for word in _words(path)}]
+    others = [path for path in folders if path not in trains and set(_words(path)) & SPLITS.keys()]
+    named = (_repeated(path, exclude) for path in trains + others)
     doubtful = {path: inside for path in named if len(inside := visible_folders(path, exclude)) > 1}
     if not doubtful:
         return
@@ -127,7 +151,13 @@ def _num_files(folders: list[Path]) -> int:
 
 
 def _words(folder: Path) -> list[str]:
-    return re.split(r"[\W_]+", folder.name.casefold())
+    """Return the words of a folder's name in small letters: apart at signs, digits, capitals and joined words."""
+    apart = re.sub(r"([a-z])([A-Z])|([^\W\d_])(\d)|(\d)([^\W\d_])", r"\1\3\5 \2\4\6", folder.name)
+    found: list[str] = []
+    for word in re.split(r"[\W_]+", apart.casefold()):
+        joined = JOINED.fullmatch(word)
+        found += joined.groups() if joined else [word]
+    return found
 
 
 def split_folders(root: Path, exclude: frozenset[str]) -> tuple[dict[str, Path], list[str]]:
@@ -216,6 +246,7 @@ def _is_own(folder: Path, depth: int = 3) -> bool:
     try:
         if any(all((folder / name).exists() for name in names) for names in OWN_FILES):
             return True
+        locked = (folder / ".lock").exists()  # by a run that has only begun
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
@@ -224,7 +255,7 @@ def _is_own(folder: Path, depth: int = 3) -> bool:
                     folders.append(folder / entry.name)
     except OSError:
         return False
-    return depth > 0 and bool(folders) and all(_is_own(one, depth - 1) for one in folders)
+    return locked or (depth > 0 and bool(folders) and all(_is_own(one, depth - 1) for one in folders))
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -48,6 +48,9 @@ SPLIT: dict[str, tuple[list[str], dict[str, int]]] = {
         {"train": 2, "test": 1},
     ),
     "affix behind": (["Train_Set/a", "Train_Set/b", "Test_Set/a", "Test_Set/b"], {"train": 2, "test": 2}),
+    "years": (["train2017/a", "train2017/b", "val2017/a"], {"train": 2, "val": 1}),
+    "joined words": (["trainset/a", "trainset/b", "testset/a"], {"train": 2, "test": 1}),
+    "camel case": (["TrainImages/a", "TrainImages/b", "TestImages/a"], {"train": 2, "test": 1}),
     "images": (["train_images/a", "train_images/b", "val_images/a"], {"train": 2, "val": 1}),
     "iNaturalist-12K": (["inaturalist_12K/train/Aves", "inaturalist_12K/train/Fungi", "inaturalist_12K/val/Aves"],
                         {"train": 2, "val": 1}),
@@ -117,12 +120,35 @@ def test_two_folders_of_a_split_are_one_too_many(tmp_path: Path) -> None:
 
 def test_our_own_folders_are_no_classes(tmp_path: Path) -> None:
     photos(tmp_path, "cat", "dog")
-    own = {"runs/a/config.yaml", "runs/a/last.pt", "runs/b/.lock", "caches/128-turbo/cache.json", "s/sweep.csv"}
+    own = ["runs/a/config.yaml", "runs/a/last.pt", "runs/b/.lock", "s/sweep.csv", "s/journal.log"]
+    own += ["caches/128-turbo/cache.json", "caches/128-turbo/photos.jsonl"]
     for name in own:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     index, told = read(tmp_path)
     assert (index.classes, len(index), told) == (("cat", "dog"), 2, [])
+
+
+@pytest.mark.parametrize("name", [".lock", "cache.json", "sweep.csv", "config.yaml"])
+def test_a_class_with_a_file_of_that_name_stays_a_class(name: str, tmp_path: Path) -> None:
+    photos(tmp_path, "cat", "dog")
+    (tmp_path / "cat" / name).write_text("x")
+    assert scan(tmp_path).classes == ("cat", "dog")
+
+
+def test_held_out_photos_in_no_class_are_named(tmp_path: Path) -> None:
+    index, told = read(photos(tmp_path, "train/cat", "train/dog", "test"))
+    assert set(index.folders) == {"train"}
+    assert told == [f"{tmp_path / 'test'} has no class folders: its photos cannot be scored, and are not read"]
+
+
+@pytest.mark.parametrize("beside", ["docs", "wandb"])
+def test_splits_below_a_folder_that_is_not_alone(beside: str, tmp_path: Path) -> None:
+    photos(tmp_path, "inat/train/cat", "inat/train/dog", "inat/val/cat", "inat/val/dog", beside)
+    with pytest.raises(DataError, match=r"in two ways.*--train-dir inat/train"):
+        scan(tmp_path)
+    with pytest.warns(FastCNNWarning, match="has one folder, inat"):
+        assert scan(tmp_path, exclude=[beside]).classes == ("cat", "dog")
 
 
 def test_folders_of_other_tools_are_named_and_can_be_left_out(tmp_path: Path) -> None:
@@ -158,14 +184,17 @@ def check_layout(root: Path, names: list[str], form: str, *, wrapped: bool, repe
         index, told = read(root)
     except DataError:
         return
-    assert not set(index.classes) & set(shown) or told, (index.classes, told)
+    wrong = set(index.classes) & set(shown)
+    assert not wrong, (index.classes, told)
+    unread = [name for name in shown if not any(f"/{name}/" in f"/{path}" for path in index.paths)]
+    assert all(any(name in line for line in told) for name in unread), (unread, told)
 
 
 LAYOUTS = {
     "names": st.lists(st.sampled_from(sorted(layout.SPLITS)), min_size=1, max_size=4, unique=True).flatmap(
         lambda names: st.sampled_from([names, [name.title() for name in names], [name.upper() for name in names]])
     ),
-    "form": st.sampled_from(["{}", "seg_{}", "{}_set", "{}-images", "my {}"]),
+    "form": st.sampled_from(["{}", "seg_{}", "{}_set", "{}-images", "my {}", "{}2017", "{}set"]),
     "wrapped": st.booleans(),
     "repeated": st.booleans(),
     "others": st.lists(st.sampled_from(["cat", "docs", "runs", "Zebra"]), max_size=2, unique=True),
