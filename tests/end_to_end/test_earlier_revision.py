@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fastcnn import open_artefact
 from fastcnn.cli import main
@@ -137,10 +136,13 @@ def test_a_sweep_goes_on(mine: Path) -> None:
 
 
 def same_weights(one: Path, two: Path) -> bool:
-    """But for rounding: in fp32 the bias of a convolution is added after pooling now, in another order of sums."""
+    """But for rounding: in fp32 the bias of a convolution is added after pooling now, in another order of sums.
+
+    Adam makes a whole step of a gradient that is nothing but rounding, so a few weights may differ by more.
+    """
     first, second = (checkpoint.load(path)["model"] for path in (one, two))
     return first.keys() == second.keys() and all(
-        torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-4) for name in first
+        float((first[name] - second[name]).norm()) < 1e-2 * float(first[name].norm()) + 1e-4 for name in first
     )
 
 
