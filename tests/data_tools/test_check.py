@@ -260,7 +260,8 @@ def test_the_traps_in_real_photos() -> None:
 @pytest.mark.shared
 def test_the_odd_images() -> None:
     found = check.check(SHARED_DATA / "odd-images")
-    assert len(found.bad) == 11  # README.tsv is one
+    assert len(found.bad) == 10
+    assert dict(found.index.others) == {".tsv": 1}
     assert len(found.damaged) == 3
     names = [{Path(name).stem.split("__")[1] for name in group} for group in paths(found, found.near)]
     assert {"hopper", "hopper.Lab"} in names
