@@ -140,7 +140,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
         "training": {name: _plain(value) for name, value in state["best"].items()},
         "versions": versions(),
-        "golden": golden_inputs(network, config),
+        "golden": _by_one_thread(lambda: golden_inputs(network, config)),
     }
     parts = EXPORTERS[format](model)
     metadata["sha256"] = file_formats.digest(parts, metadata)
@@ -150,6 +150,16 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
 def _plain(value: Any) -> Any:
     """Return a figure for JSON, which has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _by_one_thread(compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return what a function computes with one thread: other numbers of them give other last bits and hashes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return compute()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:

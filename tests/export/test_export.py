@@ -341,6 +341,7 @@ def test_the_same_run_gives_the_same_file(kept: Path, run_dir: Path, tmp_path: P
     write_it = (
         "import sys; from pathlib import Path; from fastcnn.export.exporters import write; "
         "from fastcnn.storage import checkpoint\n"
+        "import torch; torch.set_num_threads(3)\n"
         "write(checkpoint.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[2]).suffix[1:])"
     )
     again = tmp_path / f"again{kept.suffix}"
