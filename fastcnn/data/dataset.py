@@ -18,7 +18,7 @@ from fastcnn.config import DataConfig, Decoder, Loader
 from fastcnn.data import loaders
 from fastcnn.data.cache import Cache, build, default_folder, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
-from fastcnn.data.split import draw_split, explain_split, read_split
+from fastcnn.data.split import check_fraction, draw_split, explain_split, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.storage import files
 from fastcnn.system.ranks import ALONE, Ranks
@@ -182,8 +182,9 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
             else scan_held_out(config.data, classes, memory, left_out)
         )
     )
-    if index.layout:
-        note(f"layout of {printable(str(index.root))}: {index.layout}")
+    note(f"layout of {printable(str(index.root))}: {index.layout}")
+    if classes is None and not config.split:
+        check_fraction(index, config.val_fraction)
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""
     others = f", {index.told_others()} left out" if index.others else ""
     note(f"{len(index):,} photos of {len(index.classes)} classes in {index.root}{hidden}{others}")

@@ -189,10 +189,11 @@ def scan_loosely(
     _check_folder(root)
     folders = layout.visible_folders(root, left_out)
     parts = {SPLITS[path.name.casefold()]: path for path in folders if path.name.casefold() in SPLITS}
-    flat = Layout({"train": root}, left_out, "")
+    flat = Layout({"train": root}, left_out, "<class>/<photos>" if folders else "no folders, so no classes")
     if any(map(flat.holds_shards, [root, *parts.values()])):
         raise DataError(problem)
-    read = Layout(parts, left_out, "") if parts and len(parts) == len(folders) else flat
+    parted = f"{printable(', '.join(path.name for path in folders))}, each with <class>/<photos>"
+    read = Layout(parts, left_out, parted) if parts and len(parts) == len(folders) else flat
     names = sorted({name for folder in read.splits.values() for name in read.class_names(folder)})
     return _read(root, read, class_names.distinct(root, names) or ("",), {}), problem
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.data import shards
-from fastcnn.data.walk import folders_in, is_folder
+from fastcnn.data.walk import Skipped, files_below, folders_in, is_folder, is_ours
 from fastcnn.errors import DataError, warn
 from fastcnn.system.text import printable
 
@@ -32,15 +32,6 @@ SPLITS = {
 
 OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "sweeps")
 """Folders that training tools leave beside the photos."""
-
-OWN_FILES = [
-    ("config.yaml", "split.csv"),
-    ("config.yaml", "last.pt"),
-    ("cache.json", "photos.jsonl"),
-    ("sweep.csv", "config.yaml"),
-    ("sweep.csv", "journal.log"),
-]
-"""Files by which a folder is told to be a run, a cache or a sweep of ours: two, as a class may hold one of them."""
 
 FEW = 20
 """Folders in which split folders are looked for: listing those of a hundred classes would take as long as the scan."""
@@ -86,6 +77,8 @@ def read(root: Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | No
     if inner != root:
         warn(f"{printable(str(root))} has one folder, {printable(str(inner.relative_to(root)))}: reading that")
     splits, ignored = split_folders(inner, left_out)
+    if len(splits) == 1 and _may_be_classes(root, [inner / name for name in ignored]):
+        raise _in_two_ways(root, inner, splits["train"], left_out)
     for split, path in list(splits.items()):
         if split != "train" and not _holds_classes(path, left_out):
             warn(f"{printable(str(path))} has no class folders: its photos cannot be scored, and are not read")
@@ -130,24 +123,39 @@ def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
     trains = [path for path in folders + deeper if "train" in {SPLITS.get(word) for word in _words(path)}]
     others = [path for path in folders if path not in trains and set(_words(path)) & SPLITS.keys()]
     named = (_repeated(path, exclude) for path in trains + others)
-    doubtful = {path: inside for path in named if len(inside := visible_folders(path, exclude)) > 1}
-    if not doubtful:
-        return
-    path, inside = next(iter(doubtful.items()))
-    here, name = (printable(one.relative_to(root).as_posix()) for one in (folder, path))
-    raise DataError(
-        f"{printable(str(root))} can be read in two ways: {len(folders)} classes, {_shown(folders)}, of "
-        f"{_num_files(folders):,} photos; or {len(inside)} classes, {_shown(inside)}, of {_num_files(inside):,} photos "
-        f"in {name}. Say which: --train-dir {here} or --train-dir {name} (with --val-dir and --test-dir for others)"
+    doubtful = [path for path in named if len(visible_folders(path, exclude)) > 1]
+    if doubtful:
+        raise _in_two_ways(root, folder, doubtful[0], exclude)
+
+
+def _may_be_classes(root: Path, beside: list[Path]) -> bool:
+    """Return whether folders beside a train folder that is the only split look like classes, and it like one of them.
+
+    They do where one has folders of photos as the train folder has, or where several hold photos.
+    """
+    beside = [path for path in beside if path.name.casefold() not in OTHER_TOOLS]
+    if len([path for path in beside if _has_photos(root, path)]) > 1:
+        return True
+    return any(sum(_has_photos(root, inside) for inside in visible_folders(path)) > 1 for path in beside)
+
+
+def _in_two_ways(root: Path, outer: Path, inner: Path, exclude: frozenset[str]) -> DataError:
+    """Return the error that shows both readings: the folders in `outer` as classes, or those in `inner` below it."""
+    readings = []
+    for folder in (outer, inner):
+        classes = visible_folders(folder, exclude)
+        names = printable(", ".join(path.name for path in classes[:3]) + (", ..." if len(classes) > 3 else ""))
+        count = sum(1 for path in classes for _ in files_below(root, path, Skipped()))
+        readings.append(f"{len(classes)} classes, {names}, of {count:,} photos")
+    here, name = (printable(folder.relative_to(root).as_posix()) for folder in (outer, inner))
+    return DataError(
+        f"{printable(str(root))} can be read in two ways: {readings[0]}; or {readings[1]} in {name}. "
+        f"Say which: --train-dir {here} or --train-dir {name} (with --val-dir and --test-dir for others)"
     )
 
 
-def _shown(folders: list[Path]) -> str:
-    return printable(", ".join(path.name for path in folders[:3]) + (", ..." if len(folders) > 3 else ""))
-
-
-def _num_files(folders: list[Path]) -> int:
-    return sum(len(files) for folder in folders for _, _, files in os.walk(folder))
+def _has_photos(root: Path, folder: Path) -> bool:
+    return any(True for _ in files_below(root, folder, Skipped()))
 
 
 def _words(folder: Path) -> list[str]:
@@ -244,7 +252,7 @@ def _is_own(folder: Path, depth: int = 3) -> bool:
     """Return whether a folder is a run, cache or sweep of ours, or holds nothing but such."""
     folders = []
     try:
-        if any(all((folder / name).exists() for name in names) for names in OWN_FILES):
+        if is_ours(folder):
             return True
         locked = (folder / ".lock").exists()  # by a run that has only begun
         with os.scandir(folder) as entries:

@@ -22,13 +22,12 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
     Where `val_fraction` is 0 it is the validation set instead, and there is no test set. Raises UsageError for 0
     without such a folder, DataError for a class with fewer than two training photos.
     """
+    check_fraction(index, val_fraction)
     splits = index.folders.astype("<U5")
     held_out = set(splits) - {"train"}
     if held_out == {"val", "test"}:
         return splits
     if val_fraction == 0:
-        if not held_out:
-            raise UsageError(f"--val-fraction 0 needs a val or test folder in {index.root}: add one, or leave it out")
         splits[splits == "test"] = "val"
         return splits
     splits[splits == "val"] = "test"
@@ -42,6 +41,12 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
         order = np.random.default_rng([seed, label]).permutation(len(mine))
         splits[mine[order[:num_val]]] = "val"
     return splits
+
+
+def check_fraction(index: Index, val_fraction: float) -> None:
+    """Raise UsageError where nothing is left to validate on; known before any photo is decoded."""
+    if val_fraction == 0 and (index.folders == "train").all():
+        raise UsageError(f"--val-fraction 0 needs a val or test folder in {index.root}: add one, or leave it out")
 
 
 def explain_split(index: Index, val_fraction: float) -> str:

@@ -13,6 +13,15 @@ from fastcnn.errors import DataError
 from fastcnn.system.text import printable
 from pipelines.meant import meant_as_photo, of_the_system
 
+OWN_FILES = [
+    ("config.yaml", "split.csv"),
+    ("config.yaml", "last.pt"),
+    ("cache.json", "photos.jsonl"),
+    ("sweep.csv", "config.yaml"),
+    ("sweep.csv", "journal.log"),
+]
+"""Files by which a folder is told to be a run, a cache or a sweep of ours: two, as a class may hold one of them."""
+
 _LARGEST = 2**63 - 1
 
 
@@ -36,7 +45,7 @@ class Skipped:
     """What a walk has left out."""
 
     hidden: int = 0
-    """Hidden files, and folders of the system."""
+    """Hidden files, and folders of the system and of ours."""
     unreadable: int = 0
     """Folders that cannot be read."""
     others: Counter[str] = field(default_factory=Counter)
@@ -66,6 +75,11 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def is_ours(folder: str | Path) -> bool:
+    """Return whether a folder is a run, a cache or a sweep of ours."""
+    return any(all(os.path.exists(os.path.join(folder, name)) for name in names) for names in OWN_FILES)  # noqa: PTH110, PTH118
+
+
 def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[str, int, Stamp]]:
     """Yield path below root, bytes and stamp of each file below a folder that may be a photo; count the rest.
 
@@ -87,7 +101,7 @@ def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[st
         if inode in above:
             continue
         for entry in entries:
-            if entry.name.startswith(".") or (of_the_system(entry.name) and is_folder(entry)):
+            if entry.name.startswith(".") or (is_folder(entry) and (of_the_system(entry.name) or is_ours(entry.path))):
                 skipped.hidden += 1
             elif is_folder(entry):
                 stack.append((entry.path, above | {inode}))

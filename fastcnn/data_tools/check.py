@@ -87,9 +87,11 @@ def table(findings: Findings) -> str:
     index, problems = findings.index, findings.problems()
     total = f"{len(index):,} photos, {index.sizes.sum() / 2**20:,.1f} MiB"
     heads, rows = class_rows(findings)
-    layout = f"layout: {index.layout}\n" if index.layout else ""
     others = f"; {index.told_others()}" if index.others else ""
-    blocks = [f"{layout}{total} in {printable(str(index.root))}{others}", text.table(heads, rows, right=heads[1:])]
+    blocks = [
+        f"layout: {index.layout}\n{total} in {printable(str(index.root))}{others}",
+        text.table(heads, rows, right=heads[1:]),
+    ]
     blocks.append("\n".join(f"{name}: {counted(each)}" for name, each in findings.kinds().items() if each))
     blocks.append("\n".join(["to look at:", *(f"  {line}" for line in problems)]) if problems else "nothing is wrong")
     bad = [f"{printable(path)}: {each.reason}{detail(each.detail)}" for path, each in findings.bad.items()]

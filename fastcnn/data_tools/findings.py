@@ -139,6 +139,7 @@ class Findings:
         rows = zip(index.paths, index.labels, index.folders, index.sizes, self.facts, self.verdicts, strict=True)
         return {
             "data": str(index.root),
+            "layout": index.layout,
             "decoder": self.decoder,
             "refusal": self.refusal,
             "problems": self.problems(),

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastcnn.config import DataConfig
+from fastcnn.data.dataset import prepare
 from fastcnn.data.index import scan, scan_held_out, scan_loosely
 from fastcnn.data.split import draw_split, explain_split, read_split, write_split
 from fastcnn.errors import DataError, FastCNNWarning, UsageError
@@ -20,6 +22,10 @@ def touch(root: Path, *paths: str) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"x")
     return root
+
+
+def _never(done: int, total: int) -> None:
+    raise AssertionError("a photo is decoded")
 
 
 def many(root: Path, folder: str, count: int) -> Path:
@@ -317,6 +323,8 @@ def test_a_held_out_folder_alone_may_validate(tmp_path: Path, held_out: str) -> 
     assert explain_split(flat, 0.2) == ""
     with pytest.raises(UsageError, match="needs a val or test folder"):
         draw_split(flat, 0, 0)
+    with pytest.raises(UsageError, match="needs a val or test folder"):  # known before a photo is decoded
+        prepare(DataConfig(data=str(tmp_path / "data" / "train"), val_fraction=0), progress=_never)
 
 
 def test_a_table_is_no_folder(tmp_path: Path) -> None:

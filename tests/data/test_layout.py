@@ -90,9 +90,27 @@ def test_flat_layouts(name: str, tmp_path: Path) -> None:
 
 
 def test_what_stands_beside_a_train_folder_is_named(tmp_path: Path) -> None:
-    index, told = read(photos(tmp_path, "train/cat", "train/dog", "images/a", "extra/b"))
+    index, told = read(photos(tmp_path, "train/cat", "train/dog", "docs/", "images", "wandb/a", "wandb/b"))
     assert index.classes == ("cat", "dog")
-    assert told == [f"extra, images in {tmp_path} are beside the split folders (train), and not read"]
+    assert told == [f"docs, images, wandb in {tmp_path} are beside the split folders (train), and not read"]
+
+
+@pytest.mark.parametrize("beside", [["plane/c", "plane/d"], ["plane", "ship"], ["plane/c", "ship/d"]])
+def test_train_may_be_a_class_among_others(beside: list[str], tmp_path: Path) -> None:
+    photos(tmp_path, "train/a", "train/b", *beside)
+    (tmp_path / "train/a/notes.txt").write_text("no photo")
+    with pytest.raises(DataError, match=r"in two ways.*2 classes, a, b, of 2 photos in train") as error:
+        scan(tmp_path)
+    number, names = (
+        (3, "plane, ship, train") if len({name.split("/")[0] for name in beside}) > 1 else (2, "plane, train")
+    )
+    assert f"in two ways: {number} classes, {names}, of 4 photos; or" in str(error.value)
+    assert scan(tmp_path, chosen={"train": "."}).classes == tuple(names.split(", "))
+    assert scan(tmp_path, chosen={"train": "train"}).classes == ("a", "b")
+    photos(tmp_path, "test/a", "test/b")  # now it is certain
+    index, told = read(tmp_path)
+    assert index.classes == ("a", "b")
+    assert "not read" in told[0]
 
 
 def test_two_readings_are_shown_and_an_option_settles_it(tmp_path: Path) -> None:
@@ -122,11 +140,13 @@ def test_our_own_folders_are_no_classes(tmp_path: Path) -> None:
     photos(tmp_path, "cat", "dog")
     own = ["runs/a/config.yaml", "runs/a/last.pt", "runs/b/.lock", "s/sweep.csv", "s/journal.log"]
     own += ["caches/128-turbo/cache.json", "caches/128-turbo/photos.jsonl"]
+    own += ["cat/runs/a/config.yaml", "cat/runs/a/split.csv", "cat/runs/a/predictions.png", "dog/s/sweep.csv"]
+    own += ["dog/s/journal.log", "dog/s/sweep.png"]
     for name in own:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     index, told = read(tmp_path)
-    assert (index.classes, len(index), told) == (("cat", "dog"), 2, [])
+    assert (index.classes, index.paths, told) == (("cat", "dog"), ("cat/cat.jpg", "dog/dog.jpg"), [])
 
 
 @pytest.mark.parametrize("name", [".lock", "cache.json", "sweep.csv", "config.yaml"])

@@ -212,6 +212,9 @@ def test_a_folder_of_any_layout(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = check.check(unknown, decoder="pillow")
     assert "does not have" in found.refusal
     assert found.index.classes == ("a", "b", "c")
+    for folder, layout in ((flat, "no folders"), (one, "<class>"), (unknown, "train, val, each with <class>")):
+        assert run(str(folder)) == 3
+        assert capsys.readouterr().out.startswith(f"layout: {layout}")
     (tmp_path / "empty").mkdir()
     assert check.check(tmp_path / "empty", decoder="pillow").refusal
     assert run(str(tmp_path / "empty"), "--html", str(tmp_path / "empty.html")) == 3
