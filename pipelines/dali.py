@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines import pillow
-from pipelines.jpeg import Header, damage, header, upright_size
+from pipelines.jpeg import Header, complaint, header, upright_size
 from pipelines.verdict import USABLE, Box, Source, Unusable, Verdict, check_pixels, read
 
 # Not an import statement, because DALI's type hints lack half of its names.
@@ -56,8 +56,9 @@ def decode(
             head = header(data)
             if head is not None:
                 check_pixels(head.width, head.height, max_pixels)
-                # Damaged photos are left to Pillow: DALI decodes the part that is there, or fails the whole batch.
-                if _complete(data, head) and not damage(data):
+                # Damaged photos are left to Pillow: DALI decodes the part that is there, even where libjpeg gives up,
+                # or fails the whole batch.
+                if _complete(data, head) and not complaint(data):
                     return _Photo(index, data, box, _region(head, box))
             with_pillow(index, data, box)
         except Unusable as error:

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -475,6 +476,18 @@ def test_odd_names(decoder, photos, tmp_path):
     assert (got == got[0]).all()
 
 
+def assert_one_verdict(sources: list[bytes]) -> list[Verdict]:
+    """Return the verdicts, which are Pillow's for every decoder."""
+    expected = decode(sources, "pillow")[1]
+    for decoder in ("turbo", "dali"):
+        try:
+            pipelines.choose(decoder, gpu=False)
+        except DecoderUnavailable:
+            continue
+        assert decode(sources, decoder)[1] == expected
+    return expected
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_gets_one_verdict(data, photos):
@@ -484,14 +497,37 @@ def test_damage_gets_one_verdict(data, photos):
     length = data.draw(st.integers(0, 20))
     noise = data.draw(st.binary(min_size=length, max_size=length))
     cut, overwritten = photo[:at], photo[:at] + noise + photo[at + length :]
-    sources = [cut, overwritten]
-    expected = decode(sources, "pillow")[1]
-    assert decode(sources, "turbo")[1] == expected
-    try:
-        pipelines.choose("dali", gpu=False)
-    except DecoderUnavailable:
-        return
-    assert decode(sources, "dali")[1] == expected
+    assert_one_verdict([cut, overwritten])
+
+
+def with_flipped_bits(photo: bytes, rng: random.Random) -> bytes:
+    """The photo with 1 to 4 bits of its scans flipped; one in four becomes a marker where none belongs."""
+    first, damaged = header(photo).scan, bytearray(photo)
+    stuffed = [found.end() - 1 for found in re.compile(b"\xff\0").finditer(photo, first)]
+    for _ in range(rng.randint(1, 4)):
+        at = rng.choice(stuffed) if stuffed and rng.random() < 0.25 else rng.randrange(first, len(photo) - 2)
+        damaged[at] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("count", [64, pytest.param(5_000, marks=pytest.mark.long)])
+def test_flipped_bits_get_one_verdict(photos, count):
+    rng = random.Random(0)
+    small = [photos[i] for i in (0, 1, 2, 3, 6, 7)]
+    verdicts = assert_one_verdict([with_flipped_bits(small[i % 6], rng) for i in range(count)])
+    assert {"", "corrupt"} == {verdict.reason for verdict in verdicts}
+    assert any(verdict.warning for verdict in verdicts)
+
+
+@pytest.mark.long
+@pytest.mark.shared
+def test_flipped_bits_of_real_photos_get_one_verdict():
+    rng = random.Random(0)
+    paths = sorted(SHARED.glob("clothing-10/train/*/*")) + sorted(SHARED.glob("animals-8/*/*"))
+    contents = [path.read_bytes() for path in rng.sample(paths, len(paths))]
+    plain = [content for content in contents if header(content) is not None]
+    verdicts = assert_one_verdict([with_flipped_bits(plain[i % len(plain)], rng) for i in range(5_000)])
+    assert {"", "corrupt"} == {verdict.reason for verdict in verdicts}
 
 
 def test_plain_header(photos):

@@ -373,7 +373,7 @@ UNFILTERED = """
 from pipelines import dali
 
 dali.header = lambda data: dali.Header(100, 100, 1, 0)  # whatever the file is, DALI gets it
-dali.damage = lambda data: ""
+dali.complaint = lambda data: ""
 dali._complete = lambda data, head: True
 dali._region = lambda head, box: dali.np.array([0, 0, 32, 32], dali.np.float32)
 dali._CPU_BATCH = 64  # 32 and more is where it dies
