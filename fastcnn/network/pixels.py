@@ -46,3 +46,9 @@ class Normalise:
         """Return the normalised images. Arithmetic is fp32; the result is rounded once."""
         rows = images.flatten(2)  # (N, H, W * 3)
         return torch.addcmul(self.shift, rows, self.scale).to(self.dtype).view(images.shape).permute(0, 3, 1, 2)
+
+    def pixels(self, normalised: Tensor) -> Tensor:
+        """Return the uint8 images (N, H, W, 3) that normalised ones (N, 3, H, W) show: the inverse of a call."""
+        images = normalised.permute(0, 2, 3, 1)
+        pixels = (images.flatten(2).to(self.scale.dtype) - self.shift) / self.scale
+        return pixels.round().clamp(0, 255).to(torch.uint8).view(images.shape)

@@ -70,7 +70,9 @@ def write(
     """
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    (folder / "report.html").write_text(page(folder, report, files, summary, config), encoding="utf-8")
+    batch = folder / "batch.png"  # drawn when the run began
+    pictures = {**files, batch.name: batch.read_bytes()} if batch.is_file() else files
+    (folder / "report.html").write_text(page(folder, report, pictures, summary, config), encoding="utf-8")
 
 
 def page(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from fastcnn.config import parse_interval
+from fastcnn.runs.batch_picture import drawing_engine
 from fastcnn.runs.build import Training
 from fastcnn.runs.failures import RunInterrupted, raise_if_not_finite, raise_if_validation_not_finite
 from fastcnn.runs.state import RunContext, RunState
@@ -26,9 +27,10 @@ def train(run: RunContext, training: Training, trackers: Sequence[Tracker], stop
     Raises RunInterrupted, after saving, once `stop` holds a signal, and FastCNNError if a loss or weight is not finite.
     """
     state, ranks, saving = training.state, run.ranks, CheckpointTimer(run.config.checkpoint_every)
+    engine = drawing_engine(run, training)
     while state.epoch < state.config.epochs and not _is_stale(state, run.console):
         start = time.perf_counter()
-        trained, images_per_second = _train_epoch(run, training, saving, stop)
+        trained, images_per_second = _train_epoch(run, training, engine, saving, stop)
         state.average_batch_norms()
         with run.stopwatch.stage("eval"), state.averaged():
             val = training.evaluator().score
@@ -53,7 +55,7 @@ def train(run: RunContext, training: Training, trackers: Sequence[Tracker], stop
 
 
 def _train_epoch(
-    run: RunContext, training: Training, saving: CheckpointTimer, stop: StopRequest
+    run: RunContext, training: Training, engine: Engine, saving: CheckpointTimer, stop: StopRequest
 ) -> tuple[Score, float]:
     """Take the steps of an epoch, or those that an interrupted run left of it; return its score and images/s."""
     state, step, ranks, watch = training.state, training.state.step, run.ranks, run.stopwatch
@@ -68,7 +70,7 @@ def _train_epoch(
     ):
         if not first:
             step.sums.reset()
-        for done, live in run_steps(step, training.engine, first, saving):
+        for done, live in run_steps(step, engine, first, saving):
             rate = (live.count * ranks.count - images_before) / (time.perf_counter() - start)
             progress(done, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
             signum, due = ranks.maximum(stop.signum, saving.due(done))

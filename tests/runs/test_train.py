@@ -31,7 +31,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_the_run_folder(run_dir: Path, photos: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} >= {
         "config.yaml", "split.csv", "bad_images.csv", "metrics.csv", "result.json", "last.pt", "best.pt",
-        "curves.png", "confusion_matrix.png", "predictions.png", "filters.png", "report.html",
+        "curves.png", "confusion_matrix.png", "predictions.png", "filters.png", "batch.png", "report.html",
     }  # fmt: skip
     metrics = rows(run_dir / "metrics.csv")
     assert [row["epoch"] for row in metrics] == ["1", "2"]

@@ -80,6 +80,7 @@ def test_a_finished_run_goes_on_with_more_epochs(run_dir: Path, tmp_path: Path) 
     fit(resumed_config("run", {"epochs": 3}), resume="run")
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2", "3"]
     assert rows(tmp_path / "run")[:2] == rows(run_dir)
+    assert (tmp_path / "run" / "batch.png").read_bytes() == (run_dir / "batch.png").read_bytes()
 
 
 def test_a_resumed_run_changes_nothing_else(run_dir: Path) -> None:
