@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastcnn.system.waiting import wait_briefly
+
 if TYPE_CHECKING:
     from fastcnn.config import Config
     from fastcnn.data.index import Index, scan
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from fastcnn.network.small_cnn import SmallCNN
     from fastcnn.runs.evaluate_run import evaluate_run
     from fastcnn.runs.fit import Result, fit
+
+wait_briefly()  # the one effect of this import, as torch must not be loaded before it
 
 # Lazy (PEP 562), so that `fastcnn --help` does not wait for torch.
 _PUBLIC = {

@@ -68,7 +68,7 @@ class RunConfig(Section):
     engine: Annotated[Engine, BeforeValidator(_engine_of_today)] = "auto"
     """Execution of the training step. auto: measured, the fastest for this run."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Number of CPU threads for arithmetic. Default: one per core."""
+    """Number of CPU threads for arithmetic. Default: one per core, or fewer where training is then faster."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Random seed of the split, the initial weights and the order of the images."""
     deterministic: bool = False

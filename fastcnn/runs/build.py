@@ -31,6 +31,7 @@ from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system import generators
 from fastcnn.system.device import DTYPES, describe_hardware, is_out_of_memory, release_memory
 from fastcnn.system.ranks import ALONE, Ranks
+from fastcnn.system.thread_choice import ThreadChoice
 from fastcnn.training import engine_choice, engines
 from fastcnn.training.augment import Augment
 from fastcnn.training.engines import Engine
@@ -53,6 +54,8 @@ class Training:
     """Runs the training step."""
     evaluator: Evaluator
     """Scores the validation images."""
+    threads: ThreadChoice
+    """Number of CPU threads of the next steps."""
 
 
 def build(run: RunContext, data: Dataset) -> Training:
@@ -88,7 +91,8 @@ def _build(run: RunContext, data: Dataset) -> Training:
         evaluator = make_evaluator(state, feeds["val"])
         if run.device.type != "cpu":  # an eager engine has run nothing yet: does the step fit?
             engines.time_step(engine, state.step, 1)
-    return Training(data=data, feeds=feeds, state=state, engine=engine, evaluator=evaluator)
+    threads = ThreadChoice(torch.get_num_threads(), fixed=config.threads is not None or state.config.engine != "eager")
+    return Training(data=data, feeds=feeds, state=state, engine=engine, evaluator=evaluator, threads=threads)
 
 
 def load_cpu_kernels(device: torch.device, *, strict: bool) -> None:

@@ -151,6 +151,8 @@ def resolve_machine(config: Config, group: Ranks) -> Config:
             f"--device {config.device} is one device, and there are {group.count} ranks: give {device.type}"
         )
     cores = max(1, num_cores() // group.local_count)
+    # Another number of threads rounds differently.
+    may_choose_threads = not (config.threads or config.deterministic) and group.count == 1 and device.type == "cpu"
     init = Path(config.init_from or "")
     init_is_path = init.is_file() or (init / run_folder.CONFIG).is_file()  # else a name under runs/
     return dataclasses.replace(
@@ -161,7 +163,7 @@ def resolve_machine(config: Config, group: Ranks) -> Config:
         init_from=_absolute(config.init_from) if init_is_path else config.init_from,
         device=device.type if group.count > 1 else str(device),
         precision=pick_precision(config.precision, device, deterministic=config.deterministic, strict=config.strict),
-        threads=config.threads or cores,
+        threads=None if may_choose_threads else config.threads or cores,
         workers=config.workers or (cores if group.count > 1 else None),
     )
 

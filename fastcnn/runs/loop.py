@@ -14,6 +14,7 @@ from fastcnn.runs.state import RunContext, RunState
 from fastcnn.runs.trackers import Tracker
 from fastcnn.system.console import Console
 from fastcnn.system.signals import StopRequest
+from fastcnn.system.thread_choice import ThreadChoice
 from fastcnn.training.engines import Engine
 from fastcnn.training.metrics import Live, Score
 from fastcnn.training.step import TrainingStep
@@ -68,9 +69,10 @@ def _train_epoch(
         step.start_epoch(state.config.seed, epoch, first, state.sampling_weights),
         run.console.progress(f"epoch {epoch}/{state.config.epochs}", "steps") as progress,
     ):
+        training.threads.try_others()
         if not first:
             step.sums.reset()
-        for done, live in run_steps(step, engine, first, saving):
+        for done, live in run_steps(step, engine, first, saving, training.threads):
             rate = (live.count * ranks.count - images_before) / (time.perf_counter() - start)
             progress(done, step.num_steps, f"loss {live.loss:.4f}  {max(rate, 0):,.0f} images/s")
             signum, due = ranks.maximum(stop.signum, saving.due(done))
@@ -92,7 +94,9 @@ def _train_epoch(
     return score, (score.count - images_before) / (watch.seconds["train"] - seconds_before)
 
 
-def run_steps(step: TrainingStep, engine: Engine, done: int, saving: CheckpointTimer) -> Iterator[tuple[int, Score]]:
+def run_steps(
+    step: TrainingStep, engine: Engine, done: int, saving: CheckpointTimer, threads: ThreadChoice
+) -> Iterator[tuple[int, Score]]:
     """Queue an epoch's steps, from step `done` on, in portions; yield the steps queued and the score so far.
 
     A portion takes about `PORTION_SECONDS`, so that progress is live and a signal is soon seen.
@@ -105,9 +109,13 @@ def run_steps(step: TrainingStep, engine: Engine, done: int, saving: CheckpointT
         step.feed.drive(engine.run, steps)
         live.mark()
         done += steps
+        seconds = time.perf_counter() - start
+        threads.took(steps, seconds)
         yield done, live.score
-        if time.perf_counter() - start < PORTION_SECONDS:
+        if seconds < PORTION_SECONDS:
             portion *= 2
+        elif seconds > 4 * PORTION_SECONDS:  # the machine has become slower
+            portion = max(1, portion // 2)
 
 
 def _finish_epoch(run: RunContext, state: RunState, row: dict[str, float]) -> None:

@@ -95,6 +95,7 @@ def _summarize(training: Training, watch: Stopwatch, test: Evaluation | None) ->
         "loader_reason": data.loader_reason,
         "precision": config.precision,
         "device": config.device,
+        "threads": {str(count): steps for count, steps in sorted(training.threads.steps.items())},
         "epochs": state.epoch,
         "best_epoch": int(state.best["epoch"]),
         "devices": config.devices,
