@@ -49,7 +49,7 @@ from fastcnn.data.shards import forget
 from fastcnn.errors import FastCNNError, fall_back, warn
 from fastcnn.storage.files import check_space, free_bytes
 from fastcnn.storage.locks import locked
-from fastcnn.storage.paths import user_cache_folder
+from fastcnn.storage.paths import user_cache_folder, usual_cache_folder
 from fastcnn.system.ranks import ALONE, Ranks
 from pipelines import workers
 from pipelines.workers import Workers, end_early, shared
@@ -273,7 +273,11 @@ def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool)
     key = hashlib.sha256(json.dumps({**header, "format": 2}, sort_keys=True).encode()).hexdigest()[
         :16
     ]  # 2: a cache of an older format is replaced, not left behind
-    return CacheFiles(default_folder(config.cache_dir) / key, header)
+    kept = usual_cache_folder() / key  # of use where that folder is read-only by now
+    folder = (
+        kept if not config.cache_dir and (kept / "cache.json").is_file() else default_folder(config.cache_dir) / key
+    )
+    return CacheFiles(folder, header)
 
 
 def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
