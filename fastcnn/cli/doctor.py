@@ -20,7 +20,7 @@ import pipelines
 from fastcnn.data.cache import default_folder
 from fastcnn.errors import first_line
 from fastcnn.network.kernels import cpu_max_pool
-from fastcnn.runs.wandb_tracker import in_netrc
+from fastcnn.runs.wandb_server import in_netrc
 from fastcnn.storage.files import free_bytes
 from fastcnn.system import text
 from fastcnn.system.device import describe_hardware, free_memory_bytes, has_bf16

@@ -1,26 +1,30 @@
-"""W&B tracker: talks to wandb in a thread of its own, through a queue, so that a run never waits and never asks."""
+"""W&B tracker: talks to wandb in a thread of its own, through a queue, so that a run never waits and never asks.
+
+A resumed run goes on in its W&B run, whose id, project and entity are in `wandb/run.json` in the run folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import netrc
+import hashlib
+import json
 import os
 import queue
 import secrets
 import shlex
 import shutil
-import ssl
+import sys
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastcnn.config import Wandb
 from fastcnn.errors import first_line, warn
 from fastcnn.reporting.outcome import Outcome
+from fastcnn.runs.wandb_server import answers, logged_in
+from fastcnn.storage import files
+from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.console import Console
 from fastcnn.system.text import as_utf8, texts_as_utf8
 
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     import wandb
 
 PROJECT = "fastcnn"
-PROBE_SECONDS = 5.0  # for a server to answer at all
 INIT_SECONDS = 20.0  # for it to take the run
 SEND_SECONDS = 20.0  # for wandb to send the rest when the run ends
 WAIT_SECONDS = 30.0  # for all of that, at the end of a run that was shorter
@@ -46,11 +49,24 @@ class WandbTracker:
 
     wandb is imported and called in a daemon thread only. Its first failure becomes one warning at the end of the run;
     the rest is still recorded in the run folder.
+
+    Args:
+        run_dir: the run folder.
+        console: where progress is shown.
+        config: configuration, hardware and versions.
+        rows: figures of the epochs that a resumed run already has; logged where no W&B run has them.
     """
 
-    def __init__(self, run_dir: Path, console: Console, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        console: Console,
+        config: Mapping[str, Any],
+        rows: Sequence[Mapping[str, float]] = (),
+    ) -> None:
         self.run_dir, self.console, self.config = run_dir, console, dict(config)
         self.mode = asked_mode(self.config["wandb"])
+        self.begun = _read_begun(run_dir)
         self.id: str | None = None
         self.url: str | None = None
         self.folder: Path | None = None
@@ -62,6 +78,9 @@ class WandbTracker:
         if self.mode != "disabled":
             self._thread = threading.Thread(target=self._work, name="fastcnn-wandb", daemon=True)
             self._thread.start()
+        if not self.begun:
+            for row in rows:
+                self.epoch(row)
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Log the figures of an epoch under their own names."""
@@ -83,18 +102,30 @@ class WandbTracker:
             self._thread.join(WAIT_SECONDS)
             if self._thread.is_alive():
                 self._note("it did not take everything in time")
-        sync = None
-        if self.folder and not self._sent:
-            sync = f"wandb sync {shlex.quote(_relative(self.folder))}"
+        sync = self._sync_command()
         if self.problem:
             warn(f"W&B: {self.problem}" + (f"; to send what was recorded: {sync}" if sync else ""))
         elif sync:
-            self.console.line(f"W&B: recorded offline; to send it: {sync}")
+            part = "an earlier part was recorded offline" if self._sent else "recorded offline"
+            self.console.line(f"W&B: {part}; to send it: {sync}")
         return {"wandb": {"mode": self.mode, "id": self.id, "url": self.url, "sync": sync}}
 
     def _put(self, job: Callable[[wandb.Run], None] | None) -> None:
         if self._thread:
             self._jobs.put(job)
+
+    def _sync_command(self) -> str | None:
+        """Return the command that sends all parts of this run that were not sent, in their order; None if all were."""
+        if not self.folder:
+            return None
+        parts = [
+            part
+            for part in sorted(self.folder.parent.glob(f"offline-run-*-{self.id}"))
+            if part != self.folder and not (part / f"run-{self.id}.wandb.synced").exists()
+        ]
+        parts += [] if self._sent else [self.folder]
+        options = ["--include-online"] if self.mode == "online" and not self._sent else []
+        return shlex.join(["wandb", "sync", *options, *map(_relative, parts)]) if parts else None
 
     def _note(self, problem: str) -> None:
         self.problem = self.problem or problem  # the first one causes those that follow
@@ -103,10 +134,13 @@ class WandbTracker:
         """Start the wandb run and carry out the queued jobs; this is the thread's function."""
         ours = "WANDB_SERVICE" not in os.environ  # else another part of the process uses W&B
         # Pending uploads stay in the run folder, and an offline run reports nothing.
-        folder = str((self.run_dir / "wandb").resolve())
-        with _environment(WANDB_DATA_DIR=folder, WANDB_ERROR_REPORTING="false"):
+        try:
+            root = _as_wandb_reads(self.run_dir)
+        except OSError as error:
+            return self._note(f"its files need a path in UTF-8, and no link can be made: {error}")
+        with _environment(WANDB_DATA_DIR=str(root / "wandb"), WANDB_ERROR_REPORTING="false"), _command_as_utf8():
             try:
-                run = self._begin(ours)
+                run = self._begin(ours, root)
                 while run and (job := self._jobs.get()):
                     try:
                         job(run)
@@ -120,63 +154,95 @@ class WandbTracker:
                     with contextlib.suppress(BaseException):
                         _teardown()
 
-    def _begin(self, ours: bool) -> wandb.Run | None:
-        """Start a wandb run, offline if online is impossible; None if W&B is disabled."""
+    def _begin(self, ours: bool, root: Path) -> wandb.Run | None:
+        """Start the wandb run, or its next part, offline if online is impossible; None if W&B is disabled."""
         import wandb
 
         settings = wandb.setup(wandb.Settings(silent=True) if ours else None).settings
-        base_url = settings.base_url
-        wanted, self.mode = self.mode, "offline"
-        if wanted == "auto":
-            wanted = settings.mode if settings.mode in ("offline", "disabled") else "auto"  # by `wandb offline`
-        if wanted == "disabled":
-            self.mode = "disabled"
+        self.mode = self._possible_mode(settings)
+        if self.mode == "disabled":
             return None
-        if wanted in ("auto", "online"):
-            if not logged_in(settings):
-                if wanted == "online":
-                    self._note("not logged in (wandb login), so the run was recorded offline")
-            elif not _answers(base_url):
-                self._note(f"{base_url} does not answer, so the run was recorded offline")
-            else:
-                self.mode = "online"
-        root = settings.root_dir if "WANDB_DIR" in os.environ else str(self.run_dir)
-
-        def init(mode: str, run_id: str | None) -> wandb.Run:
-            return wandb.init(
-                project=self.config["wandb_project"] or settings.project or PROJECT,
-                name=settings.run_name or as_utf8(self.run_dir.name),
-                id=run_id,
-                dir=root,
-                config=texts_as_utf8(self.config),
-                mode="online" if mode == "online" else "offline",
-                reinit="create_new",
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",  # the run's own output is left as it is
-                    init_timeout=min(settings.init_timeout, INIT_SECONDS),
-                    finish_timeout=SEND_SECONDS,
-                    finish_timeout_raises=True,
-                ),
-            )
-
+        root = _as_wandb_reads(Path(settings.root_dir)) if "WANDB_DIR" in os.environ else root
+        run_id = settings.run_id or self.begun.get("id") or secrets.token_hex(4)
         if self.mode == "online":
-            run_id = settings.run_id or secrets.token_hex(4)
+            before = set(_online_parts(root, run_id))
             try:
-                run = init("online", run_id)
+                # Sending a run again that was begun so replaces its figures, and appends them to one that was resumed.
+                run = self._init(settings, root, run_id, "allow" if self.begun else None)
             except Exception as error:
                 self._note(f"{first_line(error)}, so the run was recorded offline")
-                for rest in Path(root, "wandb").glob(f"run-*-{run_id}"):
+                for rest in set(_online_parts(root, run_id)) - before:
                     shutil.rmtree(rest, ignore_errors=True)
                 self.mode = "offline"
+                if not self.begun:
+                    run_id = secrets.token_hex(4)
+                elif ours:
+                    _teardown()  # its process takes no second run of that id
         if self.mode == "offline":
-            run = init("offline", None)
+            run = self._init(settings, root, run_id, "allow")
         self.id, self.folder = run.id, Path(run.settings.sync_dir)
+        begun = {"id": run.id, "project": run.project, "entity": run.entity or self.begun.get("entity", "")}
+        files.write(_begun_file(self.run_dir), json.dumps(begun) + "\n")
         if self.mode == "online":
             self.url = run.url
         run.define_metric("epoch")
         run.define_metric("*", step_metric="epoch")
         return run
+
+    def _possible_mode(self, settings: wandb.Settings) -> str:
+        """Return online, offline or disabled; note why it is not online where that was asked for."""
+        wanted, base_url = self.mode, settings.base_url
+        if wanted == "auto":
+            wanted = settings.mode if settings.mode in ("offline", "disabled") else "auto"  # by `wandb offline`
+        if wanted not in ("auto", "online"):
+            return wanted
+        if not logged_in(settings):
+            if wanted == "online":
+                self._note("not logged in (wandb login), so the run was recorded offline")
+        elif not answers(base_url):
+            self._note(f"{base_url} does not answer, so the run was recorded offline")
+        else:
+            return "online"
+        return "offline"
+
+    def _init(self, settings: wandb.Settings, root: Path, run_id: str, resume: Literal["allow"] | None) -> wandb.Run:
+        import wandb
+
+        return wandb.init(
+            project=self.begun.get("project") or self.config["wandb_project"] or settings.project or PROJECT,
+            entity=self.begun.get("entity") or settings.entity,
+            name=settings.run_name or as_utf8(self.run_dir.name),
+            id=run_id,
+            resume=settings.resume or resume,
+            dir=str(root),
+            config=texts_as_utf8(self.config),
+            mode="online" if self.mode == "online" else "offline",
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",  # the run's own output is left as it is
+                init_timeout=min(settings.init_timeout, INIT_SECONDS),
+                finish_timeout=SEND_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+
+
+def _begun_file(run_dir: Path) -> Path:
+    return run_dir / "wandb" / "run.json"
+
+
+def _read_begun(run_dir: Path) -> dict[str, str]:
+    """Return id, project and entity of the W&B run that an earlier part of this run began; {} if none did."""
+    try:
+        begun = json.loads(_begun_file(run_dir).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {name: str(begun.get(name, "")) for name in ("id", "project", "entity")} if isinstance(begun, dict) else {}
+
+
+def _online_parts(root: Path, run_id: str) -> list[Path]:
+    return list(root.glob(f"wandb/run-*-{run_id}"))
 
 
 def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
@@ -208,7 +274,7 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
         run.log(logged)
     for path in outcome.exported:
         artifact = wandb.Artifact(f"model-{run.id}-{path.suffix[1:]}", type="model", metadata=dict(outcome.summary))
-        artifact.add_file(str(path))
+        artifact.add_file(str(_as_wandb_reads(path.parent) / path.name))
         run.log_artifact(artifact)
 
 
@@ -216,34 +282,6 @@ def _teardown() -> None:
     import wandb
 
     wandb.teardown()  # ends wandb's own process, so that ours does not wait for it on exit
-
-
-def logged_in(settings: Any) -> bool:
-    """Return whether wandb's settings hold a key or token for its server."""
-    return bool(settings.api_key or settings.identity_token_file or in_netrc(settings.base_url))
-
-
-def in_netrc(base_url: str) -> bool:
-    """Return whether `wandb login` has stored a key for the server."""
-    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for place in places:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(Path(place).expanduser()).authenticators(urlsplit(base_url).netloc):
-                return True
-    return False
-
-
-def _answers(base_url: str) -> bool:
-    """Return whether a server answers; wandb itself would take half a minute to give up."""
-    try:
-        urllib.request.urlopen(base_url, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # wandb may know another certificate
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -258,8 +296,37 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+@contextlib.contextmanager
+def _command_as_utf8() -> Iterator[None]:
+    """Have program and command line, which wandb records, be text that it can write."""
+    arguments = sys.argv
+    program = str(Path.cwd() / (getattr(sys.modules["__main__"], "__file__", None) or ""))
+    with contextlib.ExitStack() as stack:
+        if as_utf8(program) != program:
+            stack.enter_context(_environment(WANDB_PROGRAM=as_utf8(program)))
+        if list(map(as_utf8, arguments)) != arguments:
+            stack.callback(setattr, sys, "argv", arguments)
+            sys.argv = list(map(as_utf8, arguments))
+        yield
+
+
+def _as_wandb_reads(folder: Path) -> Path:
+    """Return the absolute path of a folder, or where that is not UTF-8, of a link to it in the user's cache folder.
+
+    The link is left: what was recorded offline names files by it. Raises OSError where it cannot be made.
+    """
+    folder = folder.resolve()
+    if as_utf8(str(folder)) == str(folder):
+        return folder
+    link = user_cache_folder() / "wandb" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder)
+    return link
+
+
 def _relative(path: Path) -> str:
     """Return a path relative to the current folder, if it lies below it."""
     with contextlib.suppress(ValueError):
-        return str(path.resolve().relative_to(Path.cwd()))
+        return str(path.absolute().relative_to(Path.cwd()))
     return str(path)

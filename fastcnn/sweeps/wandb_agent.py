@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.config import OPTIONS, in_our_words, read_yaml, resolve
 from fastcnn.errors import FastCNNError, first_line, warn
-from fastcnn.runs.wandb_tracker import logged_in
+from fastcnn.runs.wandb_server import logged_in
 from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.sweep import SWEEPS
 from fastcnn.sweeps.trial_process import Ending, Job, TrialProcess

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +15,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from fastcnn.runs import trackers as tracking
 from fastcnn.runs import wandb_tracker
 from fastcnn.runs.trackers import COLUMNS, Run
 from fastcnn.runs.wandb_tracker import WandbTracker
+from fastcnn.storage import checkpoint
 from fastcnn.system.console import Console
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # of the right form, and nobody's
@@ -216,9 +220,11 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers like W&B's as far as a run with figures needs it; hangs where `silent`."""
+    """Answers like W&B's as far as a run with figures needs it, and keeps these; hangs where `silent`."""
 
     silent = False
+    history: dict[str, list[dict[str, Any]]]
+    """By run, the lines that were logged, as W&B keeps them: those sent from an offset on replace the ones there."""
 
     def _answer(self, body: object) -> None:
         data = json.dumps(body).encode()
@@ -238,14 +244,28 @@ class Server(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         while self.silent:
             time.sleep(0.1)
-        if not self.path.endswith("graphql"):
+        if not self.path.endswith(("graphql", "file_stream")):
             return self._answer({})
-        asked = json.loads(body)
+        asked = json.loads(gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body)
+        if self.path.endswith("file_stream"):
+            sent = asked.get("files", {}).get("wandb-history.jsonl")
+            if sent:
+                lines, start = self.history[self.path.split("/")[-2]], sent["offset"]
+                lines[start : start + len(sent["content"])] = map(json.loads, sent["content"])
+            return self._answer({})
         variables, data = asked["variables"], {}
+        project = {"id": "cA==", "name": "fastcnn", "entity": {"id": "ZQ==", "name": "me"}}
+        bucket = {"id": "Yg==", "name": variables.get("name"), "config": "{}"}
         if "upsertBucket" in asked["query"]:
-            project = {"id": "cA==", "name": "fastcnn", "entity": {"id": "ZQ==", "name": "me"}}
-            bucket = {"id": "Yg==", "name": variables["name"], "config": "{}", "project": project}
-            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+            inserted = variables["name"] not in self.history
+            self.history.setdefault(variables["name"], [])
+            data = {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": inserted}}
+        elif "RunResumeStatus" in asked["query"]:
+            lines = self.history.get(variables["name"])
+            counts = {"historyLineCount": len(lines or ()), "eventsLineCount": 0, "logLineCount": 0}
+            tail = {"historyTail": json.dumps([json.dumps(line) for line in (lines or [])[-1:]]), "eventsTail": "[]"}
+            told = {**bucket, **counts, **tail, "summaryMetrics": "{}", "wandbConfig": '{"t": 1}', "tags": []}
+            data = {"model": {**project, "bucket": None if lines is None else told}}
         elif "createRunFiles" in asked["query"]:
             url = f"http://{self.headers['Host']}/upload/"
             files = [{"name": name, "uploadUrl": url + name} for name in variables["files"]]
@@ -261,7 +281,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
     """A server that somebody is logged in to."""
 
     class Handler(Server):
-        pass
+        history: ClassVar[dict[str, list[dict[str, Any]]]] = {}
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
@@ -281,6 +301,89 @@ def test_online_when_logged_in(server: type[Server]) -> None:
     assert note["url"].endswith(f"/me/fastcnn/runs/{note['id']}")
 
 
+def part(mode: str, run_dir: Path, done: int, more: int) -> dict[str, Any]:
+    """Record some more epochs of a run that has some, as a resumed run does; return the entry for result.json."""
+    run_dir.mkdir(exist_ok=True)
+    time.sleep(1)  # wandb names a part by the second
+    config = {"wandb": mode, "wandb_project": None}
+    tracker = WandbTracker(run_dir, Console(quiet=True), config, [figures(epoch) for epoch in range(1, done + 1)])
+    for epoch in range(done + 1, done + more + 1):
+        tracker.epoch(figures(epoch))
+    return tracker.close(130)["wandb"]  # type: ignore[no-any-return]
+
+
+def assert_one_run(server: type[Server], run_id: str, num_epochs: int) -> None:
+    """One run is on the server, with each epoch once."""
+    assert list(server.history) == [run_id]
+    assert [line["epoch"] for line in server.history[run_id]] == list(range(1, num_epochs + 1))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text here")
+def test_two_parts_recorded_offline_are_sent_as_one_run(
+    server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder whose name is not UTF-8, and named so on the command line."""
+    run_dir = tmp_path / os.fsdecode(b"caf\xe9")
+    monkeypatch.setattr(sys, "argv", ["fastcnn", "train", str(run_dir)])
+    first, second = part("offline", run_dir, 1, 1), part("offline", run_dir, 2, 1)
+    assert sys.argv[-1] == str(run_dir)
+    assert first["id"] == second["id"]
+    names = [path.name for path in sorted(run_dir.glob("wandb/offline-run-*"))]
+    assert [Path(word).name for word in shlex.split(second["sync"])[2:]] == names
+    assert all(name.endswith(f"-{first['id']}") for name in names)
+    subprocess.run([sys.executable, "-m", *shlex.split(second["sync"])], check=True, capture_output=True)
+    assert_one_run(server, first["id"], 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "modes", ["online online", "online offline", "offline online", "offline offline", "disabled online"]
+)
+def test_a_resumed_run_goes_on_in_the_same_run(modes: str, server: type[Server], tmp_path: Path) -> None:
+    notes = [part(mode, tmp_path / "run", 2 * number, 2) for number, mode in enumerate(modes.split())]
+    assert len({note["id"] for note in notes} - {None}) == 1
+    for note in notes[-1:]:
+        if note["sync"]:
+            subprocess.run([sys.executable, "-m", *shlex.split(note["sync"])], check=True, capture_output=True)
+    (lines,) = server.history.values()
+    assert sorted(line["epoch"] for line in lines) == [1, 2, 3, 4]
+    assert [part.name for part in tmp_path.glob(f"run/wandb/*run-*-{notes[-1]['id']}")]
+
+
+@pytest.mark.long
+def test_a_part_that_the_server_does_not_take_leaves_the_one_before(
+    server: type[Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = part("online", tmp_path / "run", 0, 2)
+    before = set(tmp_path.glob("run/wandb/run-*-*"))
+    monkeypatch.setattr(wandb_tracker, "INIT_SECONDS", 1)
+    server.silent = True
+    with pytest.warns(FastCNNWarning, match="so the run was recorded offline"):
+        second = part("online", tmp_path / "run", 2, 2)
+    server.silent = False
+    assert (second["mode"], second["id"]) == ("offline", first["id"])
+    assert before == set(tmp_path.glob("run/wandb/run-*-*"))
+    subprocess.run([sys.executable, "-m", *shlex.split(second["sync"])], check=True, capture_output=True)
+    assert_one_run(server, first["id"], 4)
+
+
+@pytest.mark.long
+def test_a_run_that_is_stopped_and_resumed_is_one_run(server: type[Server], photos: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "fastcnn.cli", "train"]
+    options = [*SMALL[2:], "--epochs=500", "--patience=500", "--no-report", "--run-dir=run", "--wandb=offline"]
+    begun = subprocess.Popen([*line, str(photos), *options])
+    while not Path("run/wandb/run.json").exists():
+        assert begun.poll() is None
+        time.sleep(0.02)
+    begun.send_signal(signal.SIGTERM)
+    assert begun.wait() == 143
+    done = len(checkpoint.load(Path("run/last.pt"))["rows"])
+    subprocess.run([*line, "--resume", "run", "--epochs", str(done + 2)], check=True)
+    note = result(tmp_path / "run")["wandb"]
+    subprocess.run([sys.executable, "-m", *shlex.split(note["sync"])], check=True, capture_output=True)
+    assert_one_run(server, note["id"], done + 2)
+
+
 def test_a_server_that_falls_silent_is_not_waited_for(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_tracker, "SEND_SECONDS", 1)
     tracker = start("online")
@@ -289,7 +392,7 @@ def test_a_server_that_falls_silent_is_not_waited_for(server: type[Server], monk
         time.sleep(0.05)
     server.silent = True
     tracker.epoch(figures(2))
-    with pytest.warns(FastCNNWarning, match="to send what was recorded: wandb sync run/wandb/run-"):
+    with pytest.warns(FastCNNWarning, match="to send what was recorded: wandb sync --include-online run/w"):
         note = tracker.close(0)["wandb"]
     assert note["mode"] == "online"
     assert len(epochs(read(Path("run")))) == 2
