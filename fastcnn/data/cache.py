@@ -270,9 +270,8 @@ def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool)
         header["max_pixels"] = config.max_pixels
     if not keep_pixels:
         header["pixels"] = False
-    key = hashlib.sha256(json.dumps({**header, "format": 2}, sort_keys=True).encode()).hexdigest()[
-        :16
-    ]  # 2: a cache of an older format is replaced, not left behind
+    named = json.dumps({**header, "format": 2}, sort_keys=True)  # 2: an older cache is replaced, not left behind
+    key = hashlib.sha256(named.encode()).hexdigest()[:16]
     kept = usual_cache_folder() / key  # of use where that folder is read-only by now
     folder = (
         kept if not config.cache_dir and (kept / "cache.json").is_file() else default_folder(config.cache_dir) / key
