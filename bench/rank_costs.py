@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from bench.scale import GRADIENT_BYTES, PHOTO_BYTES, STATISTICS_BYTES
+from bench.scale.rates import PHOTO_BYTES
+from bench.scale.step import GRADIENT_BYTES, STATISTICS_BYTES
 from fastcnn.data.cache_files import CHUNK, journal_line, read_journal, read_row
 
 ROWS, ROWS_A_READ = 16384, 256

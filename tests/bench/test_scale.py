@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
-from bench import rank_costs, scale
+from bench import rank_costs
 from bench.report.record import read
-from bench.scale import simulate
+from bench.scale import __main__ as command
+from bench.scale import picture, rates, tables
+from bench.scale.run import Plan, run
+from bench.scale.simulation import simulate
+from bench.scale.step import GRADIENT_BYTES, NUM_PARAMETERS, collective, slowest, step
 
-VALUES = scale.rate_values()
+VALUES = rates.rate_values()
 DURATIONS = [
     "start",
     "checkpoint",
@@ -42,25 +46,25 @@ THROUGHPUTS = sorted({*VALUES} - {*DURATIONS} - OTHERS)
 
 
 def test_the_document_shows_what_the_model_says() -> None:
-    text = scale.DOCUMENT.read_text(encoding="utf-8")
-    assert all(f"<!-- table: {name} -->" in text for name in scale.tables())
-    assert scale.filled(text) == text
+    text = command.DOCUMENT.read_text(encoding="utf-8")
+    assert all(f"<!-- table: {name} -->" in text for name in tables.tables())
+    assert command.filled(text) == text
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert scale.main([]) == 0
+    assert command.main([]) == 0
     assert "| 1,000,000,000 |" in capsys.readouterr().out
-    assert scale.main(["--wirte"]) == 2
+    assert command.main(["--wirte"]) == 2
     assert "expected --write or nothing, got --wirte" in capsys.readouterr().err
 
 
 def test_the_picture(tmp_path: Any) -> None:
-    scale.draw(tmp_path / "scale.png")
+    picture.draw(tmp_path / "scale.png")
     assert 0 < (tmp_path / "scale.png").stat().st_size < 100_000
 
 
 def test_rates_say_where_they_are_from() -> None:
-    for name, rate in scale.rate_table().items():
+    for name, rate in rates.rate_table().items():
         assert rate.low <= rate.value <= rate.high, name
         assert rate.unit, name
         assert (rate.kind == "measured") == ("`python -m bench" in rate.source), name
@@ -69,67 +73,67 @@ def test_rates_say_where_they_are_from() -> None:
 def test_what_is_counted() -> None:
     from fastcnn import SmallCNN
 
-    assert sum(parameter.numel() for parameter in SmallCNN(10).parameters()) == scale.NUM_PARAMETERS
+    assert sum(parameter.numel() for parameter in SmallCNN(10).parameters()) == NUM_PARAMETERS
 
 
 def test_the_model_gives_what_was_measured() -> None:
     """Whole runs on two cores: start, scan, decoding, training, evaluation."""
-    for row in read(scale.PUBLISHED).rows:
+    for row in read(rates.PUBLISHED).rows:
         info = row["extra_info"]
         if row["group"] == "train" or info.get("grows") == "photos":
-            run = scale.run(info["num_photos"], 0, VALUES, epochs=info.get("epochs", 1), batch=32)
+            found = run(info["num_photos"], 0, VALUES, epochs=info.get("epochs", 1), batch=32)
             took = info["stages"].get("cold", info["stages"])
-            assert run.seconds == pytest.approx(took["start"] + took["total"], rel=0.15)
+            assert found.seconds == pytest.approx(took["start"] + took["total"], rel=0.15)
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1000])
-@pytest.mark.parametrize("photos", scale.PHOTOS)
+@pytest.mark.parametrize("photos", tables.PHOTOS)
 def test_a_worse_rate_makes_no_run_faster(photos: int, gpus: int) -> None:
-    run = scale.run(photos, gpus, VALUES)
+    found = run(photos, gpus, VALUES)
     for names, factor in ((THROUGHPUTS, 0.5), (DURATIONS, 2.0)):
         for name in names:
-            worse = scale.run(photos, gpus, {**VALUES, name: VALUES[name] * factor})
-            assert worse.seconds >= run.seconds * (1 - 1e-9), name
+            worse = run(photos, gpus, {**VALUES, name: VALUES[name] * factor})
+            assert worse.seconds >= found.seconds * (1 - 1e-9), name
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1000])
 def test_more_photos_take_longer(gpus: int) -> None:
-    runs = [scale.run(photos, gpus, VALUES) for photos in scale.PHOTOS]
+    runs = [run(photos, gpus, VALUES) for photos in tables.PHOTOS]
     assert all(few.seconds < many.seconds for few, many in itertools.pairwise(runs))
 
 
 def test_no_rank_is_faster_than_its_parts_allow() -> None:
     """Images a second of all GPUs: never above the floor's, or what the loader reads for them."""
-    for photos in scale.PHOTOS:
-        for gpus in scale.GPUS:
-            run = scale.run(photos, gpus, VALUES)
-            alone = scale.step(run.batch / gpus, 1, VALUES)
-            assert run.images_per_second <= run.batch / alone.seconds * (1 + 1e-9)
-            if run.memory == "mapped":
-                assert run.images_per_second <= gpus * VALUES["row_read"] / scale.PHOTO_BYTES * (1 + 1e-9)
-            if run.memory == "stream":
-                assert run.images_per_second <= gpus * VALUES["gpu_decode"] * (1 + 1e-9)
+    for photos in tables.PHOTOS:
+        for gpus in tables.GPUS:
+            found = run(photos, gpus, VALUES)
+            alone = step(found.batch / gpus, 1, VALUES)
+            assert found.images_per_second <= found.batch / alone.seconds * (1 + 1e-9)
+            if found.memory == "mapped":
+                assert found.images_per_second <= gpus * VALUES["row_read"] / rates.PHOTO_BYTES * (1 + 1e-9)
+            if found.memory == "stream":
+                assert found.images_per_second <= gpus * VALUES["gpu_decode"] * (1 + 1e-9)
 
 
 def test_where_the_pixels_are() -> None:
-    places = {(p, g): scale.run(p, g, VALUES).memory for p in scale.PHOTOS for g in scale.GPUS}
+    places = {(p, g): run(p, g, VALUES).memory for p in tables.PHOTOS for g in tables.GPUS}
     assert places[10**6, 1] == "resident"
     assert places[10**7, 1] == "mapped"
     assert places[10**7, 8] == "sharded"
     assert places[10**9, 8] == "stream"
     assert places[10**9, 64] == "mapped"
-    again = scale.run(10**7, 8, VALUES, scale.Plan(dealt_once=True))
-    assert again.stage("load") == pytest.approx(scale.run(10**7, 8, VALUES).stage("load") / 10, rel=1e-6)
+    again = run(10**7, 8, VALUES, Plan(dealt_once=True))
+    assert again.stage("load") == pytest.approx(run(10**7, 8, VALUES).stage("load") / 10, rel=1e-6)
 
 
 def test_a_collective_takes_the_faster_of_ring_and_tree() -> None:
     one = {"collective": 0.0, "hop_node": 1.0, "hop_net": 10.0, "link_node": 1.0, "link_net": 1.0}
-    assert scale.collective(8, 1, one) == 0
-    assert scale.collective(0, 8, one) == 2 * 3  # a tree of three levels, up and down
-    assert scale.collective(0, 8, one, ways=1) == 3
-    assert scale.collective(8e6, 8, one) == 2 * 7 * (1 + 1e6)  # a ring: each link carries an eighth
-    assert scale.collective(0, 64, one) == 2 * 3 + 2 * 3 * 10
-    sizes = [scale.collective(size, 64, VALUES) for size in (0, 1e3, 1e6, 1e9)]
+    assert collective(8, 1, one) == 0
+    assert collective(0, 8, one) == 2 * 3  # a tree of three levels, up and down
+    assert collective(0, 8, one, ways=1) == 3
+    assert collective(8e6, 8, one) == 2 * 7 * (1 + 1e6)  # a ring: each link carries an eighth
+    assert collective(0, 64, one) == 2 * 3 + 2 * 3 * 10
+    sizes = [collective(size, 64, VALUES) for size in (0, 1e3, 1e6, 1e9)]
     assert sizes == sorted(sizes)
 
 
@@ -141,7 +145,7 @@ def test_the_slowest_of_many(ranks: int) -> None:
         x = i * step
         below, density = 0.5 * (1 + math.erf(x / math.sqrt(2))), math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         expected += x * ranks * below ** (ranks - 1) * density * step
-    assert scale.slowest(ranks) == pytest.approx(expected, abs=0.03)
+    assert slowest(ranks) == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize("stages", [[3.0], [1.0, 3.0], [3.0, 1.0], [2.0, 5.0, 1.0]])
@@ -159,7 +163,7 @@ def test_without_a_second_buffer_nothing_overlaps() -> None:
 
 @pytest.mark.parametrize("gpus", [1, 8, 64, 1000])
 def test_simulated_stragglers_are_the_expected_ones(gpus: int) -> None:
-    one = scale.step(256, gpus, VALUES)
+    one = step(256, gpus, VALUES)
     took = simulate([one.compute], 400, ranks=gpus, exchange=one.exchange, jitter=[VALUES["jitter"]])
     assert took / 400 == pytest.approx(one.seconds, rel=0.01)
 
@@ -175,13 +179,13 @@ def test_jitter_ranks_and_short_buffers_cost_time() -> None:
 
 
 def test_the_step_says_what_bounds_it() -> None:
-    assert scale.step(8, 1, VALUES).bottleneck == "launches"
-    assert scale.step(2048, 1, VALUES).bottleneck == "compute"
-    assert scale.step(32, 64, VALUES).bottleneck == "exchange"
-    assert scale.step(32, 64, VALUES, feed=1.0).bottleneck == "feed"
-    apart = scale.step(32, 64, VALUES, sync_batch_norm=False)
-    assert dataclasses.replace(scale.step(32, 64, VALUES), exchange=0) == dataclasses.replace(apart, exchange=0)
-    assert apart.exchange == scale.collective(scale.GRADIENT_BYTES, 64, VALUES)
+    assert step(8, 1, VALUES).bottleneck == "launches"
+    assert step(2048, 1, VALUES).bottleneck == "compute"
+    assert step(32, 64, VALUES).bottleneck == "exchange"
+    assert step(32, 64, VALUES, feed=1.0).bottleneck == "feed"
+    apart = step(32, 64, VALUES, sync_batch_norm=False)
+    assert dataclasses.replace(step(32, 64, VALUES), exchange=0) == dataclasses.replace(apart, exchange=0)
+    assert apart.exchange == collective(GRADIENT_BYTES, 64, VALUES)
 
 
 @pytest.mark.long
