@@ -62,13 +62,14 @@ def evaluate(
 @click.option("--half", metavar="[bf16|fp16]", help="16-bit weights and arithmetic. Without a value: bf16; ONNX: fp16.")
 @click.option("--output", metavar="FILE", help="Output file. Default: model.<format> in the run folder.")
 @click.option("--triton", metavar="DIR", help="Also add the model to this Triton model repository, under RUN's name.")
-def export(run: str, formats: str, half: Any, output: str | None, triton: str | None) -> None:
+@click.option("--quick", is_flag=True, help="Compare on 500 validation images instead of all of them.")
+def export(run: str, formats: str, half: Any, output: str | None, triton: str | None, quick: bool) -> None:
     """Export the best model of a run for deployment.
 
-    RUN is a folder, or a name under runs/. A separate process compares each file with the trained model before it is
-    kept.
+    RUN is a folder, or a name under runs/. A separate process compares each file with the trained model, on its
+    validation images, before it is kept.
     """
-    from fastcnn.export.exporters import export_run
+    from fastcnn.system.console import Console
 
     names = [as_choice(name.strip(), get_args(Export)) for name in formats.split(",")]
     half = half and half.lower()
@@ -77,8 +78,14 @@ def export(run: str, formats: str, half: Any, output: str | None, triton: str | 
             raise UsageError(f"{option} works with one format, and --format has {len(names)}: give one")
     if triton and names[0] == "pt2":
         raise UsageError("--triton: expected --format torchscript or onnx, got pt2")
+    console = Console()
     for name in names:
-        path = export_run(run, format=name, output=output, half=half, note=click.echo)
+        with console.progress(f"exporting {name}", "images") as progress:
+            from fastcnn.export.exporters import export_run  # takes seconds
+
+            path = export_run(
+                run, format=name, output=output, half=half, quick=quick, progress=progress, note=console.line
+            )
     if triton:
         from fastcnn.export.triton_repository import repository_name, write_repository
         from fastcnn.storage import run_folder
@@ -101,20 +108,23 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
     """
     import dataclasses
 
-    from fastcnn.export.verify import verify_file
-    from fastcnn.inference import artefact
+    from fastcnn.system.console import Console
 
-    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
-    verification = verify_file(opened)
+    console = Console()
+    with console.progress("verifying", "images") as progress:
+        from fastcnn.export.verify import verify_file  # takes seconds
+        from fastcnn.inference import artefact
+
+        opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+        verification = verify_file(opened, progress=progress)
     sensitivity = None
     if data:
         data = photos_in(data, quiet=as_json)
         import torch
 
         from fastcnn.export.decoder_sensitivity import measure
-        from fastcnn.system.console import Console
 
-        with Console().progress("comparing", "images") as progress:
+        with console.progress("comparing", "images") as progress:
             sensitivity = measure(opened, data, gpu=0 if torch.cuda.is_available() else None, progress=progress)
     if as_json:
         answer = dataclasses.asdict(verification) | ({"decoders": sensitivity.to_dict()} if sensitivity else {})

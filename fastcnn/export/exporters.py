@@ -7,9 +7,6 @@ import itertools
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,7 +19,7 @@ from torch import Tensor
 
 from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest
 from fastcnn.export import model_card
-from fastcnn.export.verify import Verification
+from fastcnn.export.verify_process import verify_in_new_process
 from fastcnn.inference import artefact, file_formats
 from fastcnn.inference.artefact import Images
 from fastcnn.network.inference_network import Deployed, Inference
@@ -49,6 +46,8 @@ def export_run(
     format: str = "torchscript",
     output: str | Path | None = None,
     half: Half | None = None,
+    quick: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Export a run's best weights and return the file, after verifying it in a new process.
@@ -56,8 +55,11 @@ def export_run(
     Args:
         run: a run folder, or a name under `runs/`.
         format: a name in `EXPORTERS`.
-        output: the file to write; None: `model.<format>` in the run folder. An earlier export is replaced.
+        output: the file to write; None: `model.<format>` in the run folder. An earlier export is replaced, a folder
+            that does not exist is made.
         half: 16-bit weights and arithmetic between normalisation and softmax; auto: bf16, in ONNX fp16.
+        quick: verify on the golden inputs and `verify.QUICK` of the validation photos.
+        progress: called with the number of validation photos compared and the total.
         note: called with each line of the result.
 
     Raises CheckError, and keeps no file, if it does not give the trained model's probabilities for the golden inputs
@@ -68,14 +70,15 @@ def export_run(
     folder = run_folder.find(run)
     state = checkpoint.load(folder / "best.pt")
     path = Path(output) if output else folder / f"model.{format}"
-    if not path.suffix == f".{format}":
-        raise UsageError(f"--output: expected a name that ends in .{format}, got {path}")
+    if not path.suffix == f".{format}" or path.is_dir():
+        raise UsageError(f"--output: expected the name of a file that ends in .{format}, got {path}")
+    _check_writable(path.parent)
     try:
         with tempfile.TemporaryDirectory() as unchecked:
             temporary = Path(unchecked) / path.name
             with generators.given_back():
                 write(state, temporary, format, half)
-            verification = _verify_in_new_process(temporary, folder)
+            verification = verify_in_new_process(temporary, folder, quick=quick, progress=progress)
             if verification.problems:
                 raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")
             files.write(path, temporary.read_bytes())
@@ -86,6 +89,16 @@ def export_run(
         note(line)
     _write_card(path, folder)
     return path
+
+
+def _check_writable(folder: Path) -> None:
+    """Make a folder. Raises FastCNNError, before there is anything to lose, where no file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise FastCNNError(f"cannot write into the folder {folder}: {why}; choose another with --output") from None
 
 
 def _write_card(path: Path, run: Path) -> None:
@@ -283,21 +296,3 @@ def _example(model: Deployed) -> Tensor:
 
 def _any_size() -> dict[int, Any]:
     return {0: torch.export.Dim("n"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
-
-
-def _verify_in_new_process(path: Path, run: Path) -> Verification:
-    """Verify a file in a new process, which gets only the file and the run folder."""
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    # -P: Python must not import modules from the current folder.
-    command = [sys.executable, "-P", "-m", "fastcnn.export.verify", str(path), str(run)]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, env=environment, encoding="utf-8")
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        raise CheckError(
-            f"the process that verifies the export ended with code {done.returncode}: the file was not kept"
-        ) from None
-    if "error" in answer:
-        raise CheckError(f"the exported file does not pass its check: {answer['error']}")
-    return Verification(**answer)

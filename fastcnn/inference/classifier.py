@@ -33,7 +33,7 @@ class Classifier:
         self.model = model
         self.decode_seconds = self.model_seconds = 0.0
         self._workers = Workers(decoder, threads=workers, max_pixels=max_pixels)
-        self._threads = ThreadPoolExecutor(pipelines.num_cores(), "model", _one_thread)
+        self._threads = model_threads()
 
     def __enter__(self) -> Classifier:
         return self
@@ -80,6 +80,11 @@ def _grey_photo() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "JPEG")
     return file.getvalue()
+
+
+def model_threads() -> ThreadPoolExecutor:
+    """Return threads to run a model in, one a core: for a photo or a few this takes less than torch's own threads."""
+    return ThreadPoolExecutor(pipelines.num_cores(), "model", _one_thread)
 
 
 def _one_thread() -> None:

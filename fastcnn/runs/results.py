@@ -177,7 +177,8 @@ def _export(state: RunState, console: Console) -> tuple[list[Path], str | None]:
 
         for name in state.config.export:
             try:
-                exported.append(export_run(state.run_dir, format=name, note=console.line))
+                with console.progress(f"exporting {name}", "images") as progress:
+                    exported.append(export_run(state.run_dir, format=name, progress=progress, note=console.line))
             except (FastCNNError, OSError, RuntimeError) as error:  # torch makes a full disk a RuntimeError
                 return exported, str(error) if isinstance(error, FastCNNError) else f"no export: {first_line(error)}"
     return exported, None

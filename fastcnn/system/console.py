@@ -45,7 +45,12 @@ class Console:
                 TextColumn("{task.fields[note]}"),
             )
             with Progress(
-                *columns, TimeRemainingColumn(), console=self._bars, transient=True, refresh_per_second=4
+                *columns,
+                TimeRemainingColumn(),
+                console=self._bars,
+                transient=True,
+                refresh_per_second=4,
+                redirect_stdout=sys.stdout.isatty(),  # above the bar; what goes to a file or a pipe goes there
             ) as bar:
                 task = bar.add_task(label, total=None, completed=start, note="")
 

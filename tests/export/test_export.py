@@ -26,6 +26,7 @@ from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.export import exporters
 from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
 from fastcnn.export.verify import verify_file
+from fastcnn.export.verify_process import verify_in_new_process
 from fastcnn.inference import artefact, file_formats
 from fastcnn.network.inference_network import Inference
 from fastcnn.network.pixels import Normalise
@@ -50,7 +51,9 @@ def exported(kept: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have exports checked in this process: starting another, as those of `kept` do, takes 1.5 s."""
-    monkeypatch.setattr(exporters, "_verify_in_new_process", lambda path, run: verify_file(artefact.open(path), run))
+    monkeypatch.setattr(
+        exporters, "verify_in_new_process", lambda path, run, **how: verify_file(artefact.open(path), run, **how)
+    )
 
 
 def test_probabilities_are_those_of_the_trained_model(exported: Path, run_dir: Path) -> None:
@@ -267,6 +270,42 @@ def test_a_model_that_was_trained_on_is_not_what_was_exported(
     state["model"]["output.bias"] += torch.arange(4)
     checkpoint.save(run / "best.pt", state)
     assert "validation photos: probabilities differ" in failure(run)
+
+
+@pytest.mark.usefixtures("check_here")
+def test_a_quick_check_takes_some_photos_and_says_so(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastcnn.export.verify.QUICK", 10)
+    monkeypatch.setattr("fastcnn.export.verify.BATCH_SIZE", 4)
+    done: list[tuple[int, int]] = []
+    path = tmp_path / "a folder" / "of mine" / "model.torchscript"  # made
+    export_run(run_dir, output=path, quick=True, progress=lambda *both: done.append(both), note=print)
+    assert done == [(4, 10), (8, 10), (10, 10)]
+    assert "10 of 24 validation photos: largest difference" in capsys.readouterr().out
+    every = verify_file(artefact.open(path), run_dir)
+    assert (every.photos, every.photos_left_out, every.problems) == (24, 0, ())
+
+
+@pytest.mark.usefixtures("check_here")
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(exporters, "write")
+    (tmp_path / "file").touch()
+    with pytest.raises(FastCNNError, match=r"cannot write into the folder .*choose another"):
+        export_run(run_dir, output=tmp_path / "file" / "model.torchscript")
+    (tmp_path / "folder.torchscript").mkdir()
+    with pytest.raises(UsageError, match="name of a file"):
+        export_run(run_dir, output=tmp_path / "folder.torchscript")
+
+
+def test_a_check_that_dies_says_with_what_code(
+    exports: Callable[[str], Path], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(CheckError, match="ended with code 1"):
+        verify_in_new_process(exports("torchscript"), run_dir, quick=False, progress=lambda *both: None)
 
 
 def test_an_export_without_the_photos(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

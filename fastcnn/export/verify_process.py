@@ -1,0 +1,77 @@
+"""Verification of an exported file in a new process, which gets only the file and the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastcnn.errors import CheckError, FastCNNError
+from fastcnn.export.verify import Verification, verify_file
+from fastcnn.inference import artefact
+
+
+def verify_in_new_process(path: Path, run: Path, *, quick: bool, progress: Callable[[int, int], None]) -> Verification:
+    """Return the verification of a file by a new process; arguments as for `verify_file`.
+
+    Raises CheckError where the file cannot be opened or the process dies.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # -P: Python must not import modules from the current folder.
+    command = [sys.executable, "-P", "-m", "fastcnn.export.verify_process", str(path), str(run), "quick" * quick]
+    answer: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, encoding="utf-8") as process:
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                answer = _message(line)
+                if "done" in answer:
+                    progress(answer["done"], answer["total"])
+        except BaseException:
+            process.kill()
+            raise
+    if "error" in answer:
+        raise CheckError(f"the exported file does not pass its check: {answer['error']}")
+    if "sha256" not in answer:
+        raise CheckError(
+            f"the process that verifies the export ended with code {process.returncode}: the file was not kept"
+        )
+    return Verification(**answer)
+
+
+def _message(line: str) -> dict[str, Any]:
+    """Return what a line of the process says; nothing if it was cut off."""
+    try:
+        message: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return {}
+    return message
+
+
+def main(path: str, run: str, quick: str) -> None:
+    """Print progress and verification of a file, each as a line of JSON."""
+    try:
+        found = verify_file(
+            artefact.open(path),
+            run,
+            quick=bool(quick),
+            progress=lambda done, total: _say({"done": done, "total": total}),
+        )
+    except FastCNNError as error:
+        _say({"error": str(error)})
+    else:
+        _say(dataclasses.asdict(found))
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
