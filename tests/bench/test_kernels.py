@@ -48,7 +48,8 @@ def test_all_launches_compile_for_two_gpus_in_all_types() -> None:
 
 COUNT = """
 import json, sys
-from bench.kernels import CARDS, bounds, count_launches
+from bench.kernels.bounds import CARDS, bounds
+from bench.kernels.launch_counts import count_launches
 found = bounds("hybrid", 32)
 print(json.dumps({
     "all": found.num_launches,
@@ -69,16 +70,16 @@ def test_a_step_of_the_hybrid_engine_is_thirty_launches() -> None:
 
 INDUCTOR = """
 from unittest import mock
-from bench import kernels
-found, plain = [], kernels.gpu_code
+from bench.kernels import inductor, launch_counts
+found, plain = [], inductor.gpu_code
 def kept(graph, inputs):
     found.append(plain(graph, inputs))
     return found[-1]
-with mock.patch.object(kernels, "gpu_code", kept):
-    kernels.count_launches("hybrid", "bf16", ["flip", "shift"])
-    kernels.count_launches("compiled", "bf16")
-    kernels.count_launches("compiled", "fp16")
-print(sum(len(kernels.compile_inductors_kernels(code)) for code in found))
+with mock.patch.object(inductor, "gpu_code", kept):
+    launch_counts.count_launches("hybrid", "bf16", ["flip", "shift"])
+    launch_counts.count_launches("compiled", "bf16")
+    launch_counts.count_launches("compiled", "fp16")
+print(sum(len(inductor.compile_inductors_kernels(code)) for code in found))
 """
 
 
