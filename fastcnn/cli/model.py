@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -12,6 +12,9 @@ from fastcnn.cli.options import ExportCommand, config_options, given, json_optio
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.system.text import to_json
+
+if TYPE_CHECKING:
+    from fastcnn.inference.artefact import Artefact
 
 
 @click.command("eval", **SETTINGS)
@@ -158,15 +161,14 @@ def predict(
 ) -> int:
     """Classify images with an exported model.
 
-    MODEL is a file, or a run folder. INPUT is an image, a folder, a glob, or - to read paths from standard input. An
-    image that cannot be used gets a line with the reason, and the exit code is 1.
+    MODEL is an exported file, or a run: a folder, or a name under runs/. INPUT is an image, a folder, a glob, or - to
+    read paths from standard input. An image that cannot be used gets a line with the reason, and the exit code is 1.
     """
-    from fastcnn.inference import artefact
     from fastcnn.inference.predict import predict_photos, writer
     from fastcnn.system.console import Console
 
     config = resolve(given(options))
-    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    opened = _open(model, sha256, quiet=quiet)
     write, bad = writer(format_, opened.classes, top_k), 0
     with Console(quiet=quiet).progress("predicting", "images") as progress:
         for prediction in predict_photos(
@@ -208,12 +210,11 @@ def serve(
 ) -> None:
     """Serve an exported model over HTTP.
 
-    MODEL is a file, or a run folder. There is a web page, a JSON interface and metrics for Prometheus.
+    MODEL is an exported file, or a run: a folder, or a name under runs/. There is a web page, a JSON interface and
+    metrics for Prometheus.
     """
-    from fastcnn.inference import artefact
-
     config = resolve(given(options))
-    opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
+    opened = _open(model, sha256)
     try:
         from fastcnn.inference import batcher
         from fastcnn.inference import serve as service
@@ -223,3 +224,20 @@ def serve(
         upload=max_upload, pixels=config.max_pixels, queue=max_queue, batch=max_batch, window=window / 1000
     )
     service.serve(opened, host, port, limits, workers=config.workers)
+
+
+def _open(model: str, sha256: str | None, *, quiet: bool = False) -> Artefact:
+    """Return the exported model of a file or a run; one made for now of a run that was not exported."""
+    from fastcnn.inference import artefact
+    from fastcnn.storage import run_folder
+
+    path = Path(model)
+    if not path.exists() and (run_folder.RUNS / path).is_dir():
+        path = run_folder.RUNS / path
+    if sha256 or artefact.exported_in(path) or not (path / "best.pt").is_file():
+        return artefact.open(path, sha256=sha256, warn_of_strangers=True)
+    if not quiet:
+        click.echo(f"{path} was not exported: its best.pt is, to a temporary file", err=True)
+    from fastcnn.export.exporters import open_run
+
+    return open_run(path)

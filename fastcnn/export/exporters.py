@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest
 from fastcnn.export import model_card
+from fastcnn.export.verify import verify
 from fastcnn.export.verify_process import verify_in_new_process
 from fastcnn.inference import artefact, file_formats
-from fastcnn.inference.artefact import Images
+from fastcnn.inference.artefact import Artefact, Images
 from fastcnn.network.inference_network import Deployed, Inference
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
@@ -89,6 +91,22 @@ def export_run(
         note(line)
     _write_card(path, folder)
     return path
+
+
+def open_run(run: Path) -> Artefact:
+    """Return a run's best model as an exported one, of which no file is kept; compared on the golden inputs alone.
+
+    Raises CheckError if they differ, FastCNNError if the checkpoint cannot be used.
+    """
+    state = checkpoint.load(run / "best.pt")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.torchscript"
+        with generators.given_back():
+            write(state, file, "torchscript")
+        model = artefact.open(file)
+    if problems := verify(model).problems:
+        raise CheckError(f"{run / 'best.pt'} gives another model once exported: {problems[0]}; please report this")
+    return dataclasses.replace(model, path=run / "best.pt")
 
 
 def _check_writable(folder: Path) -> None:

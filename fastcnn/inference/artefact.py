@@ -143,16 +143,22 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        found = [path / f"model{suffix}" for suffix in OPENERS if (path / f"model{suffix}").is_file()]
+        found = exported_in(path)
         if not found:
             raise FastCNNError(f"{path} holds no exported model: run fastcnn export {shlex.quote(str(path))} first")
-        return found[0]
+        return found
     if not path.is_file():
         raise FastCNNError(f"no exported model {path}: check the path, or run `fastcnn export` first")
     if path.suffix not in OPENERS:
         ends = nearest(path.suffix, OPENERS)
         raise FastCNNError(f"{path}: expected a file that ends in {', '.join(OPENERS)}{ends}")
     return path
+
+
+def exported_in(folder: Path) -> Path | None:
+    """Return the exported model in a folder, None where there is none."""
+    files = (folder / f"model{suffix}" for suffix in OPENERS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _open_torchscript(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]) -> Runner:

@@ -94,11 +94,17 @@ def test_export_predict(
     tmp_path: Path,
 ) -> None:
     shutil.copytree(trained[0] / "runs", "runs")
+    folder = next(p for p in sorted(photos.iterdir()) if p.is_dir())
+    code, before, err = run(capsys, "predict", "photos", folder)
+    assert code == 0
+    assert "runs/photos was not exported: its best.pt is, to a temporary file\n" in err
+    assert not list(Path("runs/photos").glob("model*"))
+
     code, out, _ = run(capsys, "export", "photos")
     assert code == 0
     assert "runs/photos/model.torchscript" in out
+    assert run(capsys, "predict", "photos", folder)[1] == before
 
-    folder = next(p for p in sorted(photos.iterdir()) if p.is_dir())
     (tmp_path / "bad.jpg").write_text("no photo")
     code, out, _ = run(capsys, "predict", "runs/photos", folder, "bad.jpg", "--top-k", "2")
     assert code == 1
