@@ -36,8 +36,10 @@ Reason = Literal[
     "corrupt",
     "decoder crash",
     "decoder killed",
+    "decoder hung",
 ]
-"""Why a photo cannot be used. The last two: in a worker process the decoder crashed, or the system killed it."""
+"""Why a photo cannot be used. The last three are those of worker processes: the decoder crashed, was killed by the
+system, or did not end within its time limit."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit, too; no camera makes more in one shot (the largest sensor has 151 million)."""

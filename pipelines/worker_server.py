@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import mmap
 import os
 import select
 import signal
 import socket
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
 from pipelines.verdict import Source, Verdict
 
+BEAT = 0.2  # seconds between two signs of life, at least
 MAPPED = 2  # shared arrays that a worker keeps mapped: mapping and zeroing them anew costs 4% of its time
 
 
@@ -32,6 +35,48 @@ class Batch(NamedTuple):
     sources: list[Source]
     size: int
     first: int  # row of the first source
+
+
+class _Beating(Sequence[Source]):
+    """Sources that tell of each photo that is begun, whichever decoder takes them."""
+
+    def __init__(self, sources: list[Source], beat: Callable[[], None]) -> None:
+        self._sources, self._beat = sources, beat
+
+    @overload
+    def __getitem__(self, index: int) -> Source: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Source]: ...
+    def __getitem__(self, index: int | slice) -> Source | Sequence[Source]:
+        self._beat()
+        return self._sources[index]
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class _Link:
+    """The connection to the caller, on which decoding threads send signs of life (None) before the answer."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock, self._last = connection, threading.Lock(), -math.inf
+
+    def receive(self) -> tuple[Batch, tuple[int, int | None, int]]:
+        request: tuple[Batch, tuple[int, int | None, int]] = self._connection.recv()
+        self._last = -math.inf  # the first sign of life of each request is sent
+        return request
+
+    def answer(self, answer: list[Verdict] | Verdict) -> None:
+        with self._lock:
+            self._connection.send(answer)
+
+    def beat(self) -> None:
+        """Send a sign of life, unless one was sent just now: each wakes the caller."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last >= BEAT:
+                self._last = now
+                self._connection.send(None)
 
 
 def serve(handle: int) -> None:
@@ -110,7 +155,7 @@ def _work(module: str, handle: int, directory: str) -> None:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
             file.write("1000")  # without memory the system should kill this process first
         link = socket.socket(fileno=handle)
-        connection = Connection(os.dup(handle))
+        caller = _Link(Connection(os.dup(handle)))
         mapped: dict[int, mmap.mmap] = {}
         while True:
             _, handles, _, _ = socket.recv_fds(link, 1, 1)
@@ -122,8 +167,8 @@ def _work(module: str, handle: int, directory: str) -> None:
                     del mapped[next(iter(mapped))]
                 mapped[number] = mmap.mmap(handles[0], 0)
             os.close(handles[0])
-            (batch, options) = connection.recv()
-            connection.send(_answer(module, batch, options, mapped[number]))
+            batch, options = caller.receive()
+            caller.answer(_answer(module, batch, options, mapped[number], caller.beat))
     except (EOFError, OSError):
         pass
     finally:
@@ -131,15 +176,19 @@ def _work(module: str, handle: int, directory: str) -> None:
 
 
 def _answer(
-    module: str, batch: Batch, options: tuple[int, int | None, int], memory: mmap.mmap
+    module: str,
+    batch: Batch,
+    options: tuple[int, int | None, int],
+    memory: mmap.mmap,
+    beat: Callable[[], None],
 ) -> list[Verdict] | Verdict:
     """Return the verdicts on a batch, or where the decoder raised the one that its photo gets if it is alone."""
     shape = len(batch.sources), batch.size, batch.size, 3
     part = np.ndarray(shape, np.uint8, memory, batch.first * batch.size**2 * 3)
     try:
-        verdicts: list[Verdict] = importlib.import_module(module).decode(
-            batch.sources, batch.size, part, None, *options
-        )
+        decoder = importlib.import_module(module)
+        beat()  # on a GPU the import takes its time, which is no photo's
+        verdicts: list[Verdict] = decoder.decode(_Beating(batch.sources, beat), batch.size, part, None, *options)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return Verdict("decoder crash", f"{type(error).__name__}: {error} ({last.name})")

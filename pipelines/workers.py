@@ -2,7 +2,8 @@
 
 A server process imports the decoder and does nothing else; it forks a worker whenever one is needed, so that after a
 crash the next is there in milliseconds. Workers write pixels into the caller's array, in shared memory. When a worker
-dies, its batch is halved until the photo that kills it is alone: it gets a verdict, the others their pixels.
+dies, its batch is halved until the photo that kills it is alone: it gets a verdict, the others their pixels. Where a
+worker begins no photo for as long as one may take, it is killed, and its photos are decoded one by one.
 
 The server is no fork of the caller, which may use threads and a GPU, and none of multiprocessing's, which would run the
 caller's script again. When the caller dies, however it dies, the server sees its socket closed and ends the workers.
@@ -34,6 +35,8 @@ import pipelines
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
 from pipelines.worker_server import Batch
 
+DECODE_TIMEOUT = 60.0  # seconds that one photo may take
+START = 60.0  # seconds that a worker may take until its first sign of life, at least
 THREADS = 8  # of one worker: more would be slowed down by the interpreter's lock
 GIVE_UP = 16  # failed photos, with none decoded, after which the decoder itself is tested
 
@@ -43,7 +46,7 @@ class Unavailable(RuntimeError):
 
 
 class _Died(Exception):
-    """The worker died or its decoder raised an exception; the verdict is for a batch of one photo."""
+    """The worker died, hung or its decoder raised an exception; the verdict is for a batch of one photo."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
@@ -58,16 +61,23 @@ class Workers:
         threads: decoding threads over all workers; None is one a core.
         gpu: device on which DALI decodes; None is the CPU.
         max_pixels: as for `pipelines.decode`.
+        timeout: seconds that one photo may take.
     """
 
     def __init__(
-        self, decoder: str, *, threads: int | None = None, gpu: int | None = None, max_pixels: int = MAX_PIXELS
+        self,
+        decoder: str,
+        *,
+        threads: int | None = None,
+        gpu: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        timeout: float = DECODE_TIMEOUT,
     ) -> None:
         threads = threads or pipelines.num_cores()
         num = 1 if gpu is not None else math.ceil(threads / THREADS)
         self.note = ""
         """Why photos are decoded in this process; "" as long as workers do it."""
-        self._decoder = decoder
+        self._decoder, self._timeout = decoder, timeout
         self._server: _Server | None = None
         self._options = (math.ceil(threads / num), gpu, max_pixels)
         self._workers: list[_Worker | None] = [None] * num
@@ -83,8 +93,9 @@ class Workers:
         """Write the pixels of each usable source into its row of `out`; return the verdict on each, in their order.
 
         As `pipelines.decode`, except that `out` is an array of `shared` or its first rows. A photo that crashes the
-        decoder is "decoder crash", or "decoder killed" where the system killed the worker. Where no worker can be
-        started, this process decodes, and `note` says why.
+        decoder is "decoder crash", or "decoder killed" where the system killed the worker; one that alone takes longer
+        than the time limit is "decoder hung". Where no worker can be started, this process decodes, without a time
+        limit, and `note` says why.
 
         Raises DecoderUnavailable where the decoder fails on every photo.
         """
@@ -123,26 +134,29 @@ class Workers:
         return [verdict for part in verdicts for verdict in part]
 
     def _decode(self, lane: int, batch: Batch, out: np.ndarray) -> list[Verdict]:
-        """Return the verdicts on a batch, after a crash those on its halves."""
+        """Return the verdicts on a batch: after a crash those on its halves, after a hang those on single photos."""
         try:
             verdicts = self._ask(lane, batch, out)
         except _Died as death:
             if len(batch.sources) == 1:
                 return [self._alone(lane, batch, out, death.verdict)]
-            half = len(batch.sources) // 2
-            first = batch._replace(sources=batch.sources[:half])
-            second = batch._replace(sources=batch.sources[half:], first=batch.first + half)
-            return self._decode(lane, first, out) + self._decode(lane, second, out)
+            # Halves would wait for the one that hangs at every division.
+            step = 1 if death.verdict.reason == "decoder hung" else math.ceil(len(batch.sources) / 2)
+            starts = range(0, len(batch.sources), step)
+            parts = [Batch(batch.sources[i : i + step], batch.size, batch.first + i) for i in starts]
+            return [verdict for part in parts for verdict in self._decode(lane, part, out)]
         self._num_decoded += len(verdicts)
         return verdicts
 
     def _alone(self, lane: int, batch: Batch, out: np.ndarray, verdict: Verdict) -> Verdict:
         """Return the verdict on a photo that killed a worker, after a second try: memory may be free again."""
         try:
-            return self._ask(lane, batch, out)[0]
-        except _Died:
-            out[batch.first] = 0
-            self._num_failed += 1
+            if verdict.reason != "decoder hung":
+                return self._ask(lane, batch, out)[0]
+        except _Died as death:
+            verdict = death.verdict
+        out[batch.first] = 0
+        self._num_failed += 1
         if self._num_failed >= GIVE_UP and not self._num_decoded:
             self._probe(lane, batch.size, verdict)
         return verdict
@@ -164,12 +178,13 @@ class Workers:
         worker = self._workers[lane]
         if worker is None:
             worker = self._workers[lane] = self._server.fork()
-        answer = worker.ask((batch, self._options), _memory(out).fd)
+        answer = worker.ask((batch, self._options), _memory(out).fd, self._timeout)
         if isinstance(answer, list):
             return answer
         if answer is None:
             self._workers[lane] = None
-            answer = self._server.autopsy(worker)
+            ended = self._server.autopsy(worker)
+            answer = Verdict("decoder hung", f"longer than {self._timeout:g} s") if worker.hung else ended
         raise _Died(answer)
 
 
@@ -223,17 +238,34 @@ class _Worker:
 
     def __init__(self, pid: int, link: socket.socket) -> None:
         self.pid, self._link = pid, link
+        self.hung = False
+        """Whether it was killed for giving no sign of life."""
         self._connection = Connection(os.dup(link.fileno()))
 
-    def ask(self, request: tuple[Batch, tuple[Any, ...]], memory: int) -> Any:
-        """Return the worker's answer, None if it died."""
+    def ask(self, request: tuple[Batch, tuple[Any, ...]], memory: int, timeout: float) -> Any:
+        """Return the worker's answer, None if it died, or was killed as no photo was begun for `timeout` seconds."""
+        limit = max(timeout, START)  # until the first sign of life: it may have to import the decoder
         try:
             socket.send_fds(self._link, [b"x"], [memory])
             self._connection.send(request)
-            return self._connection.recv()
+            while self._hears_within(limit):
+                answer = self._connection.recv()
+                if answer is not None:
+                    return answer
+                limit = timeout
         except (EOFError, OSError):
             self._close()
             return None
+        self.hung = True
+        self.kill()
+        return None
+
+    def _hears_within(self, seconds: float) -> bool:
+        """Return whether there is something to receive within a time, which is cut into slices.
+
+        While both processes are stopped (Ctrl-Z) one slice passes, not all of them.
+        """
+        return any(self._connection.poll(seconds / 20) for _ in range(20))
 
     def kill(self) -> None:
         """Kill the worker. Its process number is not reused before the server has waited for it."""

@@ -24,7 +24,9 @@ def data() -> None:
 @click.argument("folder", metavar="DATA")
 @json_option
 @click.option("--html", metavar="FILE", help="Also write a web page that shows the images.")
-@config_options("decoder", "workers", "max_bad", "max_pixels", "exclude", "train_dir", "val_dir", "test_dir")
+@config_options(
+    "decoder", "workers", "decode_timeout", "max_bad", "max_pixels", "exclude", "train_dir", "val_dir", "test_dir"
+)
 def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> int:
     """Check a folder of images for problems.
 
@@ -42,6 +44,7 @@ def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> 
             workers=config.workers,
             max_bad=config.max_bad,
             max_pixels=config.max_pixels,
+            timeout=config.decode_timeout,
             exclude=config.exclude,
             chosen=config.split_dirs,
             progress=progress,

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 @click.argument("data", required=False)
 @config_options("device")
 @click.option("--decoder", metavar="auto|dali|turbo|pillow", help="Image decoder. Default: the run's.")
+@click.option("--decode-timeout", metavar="SECONDS", help="Most that decoding one image may take. Default: the run's.")
 @json_option
 @click.option("--output", metavar="FILE", help="Also write the JSON to a file.")
-def evaluate(
-    run: str, data: str | None, device: str | None, decoder: str | None, as_json: bool, output: str | None
-) -> None:
+def evaluate(*, run: str, data: str | None, as_json: bool, output: str | None, **options: Any) -> None:
     """Evaluate the best model of a run.
 
     RUN is a folder, or a name under runs/. Printed are accuracy, loss, top-5 accuracy and the scores of each class.
@@ -36,11 +35,17 @@ def evaluate(
     from fastcnn.runs.evaluate_run import evaluate_run
     from fastcnn.system.console import Console
 
-    options = resolve(given({"device": device, "decoder": decoder}))
+    options = given(options)
+    config = resolve(options)
     data = data and photos_in(data, quiet=as_json)
     with Console().progress("decoding", "images") as progress:
         scores = evaluate_run(
-            run, data, device=options.device, decoder=options.decoder if decoder else None, progress=progress
+            run,
+            data,
+            device=config.device,
+            decoder=config.decoder if "decoder" in options else None,
+            timeout=config.decode_timeout if "decode_timeout" in options else None,
+            progress=progress,
         )
     text = to_json(scores.to_dict())
     if output:
@@ -153,7 +158,7 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
     default="table",
     help="Output format.",
 )
-@config_options("workers", "max_pixels")
+@config_options("workers", "max_pixels", "decode_timeout")
 @click.option("--quiet", is_flag=True, help="Print no progress and no summary.")
 @sha256_option
 def predict(
@@ -176,6 +181,7 @@ def predict(
             inputs,
             workers=config.workers,
             max_pixels=config.max_pixels,
+            timeout=config.decode_timeout,
             progress=progress,
             note=lambda text: None if quiet else click.echo(text, err=True),
         ):
@@ -188,7 +194,7 @@ def predict(
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is all addresses of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, metavar="N", help="Port; 0 is any free port.")
-@config_options("workers", "max_pixels")
+@config_options("workers", "max_pixels", "decode_timeout")
 @click.option("--max-upload", metavar="SIZE", callback=parse_size, default="20MB", help="Largest file accepted.")
 @click.option(
     "--max-queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; more are refused."
@@ -221,7 +227,12 @@ def serve(
     except ImportError as error:
         raise FastCNNError(f"serve needs {error.name}: pip install 'fastcnn[serve]'") from None
     limits = batcher.Limits(
-        upload=max_upload, pixels=config.max_pixels, queue=max_queue, batch=max_batch, window=window / 1000
+        upload=max_upload,
+        pixels=config.max_pixels,
+        decoding=config.decode_timeout,
+        queue=max_queue,
+        batch=max_batch,
+        window=window / 1000,
     )
     service.serve(opened, host, port, limits, workers=config.workers)
 

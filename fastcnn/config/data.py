@@ -91,6 +91,8 @@ class DataConfig(Section):
     """Image decoder. auto: dali on a GPU, else turbo, else pillow."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Number of decoding threads. Default: one per core."""
+    decode_timeout: Annotated[float, Field(ge=1, le=86_400)] = 60
+    """Seconds that decoding one image may take; an image that takes longer is left out."""
     cache_dir: str | None = None
     """Folder for decoded images. Default: the user's cache folder."""
     verify_cache: bool = False

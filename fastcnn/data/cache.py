@@ -54,6 +54,7 @@ from fastcnn.system.ranks import ALONE, Ranks
 from pipelines import workers
 from pipelines.workers import Workers, end_early, shared
 
+_Progress = Callable[[int, int], None]
 _GO_ON = "to continue a run from its last checkpoint, use fastcnn train --resume, which decodes again"
 
 
@@ -137,7 +138,7 @@ def build(
     keep_pixels: bool = True,
     strict: bool = False,
     ranks: Ranks = ALONE,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: _Progress = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Cache:
     """Return the cache of an index, after decoding the photos that it lacks.
@@ -170,8 +171,7 @@ def build(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
-            # In worker processes, a photo that crashes the decoder costs that photo alone.
-            with Workers(config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels) as decoding:
+            with _workers(config, gpu) as decoding:
                 _decode(index, missing, files, decoding, ranks, progress)
             end_early()
             if reason := decoding.note:
@@ -273,10 +273,9 @@ def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool)
     named = json.dumps({**header, "format": 2}, sort_keys=True)  # 2: an older cache is replaced, not left behind
     key = hashlib.sha256(named.encode()).hexdigest()[:16]
     kept = usual_cache_folder() / key  # of use where that folder is read-only by now
-    folder = (
-        kept if not config.cache_dir and (kept / "cache.json").is_file() else default_folder(config.cache_dir) / key
-    )
-    return CacheFiles(folder, header)
+    known = not config.cache_dir and (kept / "cache.json").is_file()
+    folder = kept if known else default_folder(config.cache_dir) / key
+    return CacheFiles(folder, header, config.decode_timeout)
 
 
 def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
@@ -301,13 +300,14 @@ def _look(
     return missing
 
 
+def _workers(config: DataConfig, gpu: int | None) -> Workers:
+    return Workers(
+        config.decoder, threads=config.workers, gpu=gpu, max_pixels=config.max_pixels, timeout=config.decode_timeout
+    )
+
+
 def _decode(
-    index: Index,
-    missing: Positions,
-    files: CacheFiles,
-    decoding: Workers,
-    ranks: Ranks,
-    progress: Callable[[int, int], None],
+    index: Index, missing: Positions, files: CacheFiles, decoding: Workers, ranks: Ranks, progress: _Progress
 ) -> None:
     """Decode this rank's chunks of the missing photos and append each in its turn, while the next is decoded."""
     side, size = files.image_size, max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))

@@ -33,16 +33,16 @@ _KINDS = {
 _SUM = b', "sum": '
 
 Journal = dict[str, dict[str, Any]]
-"""Path -> its entry: path, size, mtime, ctime, inode, digest, row, crc, reason and perhaps damage."""
+"""Path -> its entry: path, size, mtime, ctime, inode, digest, row, crc, reason, perhaps damage, or the time limit."""
 
 _Sequence = TypeVar("_Sequence", Positions, Sequence[tuple[int, int, int]])
 
 
 class CacheFiles:
-    """The files in the folder of a cache, and the header that they must have."""
+    """The files in the folder of a cache, the header that they must have, and the time limit of a photo in seconds."""
 
-    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        self.folder, self.header = folder, header
+    def __init__(self, folder: Path, header: dict[str, Any], decode_timeout: float) -> None:
+        self.folder, self.header, self.decode_timeout = folder, header, decode_timeout
         self.pixels, self.journal = folder / "pixels.bin", folder / "photos.jsonl"
         self.keeps_pixels: bool = header.get("pixels", True)
         self.image_size: int = header["image_size"]
@@ -80,13 +80,17 @@ class CacheFiles:
                 missing.append(i)
             elif self.keeps_pixels and not entry["reason"]:
                 kept.append((entry["row"], i, entry["crc"]))
-            elif entry["row"] != -1 or entry["reason"] in _TRANSIENT:
+            elif entry["row"] != -1 or entry["reason"] in _TRANSIENT or self._has_more_time(entry):
                 missing.append(i)
         damaged = self._find_damaged(sorted(kept))
         if damaged:
             some = "1 photo" if len(damaged) == 1 else f"{len(damaged):,} photos"
             warn(f"the pixels of {some} in the cache {self.folder} are damaged: decoding them again")
         return np.array(sorted(missing + damaged), np.intp)
+
+    def _has_more_time(self, entry: dict[str, Any]) -> bool:
+        """Return whether the photo took longer than a time limit that is higher now."""
+        return entry["reason"] == "decoder hung" and bool(entry.get("decode_timeout", 0) < self.decode_timeout)
 
     def append_chunk(
         self,
@@ -110,6 +114,8 @@ class CacheFiles:
             }
             if verdict.warning:
                 entry["damage"] = verdict.warning
+            if verdict.reason == "decoder hung":  # asked again by a run that gives it more time
+                entry["decode_timeout"] = self.decode_timeout
             row += bool(kept)
             entries.append(entry)
         self.append_entries(entries)
@@ -229,4 +235,8 @@ def chunks_of(sequence: _Sequence, size: int) -> list[_Sequence]:
 
 
 def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in _KINDS.items())
+    return (
+        isinstance(entry, dict)
+        and all(type(entry.get(name)) is kind for name, kind in _KINDS.items())
+        and isinstance(entry.get("decode_timeout", 0), int | float)
+    )

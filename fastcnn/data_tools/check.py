@@ -21,7 +21,7 @@ from fastcnn.system import text
 from fastcnn.system.text import printable
 from pipelines.facts import facts
 from pipelines.verdict import Source, Unusable, Verdict, read
-from pipelines.workers import Workers, shared
+from pipelines.workers import DECODE_TIMEOUT, Workers, shared
 
 CHUNK = 512  # photos decoded at once
 NUM_NAMED = 10  # photos and groups that the table names
@@ -34,6 +34,7 @@ def check(
     workers: int | None = None,
     max_bad: float = 0.05,
     max_pixels: int | None = None,
+    timeout: float = DECODE_TIMEOUT,
     exclude: Iterable[str] = (),
     chosen: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -46,6 +47,7 @@ def check(
         workers: decoding threads; None is one a core.
         max_bad: fraction of unusable photos above which a run refuses the folder.
         max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
+        timeout: seconds that decoding one photo may take.
         exclude: names of folders that are left out.
         chosen: split -> its folder below root, where it is not to be found by its name.
         progress: called with the number of photos decoded and to decode.
@@ -56,7 +58,9 @@ def check(
     sources = index.sources()
     try:
         used, _ = pipelines.choose(decoder, gpu=False)
-        verdicts, hashes, pictures = _decode(sources, used, workers, max_pixels or pipelines.MAX_PIXELS, progress)
+        limit = max_pixels or pipelines.MAX_PIXELS
+        with Workers(used, threads=workers, max_pixels=limit, timeout=timeout) as decoding:
+            verdicts, hashes, pictures = _decode(sources, decoding, progress)
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     usable = np.flatnonzero([verdict.ok for verdict in verdicts])
@@ -78,7 +82,7 @@ def check(
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
         outside=[] if index.classes == ("",) else outside(index.root, exclude),
         decoder=used,
-        max_pixels=max_pixels or pipelines.MAX_PIXELS,
+        max_pixels=limit,
     )
 
 
@@ -117,25 +121,20 @@ def table(findings: Findings) -> str:
 
 
 def _decode(
-    sources: Sequence[Source],
-    decoder: str,
-    threads: int | None,
-    max_pixels: int,
-    progress: Callable[[int, int], None],
+    sources: Sequence[Source], decoding: Workers, progress: Callable[[int, int], None]
 ) -> tuple[list[Verdict], npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
     """Return the verdicts (N,), hashes (N,) and small grey pictures (N, 256) of all photos."""
     verdicts: list[Verdict] = []
     hashes = np.zeros(len(sources), np.uint64)
     pictures = np.zeros((len(sources), (duplicates.SIZE // 2) ** 2), np.uint8)
-    with Workers(decoder, threads=threads, max_pixels=max_pixels) as decoding:
-        buffer = shared((CHUNK, duplicates.SIZE, duplicates.SIZE, 3))
-        for start in range(0, len(sources), CHUNK):
-            part = sources[start : start + CHUNK]
-            images = buffer[: len(part)]
-            verdicts += decoding.decode(part, duplicates.SIZE, images)
-            here = slice(start, start + len(part))
-            hashes[here], pictures[here] = duplicates.describe(images)
-            progress(start + len(part), len(sources))
+    buffer = shared((CHUNK, duplicates.SIZE, duplicates.SIZE, 3))
+    for start in range(0, len(sources), CHUNK):
+        part = sources[start : start + CHUNK]
+        images = buffer[: len(part)]
+        verdicts += decoding.decode(part, duplicates.SIZE, images)
+        here = slice(start, start + len(part))
+        hashes[here], pictures[here] = duplicates.describe(images)
+        progress(start + len(part), len(sources))
     return verdicts, hashes, pictures
 
 

@@ -15,6 +15,7 @@ import prometheus_client
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.classifier import Classifier
 from pipelines.verdict import MAX_PIXELS, Verdict
+from pipelines.workers import DECODE_TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class Limits:
     """Maximum bytes of a photo."""
     pixels: int = MAX_PIXELS
     """Maximum pixels of a photo by its header."""
+    decoding: float = DECODE_TIMEOUT
+    """Maximum seconds of decoding a photo."""
     queue: int = 256
     """Maximum number of photos waiting."""
     batch: int = 32
@@ -76,7 +79,7 @@ class Batcher:
     """Thread that gathers photos of many requests into batches for one classifier."""
 
     def __init__(self, model: Artefact, limits: Limits, metrics: Metrics, workers: int | None = None) -> None:
-        self._classify = Classifier(model, workers=workers, max_pixels=limits.pixels)
+        self._classify = Classifier(model, workers=workers, max_pixels=limits.pixels, timeout=limits.decoding)
         self._limits, self._metrics = limits, metrics
         self._queue: queue.Queue[QueuedPhoto | None] = queue.Queue(limits.queue)
         self._warm, self._closed = threading.Event(), threading.Event()

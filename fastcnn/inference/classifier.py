@@ -14,7 +14,7 @@ from PIL import Image
 import pipelines
 from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
-from pipelines.workers import Workers, shared
+from pipelines.workers import DECODE_TIMEOUT, Workers, shared
 
 NO_PROBABILITIES = np.zeros(0, np.float32)
 
@@ -26,13 +26,21 @@ class Classifier:
         model: the exported model, opened.
         workers: decoding threads; None: one per core.
         max_pixels: photos with more pixels in their header are "too large".
+        timeout: seconds that decoding one photo may take.
     """
 
-    def __init__(self, model: Artefact, *, workers: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        model: Artefact,
+        *,
+        workers: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        timeout: float = DECODE_TIMEOUT,
+    ) -> None:
         decoder, _ = pipelines.choose("auto", gpu=False)
         self.model = model
         self.decode_seconds = self.model_seconds = 0.0
-        self._workers = Workers(decoder, threads=workers, max_pixels=max_pixels)
+        self._workers = Workers(decoder, threads=workers, max_pixels=max_pixels, timeout=timeout)
         self._threads = model_threads()
 
     def __enter__(self) -> Classifier:

@@ -18,6 +18,7 @@ from fastcnn.inference.classifier import Classifier, ranked
 from fastcnn.system.text import as_utf8, printable
 from pipelines.meant import may_hold_photos, meant_as_photo
 from pipelines.verdict import MAX_PIXELS
+from pipelines.workers import DECODE_TIMEOUT
 
 BATCH_SIZE = 64
 
@@ -39,6 +40,7 @@ def predict_photos(
     *,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    timeout: float = DECODE_TIMEOUT,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Prediction]:
@@ -49,13 +51,14 @@ def predict_photos(
         inputs: photos, folders, globs.
         workers: decoding threads; None: one per core.
         max_pixels: photos with more pixels in their header are "too large".
+        timeout: seconds that decoding one photo may take.
         progress: called with the number of photos done and the total.
         note: called at the end with a line about the speed, in which starting the decoders does not count.
 
     Raises FastCNNError for an input that does not exist.
     """
     paths, bad = list(find_photos(inputs)), 0
-    with Classifier(model, workers=workers, max_pixels=max_pixels) as classify:
+    with Classifier(model, workers=workers, max_pixels=max_pixels, timeout=timeout) as classify:
         startup = classify.start() if paths else 0.0
         begun = time.perf_counter()
         for start in range(0, len(paths), BATCH_SIZE):

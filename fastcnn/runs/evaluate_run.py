@@ -61,6 +61,7 @@ def evaluate_run(
     *,
     device: str = "auto",
     decoder: Decoder | None = None,
+    timeout: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
     """Return the scores of a run's best model; on the device of its training, exactly those that the run reported.
@@ -70,13 +71,14 @@ def evaluate_run(
         data: a folder of images, see `index.scan_held_out`; None takes the run's own val and test images.
         device: as for training.
         decoder: decodes images that are not in the cache; None is the run's.
+        timeout: seconds that decoding one of them may take; None is the run's.
         progress: called with the numbers of images decoded and to decode.
 
     Raises DataError if the images do not fit the run, FastCNNError if weights or losses are not finite numbers.
     """
     run_dir = run_folder.find(run)
     saved, place = checkpoint.load(run_dir / "best.pt"), pick_device(device)
-    config = _evaluation_config(run_dir, resolve(saved["config"]), data, decoder)
+    config = _evaluation_config(run_dir, resolve(saved["config"]), data, decoder, timeout)
     precision = pick_precision(config.precision, place, deterministic=config.deterministic, strict=config.strict)
     images = dataset.prepare(
         config,
@@ -103,7 +105,9 @@ def evaluate_run(
     )
 
 
-def _evaluation_config(run_dir: Path, config: Config, data: str | Path | None, decoder: Decoder | None) -> Config:
+def _evaluation_config(
+    run_dir: Path, config: Config, data: str | Path | None, decoder: Decoder | None, timeout: float | None
+) -> Config:
     """Return a run's configuration for reading its held-out images, or those of another folder."""
     split = run_dir / "split.csv"
     if data is None and not split.is_file():
@@ -115,6 +119,7 @@ def _evaluation_config(run_dir: Path, config: Config, data: str | Path | None, d
         data=config.data if data is None else str(Path(data).resolve()),  # resolved, as it is in the cache's key
         split=str(split) if data is None else config.split,
         decoder=decoder or config.decoder,
+        decode_timeout=timeout or config.decode_timeout,
         max_bad=1.0,
         memory_limit=None,
     )

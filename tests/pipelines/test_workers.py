@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,46 +24,6 @@ from tests.pipelines.test_pipelines import camera, encoded
 
 SIZE = 32
 
-PLANTED = """
-import os, signal, time
-import numpy as np
-from pipelines import pillow
-from pipelines.verdict import read
-
-def end(data):
-    if data.endswith(b"segfault") or os.path.exists("broken"):
-        import ctypes
-        ctypes.string_at(0)
-    if data.endswith(b"out of memory"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if data.endswith(b"abort"):
-        os.abort()
-    if data.endswith(b"exit"):
-        os._exit(7)
-    if data.endswith(b"raise"):
-        raise RuntimeError("no decoder should")
-    if data.endswith(b"scribble"):
-        raise SystemExit("nor this")
-    if data.endswith(b"once"):
-        try:
-            os.mkdir("seen")
-        except FileExistsError:
-            return
-        os.abort()
-
-def decode(sources, size, out, boxes, workers, gpu, max_pixels):
-    for source in sources:
-        data = read(source)
-        if data.endswith(b"slow"):
-            time.sleep(60)
-        end(data)
-    return pillow.decode(sources, size, out, boxes, workers, gpu, max_pixels)
-
-def identity(gpu):
-    return "planted-1"
-"""
-
-
 SERVER = workers._Server
 
 
@@ -72,18 +31,6 @@ SERVER = workers._Server
 def _own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start and end servers as a run does: tests/conftest.py keeps them elsewhere."""
     monkeypatch.setattr(workers, "_Server", SERVER)
-
-
-@pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A decoder that does what a file's last bytes say. JPEG ignores what stands behind its end."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "planted_decoder.py").write_text(PLANTED)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
-    monkeypatch.setitem(pipelines.BACKENDS, "planted", "planted_decoder")
-    yield "planted"
-    pipelines._imported.pop("planted", None)
-    sys.modules.pop("planted_decoder", None)
 
 
 @pytest.fixture(scope="module")
