@@ -5,8 +5,9 @@ crash the next is there in milliseconds. Workers write pixels into the caller's 
 dies, its batch is halved until the photo that kills it is alone: it gets a verdict, the others their pixels. Where a
 worker begins no photo for as long as one may take, it is killed, and its photos are decoded one by one.
 
-The server is no fork of the caller, which may use threads and a GPU, and none of multiprocessing's, which would run the
-caller's script again. When the caller dies, however it dies, the server sees its socket closed and ends the workers.
+The server is no fork of the caller, which may use threads and a GPU (but see `start_early`), and none of
+multiprocessing's, which would run the caller's script again. When the caller dies, however it dies, the server sees its
+socket closed and ends the workers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 
 import pipelines
+from pipelines.server_process import ForkedProcess, new_process
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
 from pipelines.worker_server import Batch
 
@@ -191,11 +193,17 @@ class Workers:
 _early: dict[str, _Server] = {}
 
 
-def start_early(decoder: str) -> None:
-    """Begin to import a decoder in a server process, for the next Workers; `end_early` ends it if none has used it."""
+def start_early(decoder: str, *, fork: bool = False) -> None:
+    """Begin to import a decoder in a server process, for the next Workers; `end_early` ends it if none has used it.
+
+    `fork`: import it here and fork, where this process has one thread: for a caller that needs the same libraries.
+    """
     if decoder not in _early:
+        if fork:
+            pipelines.choose(decoder, gpu=False)
+            fork = sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208
         with contextlib.suppress(Unavailable):
-            _early[decoder] = _Server(pipelines.BACKENDS[decoder], gpu=None)
+            _early[decoder] = _Server(pipelines.BACKENDS[decoder], gpu=None, fork=fork)
 
 
 def end_early() -> None:
@@ -281,10 +289,11 @@ class _Worker:
 class _Server:
     """The process that forks workers, as its caller sees it. It starts at once; the first `fork` waits for it."""
 
-    def __init__(self, module: str, *, gpu: int | None) -> None:
+    def __init__(self, module: str, *, gpu: int | None, fork: bool = False) -> None:
+        self._fork_first = fork
         # A GPU cannot be used after a fork, so there the worker imports the decoder.
         self._module, self._preload = module, gpu is None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._lock = threading.Lock()  # several threads ask for workers
         self._start()
 
@@ -292,24 +301,15 @@ class _Server:
         if not hasattr(os, "fork") or not sys.executable or getattr(sys, "frozen", False):
             raise Unavailable("this system starts no worker processes")
         ours, theirs = socket.socketpair()
-        code = f"from pipelines.worker_server import serve; serve({theirs.fileno()})"
-        # Several photos are decoded in parallel: the libraries' own threads would only compete with them.
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=env,
-                pass_fds=[theirs.fileno()],
-            )
+            self._process = ForkedProcess(ours, theirs) if self._fork_first else new_process(theirs)
         except OSError as error:
             raise Unavailable(f"no worker process can be started ({error.strerror or error})") from error
         finally:
             theirs.close()
         self._link, self._connection = ours, Connection(os.dup(ours.fileno()))
         self._connection.send((self._module, self._preload))
-        self._ready = False
+        self._ready = self._fork_first = False  # started again, it would be a fork of a process with threads
 
     def fork(self) -> _Worker:
         """Return a new worker. A server that died is started again, once."""

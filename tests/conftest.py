@@ -71,8 +71,9 @@ class KeptServer(workers._Server):
     idle: ClassVar[dict[Any, KeptServer]] = {}
 
     @classmethod
-    def take(cls, module: str, *, gpu: int | None) -> KeptServer:
+    def take(cls, module: str, *, gpu: int | None, fork: bool = False) -> KeptServer:
         """Return an idle server that was started in the same environment, or a new one."""
+        assert not fork  # this process has threads
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         key = module, gpu, tuple(sys.path), tuple(sorted(environment.items()))
         server = cls.idle.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -11,7 +12,7 @@ from fastcnn.cli.group import SETTINGS
 from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, photos_in, sha256_option
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
-from fastcnn.system.text import to_json
+from fastcnn.system.text import printable, to_json
 
 if TYPE_CHECKING:
     from fastcnn.inference.artefact import Artefact
@@ -169,24 +170,30 @@ def predict(
     MODEL is an exported file, or a run: a folder, or a name under runs/. INPUT is an image, a folder, a glob, or - to
     read paths from standard input. An image that cannot be used gets a line with the reason, and the exit code is 1.
     """
+    config = resolve(given(options))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads, which nothing here uses, prevent a fork
+    path = _find(model)
+    if not quiet:
+        click.echo(f"opening {printable(str(path))}", err=True)  # importing torch takes seconds
+    from fastcnn.inference.classifier import decoder_forked
     from fastcnn.inference.predict import predict_photos, writer
     from fastcnn.system.console import Console
 
-    config = resolve(given(options))
-    opened = _open(model, sha256, quiet=quiet)
-    write, bad = writer(format_, opened.classes, top_k), 0
-    with Console(quiet=quiet).progress("predicting", "images") as progress:
-        for prediction in predict_photos(
-            opened,
-            inputs,
-            workers=config.workers,
-            max_pixels=config.max_pixels,
-            timeout=config.decode_timeout,
-            progress=progress,
-            note=lambda text: None if quiet else click.echo(text, err=True),
-        ):
-            write(prediction)
-            bad += bool(prediction.reason)
+    with decoder_forked():
+        opened = _open(path, sha256, quiet=quiet)
+        write, bad = writer(format_, opened.classes, top_k), 0
+        with Console(quiet=quiet).progress("predicting", "images") as progress:
+            for prediction in predict_photos(
+                opened,
+                inputs,
+                workers=config.workers,
+                max_pixels=config.max_pixels,
+                timeout=config.decode_timeout,
+                progress=progress,
+                note=lambda text: None if quiet else click.echo(text, err=True),
+            ):
+                write(prediction)
+                bad += bool(prediction.reason)
     return 1 if bad else 0
 
 
@@ -220,7 +227,7 @@ def serve(
     metrics for Prometheus.
     """
     config = resolve(given(options))
-    opened = _open(model, sha256)
+    opened = _open(_find(model), sha256)
     try:
         from fastcnn.inference import batcher
         from fastcnn.inference import serve as service
@@ -237,18 +244,26 @@ def serve(
     service.serve(opened, host, port, limits, workers=config.workers)
 
 
-def _open(model: str, sha256: str | None, *, quiet: bool = False) -> Artefact:
-    """Return the exported model of a file or a run; one made for now of a run that was not exported."""
+def _find(model: str) -> Path:
+    """Return the exported file that MODEL names, or the folder of its run where that was not exported."""
     from fastcnn.inference import artefact
     from fastcnn.storage import run_folder
 
     path = Path(model)
     if not path.exists() and (run_folder.RUNS / path).is_dir():
         path = run_folder.RUNS / path
-    if sha256 or artefact.exported_in(path) or not (path / "best.pt").is_file():
+    exported = path.is_dir() and artefact.exported_in(path)
+    return path if not exported and (path / "best.pt").is_file() else artefact.find(path)
+
+
+def _open(path: Path, sha256: str | None, *, quiet: bool = False) -> Artefact:
+    """Return the exported model of a file or a run; one made for now of a run that was not exported."""
+    from fastcnn.inference import artefact
+
+    if sha256 or path.is_file():
         return artefact.open(path, sha256=sha256, warn_of_strangers=True)
     if not quiet:
-        click.echo(f"{path} was not exported: its best.pt is, to a temporary file", err=True)
+        click.echo(f"{printable(str(path))} was not exported: its best.pt is, to a temporary file", err=True)
     from fastcnn.export.exporters import open_run
 
     return open_run(path)

@@ -106,7 +106,7 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
     Raises CheckError if the file is damaged or does not match its hash or `sha256`, FastCNNError if it is missing, was
     not exported by fastcnn or has another format version. The hash is checked before anything in the file runs.
     """
-    path = _find(Path(path))
+    path = find(Path(path))
     opener = OPENERS[path.suffix]
     try:
         content = path.read_bytes()
@@ -141,7 +141,8 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
         raise CheckError(f"{path} cannot be opened as an exported model: {first_line(error)}") from None
 
 
-def _find(path: Path) -> Path:
+def find(path: Path) -> Path:
+    """Return the exported file that a path names: itself, or the one in a folder. Raises FastCNNError."""
     if path.is_dir():
         found = exported_in(path)
         if not found:

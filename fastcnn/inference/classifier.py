@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 import pipelines
 from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
-from pipelines.workers import DECODE_TIMEOUT, Workers, shared
+from pipelines.workers import DECODE_TIMEOUT, Workers, end_early, shared, start_early
 
 NO_PROBABILITIES = np.zeros(0, np.float32)
 
@@ -88,6 +89,20 @@ def _grey_photo() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "JPEG")
     return file.getvalue()
+
+
+@contextmanager
+def decoder_forked() -> Iterator[None]:
+    """Have the next classifier's decoder ready, forked from this process where it has no threads yet.
+
+    Both need torch, and importing it a second time takes seconds. For commands: a library's caller has threads.
+    """
+    decoder, _ = pipelines.choose("auto", gpu=False)
+    start_early(decoder, fork=True)
+    try:
+        yield
+    finally:
+        end_early()
 
 
 def model_threads() -> ThreadPoolExecutor:

@@ -133,7 +133,9 @@ def test_export_predict(
         assert code == 1
         assert [line.split("  ")[0] for line in out.splitlines()] == [str(first), str(second), "bad.jpg"]
         assert re.fullmatch(
-            r"3 photos in .* s \(.* photos/s, \d+% of it decoding\) after .* s of start-up; 1 cannot be used\n", err
+            r"opening runs/photos/model.torchscript\n"
+            r"3 photos in .* s \(.* photos/s, \d+% of it decoding\) after .* s of start-up; 1 cannot be used\n",
+            err,
         )
 
 
