@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from fastcnn.cli.group import SETTINGS
-from fastcnn.cli.options import ExportCommand, config_options, given, json_option, parse_size, photos_in, sha256_option
+from fastcnn.cli.options import (
+    ExportCommand,
+    config_options,
+    given,
+    json_option,
+    parse_origins,
+    parse_size,
+    photos_in,
+    sha256_option,
+)
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.system.text import printable, to_json
@@ -202,12 +211,26 @@ def predict(
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is all addresses of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, metavar="N", help="Port; 0 is any free port.")
 @config_options("workers", "max_pixels", "decode_timeout")
-@click.option("--max-upload", metavar="SIZE", callback=parse_size, default="20MB", help="Largest file accepted.")
+@click.option(
+    "--max-upload",
+    metavar="SIZE",
+    callback=parse_size,
+    default="20MB",
+    help="Largest photo accepted; also all photos of a request.",
+)
 @click.option(
     "--max-queue", type=click.IntRange(1), default=256, metavar="N", help="Images that may wait; more are refused."
 )
 @click.option("--max-batch", type=click.IntRange(1), default=32, metavar="N", help="Largest batch of images.")
 @click.option("--window", type=click.FloatRange(0), default=5.0, metavar="MS", help="Time to wait for a batch to fill.")
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    callback=parse_origins,
+    help="Origin whose pages may ask, as https://example.org; may be repeated; * is any. Default: none.",
+)
 @sha256_option
 def serve(
     *,
@@ -218,6 +241,7 @@ def serve(
     max_queue: int,
     max_batch: int,
     window: float,
+    cors_origins: tuple[str, ...],
     sha256: str | None,
     **options: Any,
 ) -> None:
@@ -241,7 +265,7 @@ def serve(
         batch=max_batch,
         window=window / 1000,
     )
-    service.serve(opened, host, port, limits, workers=config.workers)
+    service.serve(opened, host, port, limits, workers=config.workers, cors_origins=cors_origins)
 
 
 def _find(model: str) -> Path:

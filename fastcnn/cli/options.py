@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -148,3 +149,14 @@ def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     if count is None:
         raise UsageError(f"{param.opts[0]}: expected bytes as 256MB or 1.5GiB, got '{value}'")
     return count
+
+
+def parse_origins(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return origins as browsers send them; the callback of an option that takes several."""
+    origins = []
+    for value in values:
+        origin = value.lower().removesuffix("/")
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            raise UsageError(f"{param.opts[0]}: expected an origin as https://example.org:8443, got '{value}'")
+        origins.append(re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin))
+    return tuple(origins)

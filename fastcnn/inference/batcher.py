@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,19 +24,24 @@ class Limits:
     """Limits of the service."""
 
     upload: int = 20_000_000
-    """Maximum bytes of a photo."""
+    """Maximum bytes of a photo, and of the photos of a request together."""
     pixels: int = MAX_PIXELS
     """Maximum pixels of a photo by its header."""
     decoding: float = DECODE_TIMEOUT
     """Maximum seconds of decoding a photo."""
     queue: int = 256
-    """Maximum number of photos waiting."""
+    """Maximum number of photos waiting, and of photos in a request."""
     batch: int = 32
     """Maximum number of photos in a batch."""
     window: float = 0.005
     """Seconds that the first photo of a batch waits for others."""
     timeout: float = 30.0
     """Seconds allowed for an upload, and for answering accepted photos at shutdown."""
+
+    @property
+    def body(self) -> int:
+        """Maximum bytes of a form or JSON, unpacked: base64 takes 4/3 of the photos' own."""
+        return 2 * self.upload
 
 
 class Metrics:
@@ -44,7 +50,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
         self.requests = prometheus_client.Counter(
-            "fastcnn_requests", "Photos sent, by the answer's status", ["status"], registry=self.registry
+            "fastcnn_requests", "Requests to /predict, by the answer's status", ["status"], registry=self.registry
+        )
+        self.photos = prometheus_client.Counter(
+            "fastcnn_photos", "Photos, by result: ok, or the error's code", ["result"], registry=self.registry
         )
         self.latency = prometheus_client.Histogram(
             "fastcnn_request_seconds",
@@ -59,7 +68,7 @@ class Metrics:
             "fastcnn_work_seconds", "Time spent, by stage", ["stage"], registry=self.registry
         )
         self.in_progress = prometheus_client.Gauge(
-            "fastcnn_requests_in_progress", "Photos sent and not answered", registry=self.registry
+            "fastcnn_requests_in_progress", "Requests to /predict that are not answered yet", registry=self.registry
         )
         self.waiting = prometheus_client.Gauge("fastcnn_queue_photos", "Photos waiting", registry=self.registry)
 
@@ -81,20 +90,26 @@ class Batcher:
     def __init__(self, model: Artefact, limits: Limits, metrics: Metrics, workers: int | None = None) -> None:
         self._classify = Classifier(model, workers=workers, max_pixels=limits.pixels, timeout=limits.decoding)
         self._limits, self._metrics = limits, metrics
-        self._queue: queue.Queue[QueuedPhoto | None] = queue.Queue(limits.queue)
+        self._queue: queue.SimpleQueue[QueuedPhoto | None] = queue.SimpleQueue()
         self._warm, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
 
-    def submit(self, photo: bytes) -> Future[tuple[Verdict, Probabilities]]:
-        """Return the future verdict and (num_classes,) probabilities of a photo. Raises queue.Full or BatcherClosed."""
+    def submit(self, photos: Sequence[bytes]) -> list[Future[tuple[Verdict, Probabilities]]]:
+        """Return the future verdict and (num_classes,) probabilities of each photo. Call it from one thread alone.
+
+        Raises queue.Full if there is no room for all of them, or BatcherClosed.
+        """
         if self._closed.is_set():
             raise BatcherClosed
-        queued = QueuedPhoto(photo, Future())
-        self._queue.put_nowait(queued)
+        if len(self) + len(photos) > self._limits.queue:
+            raise queue.Full
+        queued = [QueuedPhoto(photo, Future()) for photo in photos]
+        for one in queued:
+            self._queue.put(one)
         if self._closed.is_set():  # it was closed meanwhile
             self._refuse_queued()
-        return queued.answer
+        return [one.answer for one in queued]
 
     @property
     def ready(self) -> bool:
@@ -106,10 +121,7 @@ class Batcher:
 
     def close(self) -> None:
         """Answer the photos submitted so far, and end the thread."""
-        while self._thread.is_alive():  # a full queue drains, unless the thread dies
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=0.1)
-                break
+        self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
@@ -154,6 +166,7 @@ class Batcher:
     def _answer(self, batch: list[QueuedPhoto]) -> None:
         classify = self._classify
         before = classify.decode_seconds, classify.model_seconds
+        batch = [queued for queued in batch if queued.answer.set_running_or_notify_cancel()]
         try:
             answers = classify([queued.photo for queued in batch])
         except Exception as error:  # fails this batch, the service goes on

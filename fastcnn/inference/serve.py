@@ -8,7 +8,7 @@ import logging
 import queue
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -20,24 +20,16 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware.cors import CORSMiddleware
 
-from fastcnn.errors import FastCNNError, first_line, nearest
+from fastcnn.errors import FastCNNError, first_line
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.batcher import Batcher, BatcherClosed, Limits, Metrics
 from fastcnn.inference.classifier import ranked
+from fastcnn.inference.middleware import HeadAsGet, ReadToEnd
+from fastcnn.inference.request_body import read_upload
+from fastcnn.inference.uploads import REQUEST_BODY, Refusal
 from pipelines.verdict import Verdict
-
-MEDIA_TYPES = ("image/", "application/octet-stream")
-"""Prefixes of accepted content types. The actual format is read from the file's content."""
-
-
-class Refusal(HTTPException):
-    """Error response: HTTP status, code for programs, message for people."""
-
-    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        super().__init__(status, message, headers or None)
-        self.code = code
 
 
 class ClassProbability(BaseModel):
@@ -90,18 +82,18 @@ class Service:
         """Return the page for people."""
         return HTMLResponse(self._page.replace("MAX_UPLOAD", str(self._limits.upload)), headers=PAGE_HEADERS)
 
-    async def predict(self, request: Request, top_k: int | None) -> Answer:
-        """Return the most probable classes of the photo in the request's body, and count the request."""
+    async def predict(self, request: Request, top_k: int | None) -> Answer | list[Answer | Failure]:
+        """Return the most probable classes of the photo in a request, or of each photo of several; count them."""
         start = time.perf_counter()
         status = 500
         self._metrics.in_progress.inc()
         try:
-            await _check_parameters(request, self._limits)
-            photo = await _upload(request, self._limits)
-            verdict, probabilities = await _classified(self._batcher, photo)
-            if not verdict.ok:
-                status = 413 if verdict.reason == "too large" else 422
-                raise Refusal(status, verdict.reason.replace(" ", "_"), _sentence(verdict))
+            upload = await read_upload(request, self._limits)
+            results = await self._classified(upload.photos)
+            for one in results:
+                self._metrics.photos.labels(one.code if isinstance(one, Refusal) else "ok").inc()
+            if not upload.several and isinstance(results[0], Refusal):
+                raise results[0]
             status = 200
         except Refusal as refusal:
             status = refusal.status_code
@@ -110,8 +102,29 @@ class Service:
             self._metrics.in_progress.dec()
             self._metrics.requests.labels(str(status)).inc()
             self._metrics.latency.observe(time.perf_counter() - start)
-        found = ranked(probabilities, self._model.classes, top_k or len(self._model.classes))
-        predictions = [ClassProbability.model_validate({"class": name, "probability": p}) for name, p in found]
+        answers = [self._answer(one, top_k or upload.top_k) for one in results]
+        if upload.several:
+            return answers
+        assert isinstance(answers[0], Answer)
+        return answers[0]
+
+    async def _classified(self, photos: list[bytes | Refusal]) -> list[Probabilities | Refusal]:
+        """Return the probabilities of each photo, or why there are none. Raises Refusal if they cannot all be taken."""
+        taken = [photo for photo in photos if isinstance(photo, bytes)]
+        try:
+            found = iter(await asyncio.gather(*map(asyncio.wrap_future, self._batcher.submit(taken))))
+        except BatcherClosed:
+            raise Refusal(503, "not_ready", "the service takes no photos any more: see its log") from None
+        except queue.Full:
+            message = "too many photos are waiting: try again in a second"
+            raise Refusal(429, "busy", message, **{"Retry-After": "1"}) from None
+        return [photo if isinstance(photo, Refusal) else _unless_bad(*next(found)) for photo in photos]
+
+    def _answer(self, found: Probabilities | Refusal, top_k: int | None) -> Answer | Failure:
+        if isinstance(found, Refusal):
+            return Failure(error=Problem(code=found.code, message=found.detail))
+        classes = ranked(found, self._model.classes, top_k or len(self._model.classes))
+        predictions = [ClassProbability.model_validate({"class": name, "probability": p}) for name, p in classes]
         return Answer(predictions=predictions, model=self._model.sha256)
 
     async def alive(self) -> dict[str, str]:
@@ -130,13 +143,20 @@ class Service:
         return Response(content, media_type="text/plain; version=0.0.4")
 
 
-def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | None = None) -> FastAPI:
+def create_app(
+    model: Artefact,
+    limits: Limits | None = None,
+    *,
+    workers: int | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
     """Return the service of an exported model as an ASGI application.
 
     Args:
         model: the exported model, opened.
         limits: uploads beyond them get 408, 413 or 429 and {"error": {"code", "message"}}; None: the defaults.
         workers: decoding threads; None: one per core.
+        cors_origins: origins whose pages may ask the service from a browser; "*" is any.
     """
     limits = limits or Limits()
     service = Service(model, limits, workers)
@@ -153,84 +173,35 @@ def create_app(model: Artefact, limits: Limits | None = None, *, workers: int | 
         request: Request,
         top_k: Annotated[int | None, Query(ge=1, description="Classes in the answer. Default: all.")] = None,
         hyphenated: Annotated[int | None, Query(ge=1, alias="top-k", include_in_schema=False)] = None,
-    ) -> Answer:
-        """Return the classes of a photo, the request's body, with their probabilities."""
+    ) -> Answer | list[Answer | Failure]:
+        """Return the classes of a photo with their probabilities, or a list of such answers if it sends several."""
         return await service.predict(request, top_k or hyphenated)
 
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(service.index)
-    app.post("/predict", openapi_extra=_UPLOAD, responses=_responses(limits), response_model_by_alias=True)(predict)
+    description = {"requestBody": REQUEST_BODY}
+    app.post("/predict", openapi_extra=description, responses=_responses(limits), response_model_by_alias=True)(predict)
     app.get("/healthz")(service.alive)
     app.get("/readyz", responses={503: {"model": Failure, "description": "It takes no photos"}})(service.ready)
     app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(service.metrics)
+    app.add_middleware(ReadToEnd, most=4 * limits.upload, timeout=limits.timeout)
+    app.add_middleware(HeadAsGet)
+    if cors_origins:
+        methods, exposed = ("GET", "HEAD", "POST"), ("Retry-After",)
+        app.add_middleware(
+            CORSMiddleware, cors_origins, allow_methods=methods, allow_headers=("*",), expose_headers=exposed
+        )
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _broken)
     return app
 
 
-async def _check_parameters(request: Request, limits: Limits) -> None:
-    """Raise Refusal for a query parameter that there is not, and for one that is given twice."""
-    names = [name for name, _ in request.query_params.multi_items()]
-    unknown = [name for name in names if name not in ("top_k", "top-k")]
-    if unknown:
-        message = f"no parameter {unknown[0]!r}{nearest(unknown[0], ['top_k'])}"
-    elif len(names) > 1:
-        message = f"{' and '.join(names)}: the parameter is given twice; give it once"
-    else:
-        return
-    await _drain(request, limits)
-    raise Refusal(422, "invalid_request", message)
-
-
-async def _upload(request: Request, limits: Limits) -> bytes:
-    """Return a request's body. Raises Refusal for a wrong type or size before reading all of it into memory."""
-    kind = request.headers.get("content-type", "application/octet-stream").lower()
-    if not kind.startswith(MEDIA_TYPES):
-        await _drain(request, limits)
-        message = f"expected a photo as the request's body, of type image/* or application/octet-stream, got {kind}"
-        raise Refusal(415, "unsupported_media_type", message)
-    too_large = Refusal(413, "too_large", f"the photo has more than {limits.upload:,} bytes")
-    if int(request.headers.get("content-length") or 0) > limits.upload:
-        await _drain(request, limits)
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.timeout):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.upload:
-                    raise too_large
-    except TimeoutError:
-        raise Refusal(408, "upload_timeout", f"the photo did not arrive within {limits.timeout:g} seconds") from None
-    except ClientDisconnect:
-        raise Refusal(400, "disconnected", "the client went away") from None
-    return bytes(body)
-
-
-async def _drain(request: Request, limits: Limits) -> None:
-    """Read the rest of the body: closing while the client sends resets the connection and loses the response."""
-    size = 0
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(limits.timeout):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > 4 * limits.upload:
-                    break
-
-
-async def _classified(batcher: Batcher, photo: bytes) -> tuple[Verdict, Probabilities]:
-    try:
-        return await asyncio.wrap_future(batcher.submit(photo))
-    except BatcherClosed:
-        raise Refusal(503, "not_ready", "the service takes no photos any more: see its log") from None
-    except queue.Full:
-        raise Refusal(
-            429, "busy", "too many photos are waiting: try again in a second", **{"Retry-After": "1"}
-        ) from None
-
-
-def _sentence(verdict: Verdict) -> str:
-    return f"the photo cannot be used: {verdict.reason}" + (f" ({verdict.detail})" if verdict.detail else "")
+def _unless_bad(verdict: Verdict, probabilities: Probabilities) -> Probabilities | Refusal:
+    if verdict.ok:
+        return probabilities
+    detail = f" ({verdict.detail})" if verdict.detail else ""
+    status = 413 if verdict.reason == "too large" else 422
+    return Refusal(status, verdict.reason.replace(" ", "_"), f"the photo cannot be used: {verdict.reason}{detail}")
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
@@ -258,37 +229,38 @@ def _responses(limits: Limits) -> dict[int | str, dict[str, Any]]:
         400: "The client went away while it sent the photo",
         408: "The photo did not arrive in time",
         413: f"More than {limits.upload:,} bytes or {limits.pixels:,} pixels",
-        415: "Neither image/* nor application/octet-stream",
-        422: "No photo, one that is damaged, or a wrong parameter",
+        415: "A content type or encoding other than those described",
+        422: "No photo, one that is damaged, a malformed form or a wrong parameter",
         429: "Too many photos are waiting",
         503: "It takes no photos",
     }
     return {status: {"model": Failure, "description": text} for status, text in what.items()}
 
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "description": "The photo's file as it is: JPEG, PNG, WebP, BMP, TIFF...",
-        "content": {"image/*": _BINARY, "application/octet-stream": _BINARY},
-    }
-}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
 
 
-def serve(model: Artefact, host: str, port: int, limits: Limits | None = None, *, workers: int | None = None) -> None:
+def serve(
+    model: Artefact,
+    host: str,
+    port: int,
+    limits: Limits | None = None,
+    *,
+    workers: int | None = None,
+    cors_origins: Sequence[str] = (),
+) -> None:
     """Serve an exported model until SIGINT or SIGTERM, then answer the accepted photos and return.
 
     Raises FastCNNError if the address cannot be used.
     """
     limits = limits or Limits()
-    app = create_app(model, limits, workers=workers)
+    app = create_app(model, limits, workers=workers, cors_origins=cors_origins)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # who sent a malformed form is told
     config = uvicorn.Config(
         app,
         host,

@@ -4,117 +4,33 @@ from __future__ import annotations
 
 import http.client
 import io
-import json
 import queue
 import re
 import signal
 import statistics
-import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastcnn import cli, predict_photos
-from fastcnn.inference import artefact
 from fastcnn.inference.artefact import Artefact
 from fastcnn.inference.classifier import Classifier
+from tests.inference.conftest import CORS_ORIGIN, JPEG, Served, bad_photos, start
 
 pytest.importorskip("fastapi")
+pytest.importorskip("python_multipart")
 
 from fastcnn.inference.batcher import Batcher, BatcherClosed, Limits, Metrics
-
-JPEG = {"Content-Type": "image/jpeg"}
-
-
-@pytest.fixture(scope="module")
-def model(exports: Callable[[str], Path]) -> Artefact:
-    return artefact.open(exports("torchscript"))
-
-
-class Served(NamedTuple):
-    """A service in a process of its own."""
-
-    process: subprocess.Popen[str]
-    address: str
-
-    def ask(self, path: str, body: bytes | None = None, headers: dict[str, str] = JPEG) -> tuple[int, Any, Any]:
-        """Return status, body (JSON taken apart) and headers of the answer."""
-        connection = http.client.HTTPConnection(self.address, timeout=120)
-        try:
-            connection.request("GET" if body is None else "POST", path, body, {} if body is None else headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            kind = answer.headers.get("content-type", "")
-            return (
-                answer.status,
-                json.loads(content) if kind == "application/json" else content.decode(),
-                answer.headers,
-            )
-        finally:
-            connection.close()
-
-    def figure(self, name: str) -> float:
-        """Return the sum of a metric over its labels."""
-        lines = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.ask("/metrics")[1], re.MULTILINE)
-        return sum(map(float, lines))
-
-
-def start(model: Artefact, *options: str) -> Served:
-    command = [sys.executable, "-m", "fastcnn.cli", "serve", str(model.path), "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    found = re.search(r"is served on (http://\S+)", process.stdout.readline())
-    assert found, process.communicate()
-    served = Served(process, urlsplit(found[1]).netloc)
-    while served.ask("/readyz")[0] == 503:
-        time.sleep(0.1)
-    return served
-
-
-@pytest.fixture(scope="module")
-def served(model: Artefact) -> Iterator[Served]:
-    served = start(model, "--max-upload", "300KB", "--window", "20")
-    yield served
-    served.process.terminate()
-    out, err = served.process.communicate(timeout=60)
-    assert served.process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
-    assert (out, err) == ("", "")
-
-
-def bomb() -> bytes:
-    """Return a PNG whose header claims 100,000 x 100,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
-
-
-def bad_photos(photo: bytes) -> list[tuple[bytes, int, str]]:
-    """Return what is refused, with the status and the code that it gets."""
-    return [
-        (b"<html>no photo</html>", 422, "not_an_image"),
-        (photo[: len(photo) // 2], 422, "truncated"),
-        (bomb(), 413, "too_large"),
-        (photo + b"\0" * 400_000, 413, "too_large"),
-        (b"", 422, "empty"),
-    ]
 
 
 def test_every_answer_of_500_under_load(served: Served, model: Artefact, photos: Path) -> None:
@@ -171,6 +87,9 @@ def test_other_formats_are_taken(served: Served, photos: Path) -> None:
     ("path", "body", "kind", "status", "code"),
     [
         ("/predict", b"photo=x", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+        ("/predict", b"x" * 5_000_000, "text/plain", 415, "unsupported_media_type"),  # read to its end
+        ("/predict?top_k=0", b"x" * 5_000_000, "image/jpeg", 422, "invalid_request"),
+        ("/nothing", b"x" * 5_000_000, "image/jpeg", 404, "not_found"),
         ("/predict?top_k=0", b"x", "image/jpeg", 422, "invalid_request"),
         ("/predict?top_k=many", b"x", "image/jpeg", 422, "invalid_request"),
         ("/predict?top-k=0", b"x", "image/jpeg", 422, "invalid_request"),
@@ -213,9 +132,33 @@ def test_health_readiness_and_pages(served: Served, model: Artefact) -> None:
     assert set(answers) == {"200", "400", "408", "413", "415", "422", "429", "503"}
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/nothing"])
+def test_head_is_get_without_a_body(served: Served, path: str) -> None:
+    status, body, headers = served.ask(path, method="HEAD")
+    same, _, expected = served.ask(path)
+    assert (status, body, headers["content-type"]) == (same, "", expected["content-type"])
+    assert path == "/metrics" or headers["content-length"] == expected["content-length"]
+
+
+def test_head_of_what_is_only_posted(served: Served) -> None:
+    status, body, headers = served.ask("/predict", method="HEAD")
+    assert (status, body, headers["allow"]) == (405, "", "POST")
+
+
+def test_pages_elsewhere(served: Served) -> None:
+    """Only those of --cors-origin read answers and errors; without the option nobody's do: no header is sent."""
+    for origin, allowed in ((CORS_ORIGIN, CORS_ORIGIN), ("http://other.example", None)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-y"}
+        status, _, headers = served.ask("/predict", method="OPTIONS", headers=asked)
+        assert (status, headers["access-control-allow-origin"]) == (200 if allowed else 400, allowed)
+        status, _, headers = served.ask("/predict", b"no photo", JPEG | {"Origin": origin})
+        assert (status, headers["access-control-allow-origin"]) == (422, allowed)
+
+
 def test_what_was_accepted_before_sigterm_is_answered(model: Artefact, photos: Path) -> None:
     served = start(model, "--window", "1500", "--max-batch", "64")
     photo = next(photos.rglob("*.jpg")).read_bytes()
+    assert not [name for name in served.ask("/healthz", headers={"Origin": CORS_ORIGIN})[2] if "access" in name]
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(served.ask, "/predict", photo) for _ in range(20)]
         while served.figure("fastcnn_requests_in_progress") < 20:
@@ -240,14 +183,17 @@ def test_a_full_queue_refuses(model: Artefact, photos: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Classifier, "__call__", wait)
     batcher = Batcher(model, Limits(queue=2, batch=1, window=0), Metrics())
-    first = batcher.submit(photo)
+    first = batcher.submit([photo])
     entered.wait()
-    waiting = [batcher.submit(photo) for _ in range(2)]
+    waiting = batcher.submit([photo])
     with pytest.raises(queue.Full):
-        batcher.submit(photo)
+        batcher.submit([photo] * 2)  # all or none of a request's
+    waiting += batcher.submit([photo])
+    with pytest.raises(queue.Full):
+        batcher.submit([photo])
     go.set()
     batcher.close()
-    assert all(future.result()[0].ok for future in [first, *waiting])
+    assert all(future.result()[0].ok for future in [*first, *waiting])
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -263,13 +209,13 @@ def test_nobody_waits_for_a_decoder_that_cannot_be_used(
     monkeypatch.setattr(Classifier, "warm_up", fail)
     photo = next(photos.rglob("*.jpg")).read_bytes()
     batcher = Batcher(model, Limits(queue=1), Metrics())
-    early = batcher.submit(photo)
+    [early] = batcher.submit([photo])
     go.set()
     assert isinstance(early.exception(), BatcherClosed)
     batcher.close()  # though the queue may be full
     assert not batcher.ready
     with pytest.raises(BatcherClosed):
-        batcher.submit(photo)
+        batcher.submit([photo])
 
 
 def test_an_error_costs_its_batch_alone(model: Artefact, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +228,7 @@ def test_an_error_costs_its_batch_alone(model: Artefact, photos: Path, monkeypat
 
     monkeypatch.setattr(Classifier, "__call__", fail)
     batcher = Batcher(model, Limits(batch=1), Metrics())
-    broken, whole = batcher.submit(b"planted"), batcher.submit(next(photos.rglob("*.jpg")).read_bytes())
+    broken, whole = batcher.submit([b"planted", next(photos.rglob("*.jpg")).read_bytes()])
     assert isinstance(broken.exception(), RuntimeError)
     assert whole.result()[0].ok
     batcher.close()
@@ -301,6 +247,8 @@ def test_what_is_said_of_a_photo_does_not_depend_on_its_neighbours(model: Artefa
     ("options", "code", "message"),
     [
         (["--max-upload", "big"], 2, "--max-upload: expected bytes"),
+        (["--cors-origin", "example.org"], 2, "--cors-origin: expected an origin as https://example.org:8443, got"),
+        (["--cors-origin", "https://example.org/page"], 2, "--cors-origin: expected an origin"),
         (["--port", "70000"], 2, "70000 is not in the range"),
         (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1"),
     ],
