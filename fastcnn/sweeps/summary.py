@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fastcnn.config import resolve
+from fastcnn.errors import first_line, warn
 from fastcnn.storage import files
 from fastcnn.storage.run_folder import CONFIG
 from fastcnn.sweeps import plots
@@ -23,10 +24,30 @@ MIN_FOR_IMPORTANCE = 4  # finished trials
 
 
 def write(study: Study, folder: Path, options: Mapping[str, Any]) -> None:
-    """Write the results so far into the sweep's folder: sweep.csv, the plots, and the best trial's config.yaml.
+    """Write the results so far into the sweep's folder: sweep.csv, the best trial's config.yaml, and the plots.
 
     options: those of every trial.
     """
+    records = study.records()
+    write_table(study, folder)
+    if study.seeds > 1:
+        _write_points(study, folder, records)
+    best = study.best()
+    if best is not None:
+        config = folder / best.folder / CONFIG
+        if config.is_file():
+            files.write(folder / CONFIG, config.read_bytes())
+        else:  # the trial ran on another machine
+            fields = resolve(options, best.values).to_dict()
+            files.write(folder / CONFIG, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+    try:
+        _draw(study, folder, records)
+    except Exception as error:
+        warn(f"the plots of {folder} cannot be drawn: {first_line(error)}")
+
+
+def write_table(study: Study, folder: Path) -> None:
+    """Write sweep.csv: a row for each trial that has begun."""
     sweep, records = study.sweep, study.records()
     metrics = [name for name in METRICS if name != sweep.metric]
     files.write_csv(
@@ -47,8 +68,10 @@ def write(study: Study, folder: Path, options: Mapping[str, Any]) -> None:
             ),
         ],
     )
-    if study.seeds > 1:
-        _write_points(study, folder, records)
+
+
+def _draw(study: Study, folder: Path, records: Sequence[TrialRecord]) -> None:
+    sweep = study.sweep
     measured = [record for record in records if record.value is not None and record.values]
     if measured and sweep.parameters:
         points = [({**record.values, sweep.metric: record.value}, record.state == "finished") for record in measured]
@@ -58,14 +81,6 @@ def write(study: Study, folder: Path, options: Mapping[str, Any]) -> None:
     num_finished = sum(record.state == "finished" for record in records)
     if num_finished >= MIN_FOR_IMPORTANCE and sweep.parameters:
         files.write(folder / "importance.png", plots.importance(study.optuna, sweep.metric))
-    best = study.best()
-    if best is not None:
-        config = folder / best.folder / CONFIG
-        if config.is_file():
-            files.write(folder / CONFIG, config.read_bytes())
-        else:  # the trial ran on another machine
-            fields = resolve(options, best.values).to_dict()
-            files.write(folder / CONFIG, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
 def table(study: Study, records: Sequence[TrialRecord]) -> str:

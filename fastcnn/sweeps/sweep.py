@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from fastcnn.config import option_name, resolve
-from fastcnn.errors import DataError, FastCNNError, UsageError, warn
+from fastcnn.errors import DataError, FastCNNError, UsageError, first_line, warn
 from fastcnn.sweeps import summary
 from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.study import ClaimedTrial, Study, TrialRecord
@@ -26,11 +27,14 @@ LOCAL = frozenset({"data", "cache_dir", "device", "loader", "memory_limit", "str
 _STATES = {"done": "finished", "pruned": "pruned", "failed": "failed"}
 
 
+_RESUME = "run the same command to resume"
+
+
 class SweepStopped(FastCNNError):
     """The sweep received SIGINT, SIGTERM or SIGHUP; the message says how to resume it."""
 
     def __init__(self, signum: int, folder: Path) -> None:
-        super().__init__(f"stopped, and the running trials are saved in {folder}: run the same command to resume")
+        super().__init__(f"stopped, and the running trials are saved in {folder}: {_RESUME}")
         self.exit_code = 128 + signum
 
 
@@ -81,7 +85,7 @@ def run(
     )
     runner = Runner(study, folder, options, limit, pack, console)
     try:
-        with signals.received() as stop:
+        with _explained(folder, storage), signals.received() as stop:
             runner.run(stop)
             records = study.records()
             summary.write(study, folder, options)
@@ -94,6 +98,23 @@ def run(
         raise SweepStopped(stop.signum, folder)
     _raise_if_none_finished(runner, records)
     return records
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, storage: str | None) -> Iterator[None]:
+    """Turn what the disk or the storage refuses into an error that says how to resume."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write {error.filename or folder}: {error.strerror or error}"
+        raise FastCNNError(f"{problem}; mend that, then {_RESUME}") from None
+    except FastCNNError:
+        raise
+    except Exception as error:
+        if storage is None or type(error).__module__.split(".")[0] not in ("optuna", "sqlalchemy"):
+            raise
+        problem = f"cannot use the storage {storage}: {first_line(error)}"
+        raise FastCNNError(f"{problem}; mend that, then {_RESUME}") from None
 
 
 def _raise_if_none_finished(runner: Runner, records: list[TrialRecord]) -> None:
@@ -206,6 +227,7 @@ class Runner:
             if trial is None:
                 return
             worker.trial, worker.started = trial, time.perf_counter()
+            summary.write_table(self.study, self.folder)  # at once, as this process may be killed
             if trial.resumed:
                 self.console.line(f"{trial.folder} was interrupted: resuming it")
             worker.process.start(
@@ -232,13 +254,16 @@ class Runner:
     def _end(self, worker: Worker, ending: Ending) -> None:
         trial, worker.trial = worker.trial, None
         assert trial
-        if ending.state == "stopped":
-            return  # the study keeps it as running, and whoever resumes the sweep resumes it
+        if ending.state == "stopped":  # the study keeps it as running, and whoever resumes the sweep resumes it
+            if ending.reason:
+                raise FastCNNError(f"{trial.folder}: {ending.reason}; to go on with the sweep, {_RESUME}")
+            return
         record = self.study.tell(trial, _STATES[ending.state], ending.reason)
         if record.state == "failed":
-            self.failures.append(record.reason)
+            self.failures.append(record.reason.replace(record.folder, "its folder"))
         else:
             self.any_trial_succeeded = True
+        summary.write_table(self.study, self.folder)
         self.console.line(self._describe(record, time.perf_counter() - worker.started))
 
     def _describe(self, record: TrialRecord, seconds: float) -> str:

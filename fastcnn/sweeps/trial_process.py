@@ -7,6 +7,7 @@ Each trial leaves an ordinary run folder. If the process dies, its trial has fai
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
@@ -48,8 +49,9 @@ class Ending:
     """How a trial ended."""
 
     state: Literal["done", "pruned", "failed", "stopped"]
+    """A stopped one is resumed by the next sweep."""
     reason: str = ""
-    """Why it failed."""
+    """Why it failed, or was stopped other than by a signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +223,22 @@ def _run(job: Job, connection: Connection) -> Ending:
     except (RunInterrupted, KeyboardInterrupt):
         return Ending(state="stopped")
     except FastCNNError as error:
-        return Ending(state="failed", reason=str(error))
+        return Ending(state="stopped" if _is_disk_full(error) else "failed", reason=str(error))
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         return Ending(state="failed", reason=f"{type(error).__name__}: {first_line(error)}")
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error comes of a disk, or a quota, without room."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _train(job: Job, connection: Connection) -> None:

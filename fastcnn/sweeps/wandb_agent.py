@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.config import OPTIONS, in_our_words, read_yaml, resolve
 from fastcnn.errors import FastCNNError, first_line, warn
-from fastcnn.runs.wandb_server import logged_in
+from fastcnn.runs.wandb_server import answers, logged_in
 from fastcnn.sweeps.search_space import Sweep
 from fastcnn.sweeps.sweep import SWEEPS
 from fastcnn.sweeps.trial_process import Ending, Job, TrialProcess
@@ -40,8 +40,11 @@ def run(
     import wandb
 
     console, folder = console or Console(quiet=True), folder or SWEEPS / sweep.name
-    if not logged_in(wandb.setup().settings):
+    settings = wandb.setup().settings
+    if not logged_in(settings):
         raise FastCNNError("--wandb: not logged in: run wandb login, or leave out --wandb to search with Optuna here")
+    if not answers(settings.base_url):
+        raise FastCNNError(f"--wandb: {settings.base_url} does not answer: try again, or leave out --wandb")
     project = (
         resolve(options).wandb_project or os.environ.get("WANDB_PROJECT") or sweep.text.get("project") or "fastcnn"
     )

@@ -413,6 +413,7 @@ def test_as_an_agent(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(wandb, "agent", agent)
     monkeypatch.setattr(wandb, "sweep", lambda text, project: begun.append(text) or "abc")
     monkeypatch.setattr(wandb_agent, "logged_in", lambda settings: True)
+    monkeypatch.setattr(wandb_agent, "answers", lambda url: True)
     with pytest.raises(FastCNNError, match=r"no trial finished: 2 failed, the last with: .* do not fill one batch"):
         wandb_agent.run(plan(), {"data": str(photos), "batch_size": 1000}, trials=2, folder=Path("failing"))
     begun.clear()
