@@ -14,6 +14,7 @@ from fastcnn.cli.options import (
     config_options,
     given,
     json_option,
+    moved_to_option,
     parse_origins,
     parse_size,
     photos_in,
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
 @click.command("eval", **SETTINGS)
 @click.argument("run")
 @click.argument("data", required=False)
-@config_options("device")
+@moved_to_option
+@config_options("device", "cache_dir")
 @click.option("--decoder", metavar="auto|dali|turbo|pillow", help="Image decoder. Default: the run's.")
 @click.option("--decode-timeout", metavar="SECONDS", help="Most that decoding one image may take. Default: the run's.")
 @json_option
 @click.option("--output", metavar="FILE", help="Also write the JSON to a file.")
-def evaluate(*, run: str, data: str | None, as_json: bool, output: str | None, **options: Any) -> None:
+def evaluate(
+    *, run: str, data: str | None, moved_to: str | None, as_json: bool, output: str | None, **options: Any
+) -> None:
     """Evaluate the best model of a run.
 
     RUN is a folder, or a name under runs/. Printed are accuracy, loss, top-5 accuracy and the scores of each class.
@@ -47,11 +51,13 @@ def evaluate(*, run: str, data: str | None, as_json: bool, output: str | None, *
 
     options = given(options)
     config = resolve(options)
-    data = data and photos_in(data, quiet=as_json)
+    data, moved_to = (folder and photos_in(folder, quiet=as_json) for folder in (data, moved_to))
     with Console().progress("decoding", "images") as progress:
         scores = evaluate_run(
             run,
             data,
+            moved_to=moved_to,
+            cache_dir=config.cache_dir,
             device=config.device,
             decoder=config.decoder if "decoder" in options else None,
             timeout=config.decode_timeout if "decode_timeout" in options else None,
@@ -81,7 +87,11 @@ def evaluate(*, run: str, data: str | None, as_json: bool, output: str | None, *
 @click.option("--output", metavar="FILE", help="Output file. Default: model.<format> in the run folder.")
 @click.option("--triton", metavar="DIR", help="Also add the model to this Triton model repository, under RUN's name.")
 @click.option("--quick", is_flag=True, help="Compare on 500 validation images instead of all of them.")
-def export(run: str, formats: str, half: Any, output: str | None, triton: str | None, quick: bool) -> None:
+@moved_to_option
+@config_options("cache_dir")
+def export(
+    *, run: str, formats: str, half: Any, output: str | None, triton: str | None, moved_to: str | None, **how: Any
+) -> None:
     """Export the best model of a run for deployment.
 
     RUN is a folder, or a name under runs/. A separate process compares each file with the trained model, on its
@@ -96,13 +106,20 @@ def export(run: str, formats: str, half: Any, output: str | None, triton: str | 
             raise UsageError(f"{option} works with one format, and --format has {len(names)}: give one")
     if triton and names[0] == "pt2":
         raise UsageError("--triton: expected --format torchscript or onnx, got pt2")
-    console = Console()
+    console, moved_to = Console(), moved_to and photos_in(moved_to)
     for name in names:
         with console.progress(f"exporting {name}", "images") as progress:
             from fastcnn.export.exporters import export_run  # takes seconds
 
             path = export_run(
-                run, format=name, output=output, half=half, quick=quick, progress=progress, note=console.line
+                run,
+                format=name,
+                output=output,
+                half=half,
+                moved_to=moved_to,
+                progress=progress,
+                note=console.line,
+                **how,
             )
     if triton:
         from fastcnn.export.triton_repository import repository_name, write_repository
@@ -115,9 +132,13 @@ def export(run: str, formats: str, half: Any, output: str | None, triton: str | 
 @click.command("verify", **SETTINGS)
 @click.argument("model")
 @click.argument("data", required=False)
+@moved_to_option
+@config_options("cache_dir")
 @sha256_option
 @json_option
-def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> None:
+def verify(
+    *, model: str, data: str | None, moved_to: str | None, cache_dir: str | None, sha256: str | None, as_json: bool
+) -> None:
     """Verify an exported model.
 
     MODEL (a file, or a run folder) must be unchanged and give the trained model's probabilities, which are compared on
@@ -128,13 +149,13 @@ def verify(model: str, data: str | None, sha256: str | None, as_json: bool) -> N
 
     from fastcnn.system.console import Console
 
-    console = Console()
+    console, moved_to = Console(), moved_to and photos_in(moved_to, quiet=as_json)
     with console.progress("verifying", "images") as progress:
         from fastcnn.export.verify import verify_file  # takes seconds
         from fastcnn.inference import artefact
 
         opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)
-        verification = verify_file(opened, progress=progress)
+        verification = verify_file(opened, None, moved_to, cache_dir, progress=progress)
     sensitivity = None
     if data:
         data = photos_in(data, quiet=as_json)

@@ -23,6 +23,7 @@ sha256_option = click.option(
     "--sha256", metavar="HEX", help="Refuse MODEL unless this is its SHA-256: of the file, or the one stored in it."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+moved_to_option = click.option("--moved-to", metavar="DIR", help="Folder that the run's own images were moved to.")
 quiet_option = click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 
 

@@ -31,7 +31,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ import numpy.typing as npt
 import pipelines
 from fastcnn.config import DataConfig
 from fastcnn.data import cache_files
-from fastcnn.data.cache_files import CacheFiles, chunks_of, read_header, read_journal, read_row
+from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header, read_journal, read_row
 from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.recognise import digests, recognise
@@ -71,6 +70,8 @@ class Cache:
     """(N,) why a photo is unusable, "" for a usable one."""
     damage: tuple[str, ...]
     """(N,) what is wrong with a photo that is usable all the same, "" as a rule."""
+    digests: tuple[str, ...]
+    """(N,) digest of each photo's bytes, "" where it is not known."""
     num_decoded: int
     """Photos that this build decoded; the others were in the cache."""
     decode_seconds: float
@@ -82,10 +83,12 @@ class Cache:
         """(N,) whether each photo can be decoded."""
         return np.array([not reason for reason in self.reasons], np.bool_)
 
-    def take(self, keep: npt.NDArray[np.bool_]) -> Cache:
-        """Return the cache of `index.take(keep)`, for keep (N,)."""
-        reasons, damage = tuple(compress(self.reasons, keep)), tuple(compress(self.damage, keep))
-        return dataclasses.replace(self, rows=self.rows[keep], reasons=reasons, damage=damage)
+    def take(self, photos: Positions | npt.NDArray[np.bool_]) -> Cache:
+        """Return the cache of `index.take(photos)`."""
+        positions = np.arange(len(self.rows))[photos]
+        texts = (self.reasons, self.damage, self.digests)
+        reasons, damage, digests = (tuple(column[i] for i in positions) for column in texts)
+        return dataclasses.replace(self, rows=self.rows[photos], reasons=reasons, damage=damage, digests=digests)
 
     def pixels(self, photos: Positions) -> Pixels:
         """Return a copy (n, size, size, 3) of the pixels of photos, given by their positions in the index."""
@@ -206,7 +209,7 @@ def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = N
     """
     with contextlib.suppress(OSError):
         here = str(Path(root).resolve(strict=True))
-        known = [read_header(folder).get("root") for folder in _cache_folders(cache_dir)]
+        known = [read_header(folder).get("root") for folder in folders_in(default_folder(cache_dir))]
         if pipelines.num_cores() > 1 and here not in known and not Path("/proc/driver/nvidia").exists():
             workers.start_early({"auto": "turbo"}.get(decoder, decoder))
 
@@ -214,7 +217,7 @@ def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = N
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     """Return a mapping a cache: key, root, image_size, decoder, photos, bytes, modified (seconds since the epoch)."""
     caches = []
-    for folder in sorted(_cache_folders(cache_dir)):
+    for folder in folders_in(default_folder(cache_dir)):
         header = read_header(folder)
         stats = [path.stat() for path in folder.iterdir()]
         caches.append(
@@ -241,7 +244,7 @@ def clear(cache_dir: str | Path | None = None, key: str | None = None, *, force:
         raise FastCNNError("another run is decoding photos into this cache: clear it when that is done")
 
     freed = 0
-    for folder in _cache_folders(cache_dir):
+    for folder in folders_in(default_folder(cache_dir)):
         if key is None or folder.name == key:
             if not force and cache_files.is_read(folder):
                 problem = f"a run reads the cache {folder}: it is left alone; --force deletes it all the same"
@@ -278,10 +281,6 @@ def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool)
     return CacheFiles(folder, header, config.decode_timeout)
 
 
-def _cache_folders(cache_dir: str | Path | None) -> list[Path]:
-    return [path.parent for path in default_folder(cache_dir).glob("*/cache.json")]
-
-
 def _look(
     index: Index, files: CacheFiles, journal: cache_files.Journal, unwritable: OSError | None, config: DataConfig
 ) -> Positions:
@@ -291,7 +290,7 @@ def _look(
     """
     files.ensure_header(unwritable)
     journal.update(read_journal(files.folder))
-    recognise(index, files, journal, _cache_folders(config.cache_dir), read_all=config.verify_cache)
+    recognise(index, files, journal, folders_in(default_folder(config.cache_dir)), read_all=config.verify_cache)
     missing = files.find_missing(index, journal)
     if len(missing) and unwritable:
         raise unwritable
@@ -345,6 +344,7 @@ def _open(index: Index, files: CacheFiles, journal: cache_files.Journal, num_dec
         rows=np.array([entry["row"] for entry in entries], np.int64),
         reasons=tuple(entry["reason"] for entry in entries),
         damage=tuple(str(entry.get("damage", "")) for entry in entries),
+        digests=tuple(entry["digest"] for entry in entries),
         num_decoded=num_decoded,
         decode_seconds=seconds,
     )

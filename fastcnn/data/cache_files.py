@@ -7,7 +7,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,6 +186,11 @@ def is_current(entry: dict[str, Any] | None, index: Index, photo: int) -> bool:
     )
 
 
+def folders_in(parent: Path) -> list[Path]:
+    """Return the folders of the caches in a folder."""
+    return sorted(path.parent for path in parent.glob("*/cache.json"))
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """Return the strings and whole numbers in cache.json; {} where it cannot be read."""
     try:
@@ -204,17 +209,14 @@ def is_read(folder: Path) -> bool:
 
 def read_journal(folder: Path) -> Journal:
     """Return the last whole entry of each photo."""
-    journal = {}
-    with contextlib.suppress(FileNotFoundError), (folder / "photos.jsonl").open("rb") as lines:
-        for line in lines:
-            body, _, checksum = line.rstrip(b"\n}").rpartition(_SUM)
-            if checksum != str(zlib.crc32(body)).encode():
-                continue
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(body + b"}")
-                if _is_entry(entry):
-                    journal[entry["path"]] = entry
-    return journal
+    return {entry["path"]: entry for entry in _whole_lines(folder) if _is_entry(entry, _KINDS)}
+
+
+def read_sizes(folder: Path) -> dict[str, int]:
+    """Return path -> size in bytes of each photo, in a cache of any format."""
+    return {
+        entry["path"]: entry["size"] for entry in _whole_lines(folder) if _is_entry(entry, {"path": str, "size": int})
+    }
 
 
 def journal_line(entry: dict[str, Any]) -> bytes:
@@ -234,9 +236,19 @@ def chunks_of(sequence: _Sequence, size: int) -> list[_Sequence]:
     return [sequence[start : start + size] for start in range(0, len(sequence), size)]
 
 
-def _is_entry(entry: object) -> bool:
+def _whole_lines(folder: Path) -> Iterator[Any]:
+    """Yield the value in each line of a journal that has its checksum."""
+    with contextlib.suppress(FileNotFoundError), (folder / "photos.jsonl").open("rb") as lines:
+        for line in lines:
+            body, _, checksum = line.rstrip(b"\n}").rpartition(_SUM)
+            if checksum == str(zlib.crc32(body)).encode():
+                with contextlib.suppress(ValueError, RecursionError):
+                    yield json.loads(body + b"}")
+
+
+def _is_entry(entry: object, kinds: Mapping[str, type]) -> bool:
     return (
         isinstance(entry, dict)
-        and all(type(entry.get(name)) is kind for name, kind in _KINDS.items())
+        and all(type(entry.get(name)) is kind for name, kind in kinds.items())
         and isinstance(entry.get("decode_timeout", 0), int | float)
     )

@@ -18,7 +18,9 @@ from fastcnn.config import DataConfig, Decoder, Loader
 from fastcnn.data import loaders
 from fastcnn.data.cache import Cache, build, default_folder, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
-from fastcnn.data.split import check_fraction, draw_split, explain_split, read_split
+from fastcnn.data.recognise import known_sizes
+from fastcnn.data.split import check_fraction, draw_split, explain_split
+from fastcnn.data.split_file import NAME, missing_listed, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.storage import files
 from fastcnn.system.ranks import ALONE, Ranks
@@ -69,6 +71,7 @@ def prepare(
     gpu: int | None = None,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    moved_from: str = "",
     strict: bool = False,
     ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,6 +85,7 @@ def prepare(
         gpu: device of the training step, None for the CPU; DALI decodes on it.
         seed: seed of the split.
         classes: classes of a model to score: the photos are then those of `scan_held_out`, split by their folders.
+        moved_from: folder that the photos of `config.split` lay in, where that is another one.
         strict: raise instead of falling back to a slower decoder.
         ranks: the ranks that prepare it together.
         progress: called with the number of photos decoded and to decode.
@@ -94,23 +98,22 @@ def prepare(
     with stopwatch.stage("scan"):
         index = _scan(config, classes, ranks, note)
     config = dataclasses.replace(config, decoder=_choose_decoder(config.decoder, gpu, strict))
-    dali_gpu = gpu if config.decoder == "dali" else None
-    loader, why = ranks.broadcast(lambda: _choose_loader(index, config, gpu, dali_gpu, ranks))
+    loader, why = ranks.broadcast(lambda: _choose_loader(index, config, gpu, ranks))
     if why:
         note(f"loader {loader}: {why}")
-    keep = loader != "stream"
+    keep, decoding = loader != "stream", _dali_gpu(config, gpu)
     with stopwatch.stage("decode"):
         cache = build(
-            index, config, gpu=dali_gpu, keep_pixels=keep, strict=strict, ranks=ranks, progress=progress, note=note
+            index, config, gpu=decoding, keep_pixels=keep, strict=strict, ranks=ranks, progress=progress, note=note
         )
     pipelines.close()  # no DALI work may be in flight while a CUDA graph is captured
     index, cache, bad, damaged = _without_bad(index, cache, config.max_bad, scoring=classes is not None)
-    splits = index.folders if classes is not None else _split(index, config, seed, ranks)
-    if classes is None and not config.split and (reading := explain_split(index, config.val_fraction)):
-        note(reading)
-    if not (listed := splits != "").all():
-        warn(f"{(~listed).sum()} photos are not listed in {config.split} and are left out")
-        index, cache, splits = index.take(listed), cache.take(listed), splits[listed]
+    splits = index.folders
+    if classes is None:
+        photos, splits = _split(index, cache, config, seed, ranks, moved_from)
+        index, cache = index.take(photos), cache.take(photos)
+        if not config.split and (reading := explain_split(index, config.val_fraction)):
+            note(reading)
     return Dataset(
         index=index,
         cache=cache,
@@ -122,6 +125,33 @@ def prepare(
         loader_reason=why,
         max_pixels=config.max_pixels,
     )
+
+
+def of_run(
+    run_dir: Path,
+    config: DataConfig,
+    moved_to: str | Path | None,
+    *,
+    advice: str,
+    gpu: int | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """Return the dataset of a run's own photos, split as in its split.csv, whatever memory its loader was allowed.
+
+    Args:
+        run_dir: the run folder.
+        config: the run's.
+        moved_to: the folder that its photos were moved to; None: they are where `config` has them.
+        advice: command to use where they are not.
+        gpu: see `prepare`.
+        progress: see `prepare`.
+
+    Raises DataError where any of them is missing; `missing_photos.csv` in the run folder then lists all that are.
+    """
+    data = str(Path(moved_to).resolve()) if moved_to else config.data  # resolved, as it is in the cache's key
+    own = dataclasses.replace(config, data=data, split=str(run_dir / NAME), max_bad=1.0, memory_limit=None)
+    with missing_listed(run_dir, data, advice):
+        return prepare(own, gpu=gpu, moved_from=config.data if data != config.data else "", progress=progress)
 
 
 def write_bad(path: Path, bad: dict[str, str]) -> None:
@@ -140,14 +170,16 @@ def _choose_decoder(decoder: Decoder, gpu: int | None, strict: bool) -> Decoder:
     return cast(Decoder, chosen)
 
 
-def _choose_loader(
-    index: Index, config: DataConfig, gpu: int | None, dali_gpu: int | None, ranks: Ranks
-) -> tuple[Loader, str]:
+def _dali_gpu(config: DataConfig, gpu: int | None) -> int | None:
+    return gpu if config.decoder == "dali" else None
+
+
+def _choose_loader(index: Index, config: DataConfig, gpu: int | None, ranks: Ranks) -> tuple[Loader, str]:
     """Return the loader for an index, and the reason where it was auto."""
     return loaders.choose(
         config.loader,
         len(index) * config.decoded_size**2 * 3,
-        on_disk=fits_on_disk(index, config, gpu=dali_gpu),
+        on_disk=fits_on_disk(index, config, gpu=_dali_gpu(config, gpu)),
         device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
         memory_limit=config.memory_limit,
         ranks=ranks,
@@ -191,12 +223,25 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
     return index
 
 
-def _split(index: Index, config: DataConfig, seed: int, ranks: Ranks) -> npt.NDArray[np.str_]:
-    """Return (N,) the split of each photo, "" for one that `config.split` does not list."""
-    if config.split:
-        path = Path(config.split)
-        return ranks.broadcast(lambda: read_split(path, index))
-    return draw_split(index, config.val_fraction, seed)
+def _split(
+    index: Index, cache: Cache, config: DataConfig, seed: int, ranks: Ranks, moved_from: str
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.str_]]:
+    """Return the positions (M,) of the photos that are used, those that `config.split` lists, and their splits (M,)."""
+    if not config.split:
+        return np.arange(len(index)), draw_split(index, config.val_fraction, seed)
+    path, caches = Path(config.split), default_folder(config.cache_dir)
+    photos, splits = ranks.broadcast(
+        lambda: read_split(
+            path,
+            index,
+            cache.digests,
+            moved=bool(moved_from),
+            known_sizes=lambda: known_sizes(moved_from, caches),
+        )
+    )
+    if left_out := len(index) - len(photos):
+        warn(f"{left_out:,} photos are not listed in {config.split} and are left out")
+    return photos, splits
 
 
 def _report_bad(bad: dict[str, str], count: int, max_bad: float, where: str) -> None:

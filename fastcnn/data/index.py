@@ -6,7 +6,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +81,11 @@ class Index:
         told = ", ".join(f"{number:,} {printable(name) or 'without extension'}" for name, number in kinds)
         return f"{count:,} other file{'s' * (count != 1)} ({told}{', ...' if len(self.others) > 3 else ''})"
 
-    def take(self, keep: npt.NDArray[np.bool_]) -> Index:
-        """Return the index of the photos where `keep` (N,) is true."""
-        columns = {name: column[keep] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
-        return Index(**{**vars(self), "paths": tuple(compress(self.paths, keep)), **columns})
+    def take(self, photos: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> Index:
+        """Return the index of photos, given by their positions or by a mask (N,)."""
+        columns = {name: column[photos] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
+        paths = tuple(self.paths[i] for i in np.arange(len(self))[photos])
+        return Index(**{**vars(self), "paths": paths, **columns})
 
 
 def scan(

@@ -18,10 +18,12 @@ from fastcnn.data.cache_files import (
     Journal,
     chunks_of,
     facts,
+    folders_in,
     is_current,
     read_header,
     read_journal,
     read_row,
+    read_sizes,
 )
 from fastcnn.data.feeds import Positions
 from fastcnn.data.index import Index
@@ -66,6 +68,12 @@ def digests(index: Index, photos: Positions) -> list[str]:
     """Return the digest of each photo's bytes; "" where it cannot be read or is not the one of the index any more."""
     with ThreadPoolExecutor() as threads:  # reading and hashing release the interpreter's lock
         return list(threads.map(lambda i: _digest(index, i), photos))
+
+
+def known_sizes(root: str, parent: Path) -> dict[str, int]:
+    """Return path -> size in bytes of the photos that a folder held, as far as a cache in `parent` knows them."""
+    folders = [folder for folder in folders_in(parent) if read_header(folder).get("root") == root]
+    return {path: size for folder in folders for path, size in read_sizes(folder).items()}
 
 
 def _differs_in_root(folder: Path, files: CacheFiles) -> bool:

@@ -1,17 +1,12 @@
-"""Split into train, validation and test: drawn, written and read."""
+"""Split into train, validation and test: drawn, and explained."""
 
 from __future__ import annotations
-
-import csv
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, UsageError
-from fastcnn.storage import files
-from fastcnn.system.text import comparable, printable
 
 
 def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
@@ -60,43 +55,6 @@ def explain_split(index: Index, val_fraction: float) -> str:
         f"{held_out[0]} is the test set, {val_fraction:.0%} of train validates; "
         f"to train on all of train and validate on {held_out[0]}: --val-fraction 0"
     )
-
-
-def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> None:
-    """Write path, label and split of every photo as CSV."""
-    labels = (index.classes[label] for label in index.labels)
-    files.write_csv(path, [("path", "label", "split"), *zip(index.paths, labels, splits, strict=True)])
-
-
-def read_split(path: Path, index: Index) -> npt.NDArray[np.str_]:
-    """Return (N,) train, val, test or "" (not listed) for each photo of the index, read from a split.csv.
-
-    Raises DataError where the file is no split.csv, or lists a photo or class that the folder lacks.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, csv.Error) as error:
-        raise DataError(f"cannot read the split {path}: {error}") from None
-    splits = np.full(len(index), "", "<U5")
-    position = {comparable(photo): i for i, photo in enumerate(index.paths)}
-    position |= {photo: i for i, photo in enumerate(index.paths)}  # two may differ in Unicode form alone
-    for line, row in enumerate(rows, 2):
-        photo, label, part = row.get("path"), row.get("label"), row.get("split")
-        if photo is None or part not in ("train", "val", "test"):
-            raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
-        photo = photo if photo in position else comparable(photo)
-        if photo not in position:
-            raise DataError(
-                f"{path}, line {line}: no usable photo {printable(photo)} in {index.root}; "
-                "was the split made from another folder?"
-            )
-        if comparable(index.classes[index.labels[position[photo]]]) != comparable(label or ""):
-            raise DataError(f"{path}, line {line}: {printable(photo)} is not of class '{printable(label or '')}'")
-        splits[position[photo]] = part
-    if not {"train", "val"} <= set(splits):
-        raise DataError(f"{path} lists no photos for training or none for validation")
-    return splits
 
 
 def _round_half_up(x: float) -> int:

@@ -48,6 +48,8 @@ def export_run(
     format: str = "torchscript",
     output: str | Path | None = None,
     half: Half | None = None,
+    moved_to: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     quick: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -60,6 +62,8 @@ def export_run(
         output: the file to write; None: `model.<format>` in the run folder. An earlier export is replaced, a folder
             that does not exist is made.
         half: 16-bit weights and arithmetic between normalisation and softmax; auto: bf16, in ONNX fp16.
+        moved_to: the folder that the run's photos were moved to; None: they are where its config.yaml has them.
+        cache_dir: folder of all caches; None: the run's.
         quick: verify on the golden inputs and `verify.QUICK` of the validation photos.
         progress: called with the number of validation photos compared and the total.
         note: called with each line of the result.
@@ -80,7 +84,7 @@ def export_run(
             temporary = Path(unchecked) / path.name
             with generators.given_back():
                 write(state, temporary, format, half)
-            verification = verify_in_new_process(temporary, folder, quick=quick, progress=progress)
+            verification = verify_in_new_process(temporary, folder, moved_to, cache_dir, quick=quick, progress=progress)
             if verification.problems:
                 raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")
             files.write(path, temporary.read_bytes())

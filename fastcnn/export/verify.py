@@ -17,7 +17,7 @@ import torch
 
 from fastcnn.config import resolve
 from fastcnn.data import dataset
-from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, warn
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, warn
 from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from fastcnn.inference.classifier import model_threads
 from fastcnn.network.inference_network import chunk
@@ -218,38 +218,57 @@ def _compare(model: Artefact, photos: Photos, progress: Callable[[int, int], Non
 def verify_file(
     model: Artefact,
     run: str | Path | None = None,
+    moved_to: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     *,
     quick: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Compare an exported model with the trained one on its golden inputs and its run's validation photos.
 
-    `run` is the run folder; None: the file's own folder, if it is one. Photos that cannot be read are left out, with a
-    warning. `quick`: on `QUICK` of the photos.
+    Args:
+        model: the exported model.
+        run: the run folder; None: the file's own folder, if it is one.
+        moved_to: the folder that the run's photos were moved to; None: they are where its config.yaml has them, and
+            are left out, with a warning, where they cannot be read.
+        cache_dir: folder of all caches; None: the run's.
+        quick: compare on `QUICK` of the photos.
+        progress: called with the number of photos compared and the total.
+
+    Raises FastCNNError where the photos are not in the folder that they were moved to.
     """
     folder = Path(run) if run else model.path.parent
     if not run and not all((folder / name).is_file() for name in ("config.yaml", "best.pt", "split.csv")):
+        if moved_to:
+            raise UsageError(f"--moved-to is for a model in its run folder, which {folder} is not: leave it out")
         return verify(model)
     try:
-        photos = validation_photos(folder, QUICK if quick else None)
+        photos = validation_photos(folder, moved_to, cache_dir, QUICK if quick else None)
     except FastCNNError as error:
+        if moved_to:
+            raise
         warn(f"cannot read the run's photos ({error}): only the synthetic golden inputs are compared")
         return verify(model)
     return verify(model, photos, progress)
 
 
-def validation_photos(run: Path, most: int | None = None) -> Photos:
+def validation_photos(
+    run: Path, moved_to: str | Path | None = None, cache_dir: str | Path | None = None, most: int | None = None
+) -> Photos:
     """Return a run's validation photos from its cache, `most` of them spread over all, with its best model's answers.
 
     No accuracy is reported on a part of them, nor where they had to be decoded again, as the pixels may then differ
     from training's.
     """
-    state = checkpoint.load(run / "best.pt")
+    state = checkpoint.load_of_run(run, "best.pt")
     config = state["config"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)  # the run has reported its bad photos
-        data = dataset.prepare(
-            resolve(config, {"split": run / "split.csv", "max_bad": 1.0, "memory_limit": None}),
+        data = dataset.of_run(
+            run,
+            resolve(config, {"cache_dir": str(cache_dir)} if cache_dir else {}),
+            moved_to,
+            advice="if they were moved, give their folder with --moved-to",
             gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
         )
     everything = data.photos("val")

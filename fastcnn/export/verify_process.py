@@ -16,7 +16,15 @@ from fastcnn.export.verify import Verification, verify_file
 from fastcnn.inference import artefact
 
 
-def verify_in_new_process(path: Path, run: Path, *, quick: bool, progress: Callable[[int, int], None]) -> Verification:
+def verify_in_new_process(
+    path: Path,
+    run: Path,
+    moved_to: str | Path | None,
+    cache_dir: str | Path | None,
+    *,
+    quick: bool,
+    progress: Callable[[int, int], None],
+) -> Verification:
     """Return the verification of a file by a new process; arguments as for `verify_file`.
 
     Raises CheckError where the file cannot be opened or the process dies.
@@ -24,7 +32,8 @@ def verify_in_new_process(path: Path, run: Path, *, quick: bool, progress: Calla
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     # -P: Python must not import modules from the current folder.
-    command = [sys.executable, "-P", "-m", "fastcnn.export.verify_process", str(path), str(run), "quick" * quick]
+    arguments = [str(path), str(run), str(moved_to or ""), str(cache_dir or ""), "quick" * quick]
+    command = [sys.executable, "-P", "-m", "fastcnn.export.verify_process", *arguments]
     answer: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, encoding="utf-8") as process:
         assert process.stdout
@@ -37,7 +46,7 @@ def verify_in_new_process(path: Path, run: Path, *, quick: bool, progress: Calla
             process.kill()
             raise
     if "error" in answer:
-        raise CheckError(f"the exported file does not pass its check: {answer['error']}")
+        raise CheckError(f"the exported file was not kept, as it cannot be verified: {answer['error']}")
     if "sha256" not in answer:
         raise CheckError(
             f"the process that verifies the export ended with code {process.returncode}: the file was not kept"
@@ -54,12 +63,14 @@ def _message(line: str) -> dict[str, Any]:
     return message
 
 
-def main(path: str, run: str, quick: str) -> None:
-    """Print progress and verification of a file, each as a line of JSON."""
+def main(path: str, run: str, moved_to: str, cache_dir: str, quick: str) -> None:
+    """Print progress and verification of a file, each as a line of JSON. "" stands for None."""
     try:
         found = verify_file(
             artefact.open(path),
             run,
+            moved_to or None,
+            cache_dir or None,
             quick=bool(quick),
             progress=lambda done, total: _say({"done": done, "total": total}),
         )

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fastcnn.config import Config, Decoder, resolve
-from fastcnn.data import class_names, dataset
+from fastcnn.data import class_names, dataset, split_file
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
-from fastcnn.errors import DataError, FastCNNError, warn
+from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.reporting.class_scores import ClassScores, score_classes
@@ -59,6 +59,8 @@ def evaluate_run(
     run: str | Path,
     data: str | Path | None = None,
     *,
+    moved_to: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     device: str = "auto",
     decoder: Decoder | None = None,
     timeout: float | None = None,
@@ -67,8 +69,11 @@ def evaluate_run(
     """Return the scores of a run's best model; on the device of its training, exactly those that the run reported.
 
     Args:
-        run: a run folder, or a name under `runs/`. Only `best.pt` and, without `data`, `split.csv` are read.
+        run: a run folder, or a name under `runs/`. Only `best.pt`, `config.yaml` and, without `data`, `split.csv` are
+            read.
         data: a folder of images, see `index.scan_held_out`; None takes the run's own val and test images.
+        moved_to: the folder in which the run's own images are now; None is where its config.yaml has them.
+        cache_dir: folder of all caches; None is the run's.
         device: as for training.
         decoder: decodes images that are not in the cache; None is the run's.
         timeout: seconds that decoding one of them may take; None is the run's.
@@ -77,15 +82,18 @@ def evaluate_run(
     Raises DataError if the images do not fit the run, FastCNNError if weights or losses are not finite numbers.
     """
     run_dir = run_folder.find(run)
-    saved, place = checkpoint.load(run_dir / "best.pt"), pick_device(device)
-    config = _evaluation_config(run_dir, resolve(saved["config"]), data, decoder, timeout)
+    saved, place = checkpoint.load_of_run(run_dir, "best.pt"), pick_device(device)
+    given = {"cache_dir": cache_dir and str(cache_dir), "decoder": decoder, "decode_timeout": timeout}
+    config = resolve(saved["config"], {name: value for name, value in given.items() if value})
     precision = pick_precision(config.precision, place, deterministic=config.deterministic, strict=config.strict)
-    images = dataset.prepare(
-        config,
-        gpu=place.index if place.type == "cuda" else None,
-        classes=None if data is None else saved["classes"],
-        progress=progress,
-    )
+    gpu = place.index if place.type == "cuda" else None
+    if data is None:
+        images = _own_images(run_dir, config, moved_to, gpu, progress)
+    elif moved_to:
+        raise UsageError("--moved-to is for the run's own images: leave it out, or DATA")
+    else:  # the folder resolved, as it is in the cache's key
+        other = dataclasses.replace(config, data=str(Path(data).resolve()), max_bad=1.0, memory_limit=None)
+        images = dataset.prepare(other, gpu=gpu, classes=saved["classes"], progress=progress)
     images = _with_classes_of(images, saved["classes"])
     threads = min(config.threads or num_cores(), num_cores())
     with torch_settings(place, threads=threads, deterministic=config.deterministic, tf32=config.precision == "tf32"):
@@ -105,24 +113,19 @@ def evaluate_run(
     )
 
 
-def _evaluation_config(
-    run_dir: Path, config: Config, data: str | Path | None, decoder: Decoder | None, timeout: float | None
-) -> Config:
-    """Return a run's configuration for reading its held-out images, or those of another folder."""
-    split = run_dir / "split.csv"
-    if data is None and not split.is_file():
-        raise FastCNNError(
-            f"{run_dir} has no split.csv: give a folder of photos, as fastcnn eval {shlex.quote(str(run_dir))} DATA"
-        )
-    return dataclasses.replace(
-        config,
-        data=config.data if data is None else str(Path(data).resolve()),  # resolved, as it is in the cache's key
-        split=str(split) if data is None else config.split,
-        decoder=decoder or config.decoder,
-        decode_timeout=timeout or config.decode_timeout,
-        max_bad=1.0,
-        memory_limit=None,
-    )
+def _own_images(
+    run_dir: Path,
+    config: Config,
+    moved_to: str | Path | None,
+    gpu: int | None,
+    progress: Callable[[int, int], None],
+) -> Dataset:
+    """Return a run's own images. Raises FastCNNError where it has no split.csv, DataError where any is missing."""
+    command = f"fastcnn eval {shlex.quote(str(run_dir))}"
+    if not (run_dir / split_file.NAME).is_file():
+        raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as {command} DATA")
+    advice = f"where the run's images are now: {command} --moved-to FOLDER"
+    return dataset.of_run(run_dir, config, moved_to, advice=advice, gpu=gpu, progress=progress)
 
 
 def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> ClassScores:

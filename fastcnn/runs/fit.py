@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,9 @@ from typing import Any
 
 import yaml
 
-from fastcnn.config import Config
-from fastcnn.data import dataset
+from fastcnn.config import Config, read_yaml
+from fastcnn.data import dataset, split_file
 from fastcnn.data.dataset import Dataset
-from fastcnn.data.split import write_split
 from fastcnn.errors import DataError, FastCNNError, UsageError, first_line
 from fastcnn.runs.build import Training, build
 from fastcnn.runs.failures import explained, memory_advice
@@ -207,15 +207,17 @@ def _prepare_photos(run: RunContext) -> Dataset:
     config, device, console = run.config, run.device, run.console
     if run.ranks.restarts:
         console.line(f"restart {run.ranks.restarts}: continuing in {run.run_dir}")
-    if not run.has_checkpoint and run.ranks.first:
+    split, moved_from = run.ranks.broadcast(lambda: _own_split(run))
+    if not (run.has_checkpoint or moved_from) and run.ranks.first:
         write_config(run.run_dir, config)  # so that a run killed before its first step can be resumed as well
-    own_split = run.run_dir / "split.csv"
-    split = run.ranks.broadcast(lambda: str(own_split) if run.resuming and own_split.is_file() else config.split)
-    with console.progress("decoding", "photos") as progress:
+    elsewhere = f"to go on where its photos are now: fastcnn train FOLDER --resume {shlex.quote(str(run.run_dir))}"
+    listed = split_file.missing_listed(run.run_dir, config.data, elsewhere)
+    with listed if run.resuming else contextlib.nullcontext(), console.progress("decoding", "photos") as progress:
         data = dataset.prepare(
             dataclasses.replace(config, split=split),
             gpu=device.index if device.type == "cuda" else None,
             seed=config.seed,
+            moved_from=moved_from,
             strict=config.strict,
             ranks=run.ranks,
             progress=lambda done, total: progress(done, total, ""),
@@ -230,6 +232,15 @@ def _prepare_photos(run: RunContext) -> Dataset:
             "lower --batch-size or add photos"
         )
     return data
+
+
+def _own_split(run: RunContext) -> tuple[str | None, str]:
+    """Return the split file to read, and the folder that its photos lay in, where the run was resumed with another."""
+    own = run.run_dir / split_file.NAME
+    if not (run.resuming and own.is_file()):
+        return run.config.split, ""
+    before = read_yaml(run.run_dir / run_folder.CONFIG).get("data", "")
+    return str(own), "" if before == run.config.data else str(before)
 
 
 def _decoding_line(data: Dataset) -> str:
@@ -254,7 +265,7 @@ def _record_inputs(run: RunContext, training: Training) -> None:
         console.line(f"engine {state.config.engine}: {state.engine_reason}")
     if run.ranks.first:
         write_config(run.run_dir, state.config)
-        write_split(run.run_dir / "split.csv", data.index, data.splits)
+        split_file.write_split(run.run_dir / split_file.NAME, data.index, data.splits, data.cache.digests)
         dataset.write_bad(run.run_dir / "bad_images.csv", data.bad)
     counts = ", ".join(f"{len(data.photos(split)):,} {split}" for split in ("train", "val", "test"))
     where = f"{run.device}" if run.ranks.count == 1 else f"{run.ranks.count} ranks on {run.device.type}"

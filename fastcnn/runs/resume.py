@@ -14,8 +14,8 @@ from fastcnn.runs.state import RunState
 from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.console import Console
 
-RESUMABLE = ("epochs", "device", "devices", "wandb", "loader", "on_nan", "checkpoint_every")
-"""Options that may change when a run is resumed; DATA may too, if the same photos have moved."""
+RESUMABLE = ("data", "cache_dir", "epochs", "device", "devices", "wandb", "loader", "on_nan", "checkpoint_every")
+"""Options that may change when a run is resumed; DATA and the cache where the same photos were moved."""
 
 
 def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
@@ -23,16 +23,15 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
 
     Raises UsageError for any other change, and if the run is finished; FastCNNError if there is no such run.
     """
-    refused = ["DATA" if name == "data" else option_name(name) for name in changes if name not in RESUMABLE]
-    if refused:
+    if refused := [option_name(name) for name in changes if name not in RESUMABLE]:
         raise UsageError(
             f"--resume: {', '.join(refused)} cannot change; "
-            f"change only {', '.join(option_name(name) for name in RESUMABLE)}"
+            f"change only DATA, {', '.join(option_name(name) for name in RESUMABLE[1:])}"
         )
     run_dir = run_folder.find(run)
     if not (run_dir / "last.pt").is_file():  # killed before its first step was saved
         return resolve(read_yaml(run_dir / "config.yaml"), changes)
-    saved = checkpoint.load(run_dir / "last.pt")
+    saved = checkpoint.load_of_run(run_dir, "last.pt")
     config = resolve(saved["config"], changes)
     if config.devices != saved["config"]["devices"]:
         config = dataclasses.replace(config, threads=None, workers=None)  # each was one rank's part of the cores

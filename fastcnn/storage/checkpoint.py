@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.config import OPTIONS, resolve
+from fastcnn.config import OPTIONS, read_yaml, resolve
 from fastcnn.errors import FastCNNError, UsageError, first_line
-from fastcnn.storage import files
+from fastcnn.storage import files, run_folder
 
 FORMAT = 2
 
@@ -72,6 +72,18 @@ def load(path: Path) -> dict[str, Any]:
     _check_content(path, state, len(data))
     state["config"] = _config(path, state["config"])
     return state
+
+
+def load_of_run(run_dir: Path, name: str) -> dict[str, Any]:
+    """Return a checkpoint of a run, with photos and cache where its config.yaml has them.
+
+    They may have been moved since the checkpoint was saved. Raises FastCNNError as `load` does.
+    """
+    path = run_dir / name
+    saved, now = load(path), read_yaml(run_dir / run_folder.CONFIG)
+    places: dict[str, Any] = {field: now[field] for field in ("data", "cache_dir") if field in now}
+    saved["config"] = _config(path, {**saved["config"], **places})
+    return saved
 
 
 def _sealed(archive: io.BytesIO) -> io.BytesIO:

@@ -18,7 +18,7 @@ import torch
 import pipelines
 from fastcnn import Config, evaluate_run, fit
 from fastcnn.config import DataConfig
-from fastcnn.data import cache, dataset, index, split, tar
+from fastcnn.data import cache, dataset, index, split, split_file, tar
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.data_tools import check, write_shards
@@ -260,8 +260,8 @@ def test_what_is_no_photo_is_passed_over(tmp_path: Path) -> None:
     ]
     assert found.labels.tolist() == [0, 1, 0, 1, 1, 0, 0]
     assert found.num_hidden == 3
-    split.write_split(tmp_path / "split.csv", found, split.draw_split(found, 0.5, 0))
-    assert (split.read_split(tmp_path / "split.csv", found) == split.draw_split(found, 0.5, 0)).all()
+    split_file.write_split(tmp_path / "split.csv", found, split.draw_split(found, 0.5, 0))
+    assert (split_file.read_split(tmp_path / "split.csv", found)[1] == split.draw_split(found, 0.5, 0)).all()
 
 
 def test_held_out_shards_have_the_training_shards_classes(tmp_path: Path) -> None:

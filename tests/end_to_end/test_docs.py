@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 import shutil
@@ -66,6 +67,7 @@ NOT_RUN = {
     "docker": "needs Docker and NVIDIA's image",
     "python examples/": "tests/end_to_end/test_examples.py",
 }
+EPOCHS = itertools.count(3)  # a run is resumed for more each time
 # Commands that start processes which import torch: seconds each.
 LONG = re.compile(r"--devices|--export|^fastcnn (export|sweep (?!--print))|\|")
 
@@ -94,6 +96,7 @@ def workshop(photos: Path, run_dir: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("workshop")
     (folder / "other_photos").symlink_to(photos)
     shutil.copytree(photos, folder / "photos")
+    (folder / "new_folder").symlink_to("photos")
     shutil.copy(next(photos.glob("*/*.jpg")), folder / "photo.jpg")
     shutil.copytree(run_dir, folder / "runs" / "photos")
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +126,7 @@ def call(arguments: list[str]) -> int:
 def small(words: list[str]) -> list[str]:
     """Return a command's words with the options of its small form."""
     if words[0] == "train" and "--resume" in words:
-        return [*words, "--epochs", "3"]
+        return [*words, "--epochs", str(next(EPOCHS))]
     if words[0] == "train" and "--config" in words:
         return [*words, "--epochs", "1"]
     if words[0] == "sweep" and "--print-file" not in words:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fastcnn import Config
 from fastcnn.config import DataConfig, read_yaml, resolve
-from fastcnn.data import cache, index, split
+from fastcnn.data import cache, index, split, split_file
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.storage import checkpoint
@@ -64,14 +64,14 @@ def edits(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return edit
 
 
-def split_file(photos: Path, folder: Path) -> tuple[bytes, Read]:
+def listed(photos: Path, folder: Path) -> tuple[bytes, Read]:
     found, path = index.scan(photos), folder / "split.csv"
     found = found.take(np.arange(len(found)) % 10 == 0)
-    split.write_split(path, found, split.draw_split(found, 0.2, 0))
+    split_file.write_split(path, found, split.draw_split(found, 0.2, 0))
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        split.read_split(path, found)
+        split_file.read_split(path, found)
 
     return path.read_bytes(), read
 
@@ -90,8 +90,8 @@ def names(photos: Path, folder: Path) -> tuple[bytes, Read]:
                 path.touch()
         found = index.scan(root)
         splits = split.draw_split(found, 0.5, 0)
-        split.write_split(folder / "split.csv", found, splits)
-        assert (split.read_split(folder / "split.csv", found) == splits).all()
+        split_file.write_split(folder / "split.csv", found, splits)
+        assert (split_file.read_split(folder / "split.csv", found)[1] == splits).all()
 
     return (
         b"train/cat/1.jpg\ntrain/cat/2.jpg\ntrain/dog/1.jpg\ntrain/dog/2.jpg\ntest/cat/3.jpg\ntest/dog/3.jpg\nval/cat/4.jpg\nval/dog/4.jpg",
@@ -129,8 +129,8 @@ def shard(name: str, *, sealed: bool = False) -> Callable[[Path, Path], tuple[by
             path.write_bytes(with_checksums(data) if sealed else data)
             found = index.scan(root)
             splits = split.draw_split(found, 0.5, 0)
-            split.write_split(folder / "split.csv", found, splits)
-            assert (split.read_split(folder / "split.csv", found) == splits).all()
+            split_file.write_split(folder / "split.csv", found, splits)
+            assert (split_file.read_split(folder / "split.csv", found)[1] == splits).all()
             size = (root / "0.tar").stat().st_size
             assert all(isinstance(s, Member) and s.offset + s.size <= size for s in found.sources())
 
@@ -204,7 +204,7 @@ def checkpoint_file(*, sealed: bool) -> Callable[[Path, Path], tuple[bytes, Read
 
 
 READERS: dict[str, Callable[[Path, Path], tuple[bytes, Read]]] = {
-    "split.csv": split_file,
+    "split.csv": listed,
     "file names": names,
     "shard": shard("0.tar"),
     "shard, its checksums right": shard("0.tar", sealed=True),

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from fastcnn import cli, export_run, predict_photos
+from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
 from fastcnn.export import exporters
 from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
@@ -31,6 +32,7 @@ from fastcnn.inference import artefact, file_formats
 from fastcnn.network.inference_network import Inference
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import ACTIVATIONS, SmallCNN, restore
+from fastcnn.runs.fit import write_config
 from fastcnn.storage import checkpoint
 
 SIZE = 32
@@ -52,7 +54,7 @@ def exported(kept: Path, tmp_path: Path) -> Path:
 def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have exports checked in this process: starting another, as those of `kept` do, takes 1.5 s."""
     monkeypatch.setattr(
-        exporters, "verify_in_new_process", lambda path, run, **how: verify_file(artefact.open(path), run, **how)
+        exporters, "verify_in_new_process", lambda path, *run, **how: verify_file(artefact.open(path), *run, **how)
     )
 
 
@@ -305,17 +307,16 @@ def test_a_check_that_dies_says_with_what_code(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(CheckError, match="ended with code 1"):
-        verify_in_new_process(exports("torchscript"), run_dir, quick=False, progress=lambda *both: None)
+        verify_in_new_process(exports("torchscript"), run_dir, None, None, quick=False, progress=lambda *both: None)
 
 
 def test_an_export_without_the_photos(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
-    state = torch.load(run / "best.pt", weights_only=True)
-    state["config"]["data"] = str(tmp_path / "gone")
-    checkpoint.save(run / "best.pt", state)
+    values = read_yaml(run / "config.yaml")
+    write_config(run, resolve(values, {"data": str(tmp_path / "gone")}))
     assert export_run(run).is_file()
-    assert "only the synthetic golden inputs are compared" in capfd.readouterr().err
+    assert "give their folder with --moved-to): only the synthetic golden inputs are compared" in capfd.readouterr().err
 
 
 def test_the_user_is_warned_of_programs_of_strangers(

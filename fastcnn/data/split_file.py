@@ -1,0 +1,171 @@
+"""split.csv: path, label, split and checksum of every photo of a run, and those photos found again in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcnn.data.feeds import Positions
+from fastcnn.data.index import Index
+from fastcnn.errors import DataError, warn
+from fastcnn.storage import files
+from fastcnn.system.text import comparable, printable
+
+NAME = "split.csv"
+MISSING = "missing_photos.csv"
+NUM_NAMED = 3  # photos that a message names
+
+
+class MissingPhotos(DataError):
+    """Photos that a split.csv lists are not in the folder; `reasons` has path -> reason of each."""
+
+    def __init__(self, path: Path, root: Path, reasons: Mapping[str, str], count: int) -> None:
+        self.reasons = reasons
+        super().__init__(
+            f"{root} lacks {len(reasons):,} of the {count:,} photos in {path}: {_first(reasons)}; "
+            "give the folder that the split was made from, or a whole copy of it"
+        )
+
+
+class Listed(NamedTuple):
+    """Line of a split.csv."""
+
+    path: str
+    label: str
+    split: str
+    checksum: str
+    """Digest of the file's bytes, see `recognise.digests`; "" where it is not known."""
+
+
+def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_], digests: Sequence[str] = ()) -> None:
+    """Write path, label, split and checksum ("" without `digests`) of every photo as CSV."""
+    labels = (index.classes[label] for label in index.labels)
+    rows = zip(index.paths, labels, splits, digests or [""] * len(index), strict=True)
+    files.write_csv(path, [Listed._fields, *rows])
+
+
+def read_split(
+    path: Path,
+    index: Index,
+    digests: Sequence[str] = (),
+    *,
+    moved: bool = False,
+    known_sizes: Callable[[], Mapping[str, int]] = dict,
+) -> tuple[Positions, npt.NDArray[np.str_]]:
+    """Return the positions (M,) in the index of the photos that a split.csv lists, in its order, and their splits (M,).
+
+    A photo is the one at its path, or where that is gone or has another checksum, one of its class with its checksum.
+    Where there is none, the changed photo at its path is taken, with a warning; not if the photos were moved, as it may
+    be another's. Lines without a checksum, as in the files of older runs, are compared by path and size.
+
+    Args:
+        path: the file.
+        index: the usable photos of the folder.
+        digests: digest of each photo of the index, "" where it is not known; empty: none is known.
+        moved: whether the folder is another one than that of the run.
+        known_sizes: returns the sizes in bytes, by path, of the photos in the folder of the run, as far as known.
+
+    Raises MissingPhotos, and DataError where the file is no split.csv or lists a photo under another class.
+    """
+    rows = _read_rows(path)
+    sizes = known_sizes() if moved and not all(row.checksum for row in rows) else {}
+    digests = digests or [""] * len(index)
+    places = _places(path, rows, index)
+    reasons = [_difference(row, place, index, digests, sizes) for row, place in zip(rows, places, strict=True)]
+    found = {line: place for line, (place, why) in enumerate(zip(places, reasons, strict=True)) if not why}
+    _find_by_content(rows, index, digests, found)
+    taken = set(found.values())
+    changed, missing = {}, {}
+    for line, (row, place) in enumerate(zip(rows, places, strict=True)):
+        if line in found:
+            continue
+        if moved or place < 0 or place in taken:
+            missing[row.path] = reasons[line]
+        else:
+            found[line], changed[row.path] = place, reasons[line]
+    if missing:
+        raise MissingPhotos(path, index.root, missing, len(rows))
+    if changed:
+        warn(f"{len(changed):,} photos have changed since {path} was written, and are used so: {_first(changed)}")
+    if moved and (unknown := sum(not row.checksum for row in rows)):
+        how = "path and size" if sizes else "path alone, as no cache has their sizes"
+        warn(f"{path} is of an older run and holds no checksums: {unknown:,} photos were found by {how}")
+    splits = {found[line]: row.split for line, row in enumerate(rows)}
+    if not {"train", "val"} <= set(splits.values()):
+        raise DataError(f"{path} lists no photos for training or none for validation")
+    return np.array(list(splits), np.intp), np.array(list(splits.values()), "<U5")
+
+
+@contextlib.contextmanager
+def missing_listed(run_dir: Path, data: str, advice: str) -> Iterator[None]:
+    """Write the photos of a run that are not found into its `missing_photos.csv`; where the folder is gone, advise."""
+    try:
+        yield
+    except MissingPhotos as error:
+        listing = run_dir / MISSING
+        try:
+            files.write_csv(listing, [("path", "reason"), *error.reasons.items()])
+        except OSError:  # a run of somebody else
+            raise error from None
+        raise DataError(f"{error}; {listing} lists all that are missing") from None
+    except DataError as error:
+        if Path(data).is_dir():
+            raise
+        raise DataError(f"{error}; {advice}") from None
+
+
+def _read_rows(path: Path) -> list[Listed]:
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, csv.Error) as error:
+        raise DataError(f"cannot read the split {path}: {error}") from None
+    for line, row in enumerate(rows, 2):
+        if row.get("path") is None or row.get("split") not in ("train", "val", "test"):
+            raise DataError(f"{path}, line {line}: expected path, label, split (train, val or test)")
+    return [Listed(*(row.get(name) or "" for name in Listed._fields)) for row in rows]
+
+
+def _places(path: Path, rows: Sequence[Listed], index: Index) -> list[int]:
+    """Return the position in the index of the photo at the path of each line, -1 where there is none."""
+    position = {comparable(photo): i for i, photo in enumerate(index.paths)}
+    position |= {photo: i for i, photo in enumerate(index.paths)}  # two may differ in Unicode form alone
+    places = [position.get(row.path, position.get(comparable(row.path), -1)) for row in rows]
+    for line, (row, place) in enumerate(zip(rows, places, strict=True), 2):
+        if place >= 0 and comparable(index.classes[index.labels[place]]) != comparable(row.label):
+            raise DataError(f"{path}, line {line}: {printable(row.path)} is not of class '{printable(row.label)}'")
+    return places
+
+
+def _difference(row: Listed, place: int, index: Index, digests: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """Return why the photo at the path of a line is not the one that the line lists; "" if it is."""
+    if place < 0:
+        return "no usable photo"
+    if row.checksum and digests[place] not in ("", row.checksum):
+        return "other content"
+    return "" if sizes.get(row.path, index.sizes[place]) == index.sizes[place] else "another size"
+
+
+def _find_by_content(rows: Sequence[Listed], index: Index, digests: Sequence[str], found: dict[int, int]) -> None:
+    """Enter, for each line not in `found` (line -> position), a photo of its class with its checksum that is left."""
+    if len(found) == len(rows):
+        return
+    taken, left = set(found.values()), defaultdict(list)
+    for place in reversed(range(len(index))):
+        if place not in taken and digests[place]:
+            left[comparable(index.classes[index.labels[place]]), digests[place]].append(place)
+    for line, row in enumerate(rows):
+        if line not in found and (same := left.get((comparable(row.label), row.checksum))):
+            found[line] = same.pop()
+
+
+def _first(reasons: Mapping[str, str]) -> str:
+    few = ", ".join(f"{printable(path)} ({reason})" for path, reason in list(reasons.items())[:NUM_NAMED])
+    return f"{few}{', ...' if len(reasons) > NUM_NAMED else ''}"
