@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import NamedTuple, overload
+from typing import NamedTuple, NoReturn, overload
 
 import numpy as np
 
@@ -79,8 +79,15 @@ class _Link:
                 self._connection.send(None)
 
 
-def serve(handle: int) -> None:
+def serve(handle: int) -> NoReturn:
     """Import the decoder that the caller names, then fork workers until the caller is gone: the server's main."""
+    try:
+        _serve(handle)
+    finally:
+        os._exit(0)  # the interpreter's own way takes half a second, for which the caller waits
+
+
+def _serve(handle: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole process group: the caller decides
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")

@@ -84,6 +84,7 @@ class Workers:
         self._options = (math.ceil(threads / num), gpu, max_pixels)
         self._workers: list[_Worker | None] = [None] * num
         self._num_decoded = self._num_failed = 0
+        self._interrupted = False
 
     def __enter__(self) -> Workers:
         return self
@@ -132,7 +133,12 @@ class Workers:
             verdicts = [self._decode(0, part, out) for part in parts]
         else:
             with ThreadPoolExecutor(len(parts), thread_name_prefix="worker") as pool:
-                verdicts = list(pool.map(lambda i: self._decode(i, parts[i], out), range(len(parts))))
+                try:
+                    verdicts = list(pool.map(lambda i: self._decode(i, parts[i], out), range(len(parts))))
+                except KeyboardInterrupt:  # else it would wait for the batches
+                    self._interrupted = True
+                    self.close()
+                    raise
         return [verdict for part in verdicts for verdict in part]
 
     def _decode(self, lane: int, batch: Batch, out: np.ndarray) -> list[Verdict]:
@@ -178,6 +184,8 @@ class Workers:
     def _ask(self, lane: int, batch: Batch, out: np.ndarray) -> list[Verdict]:
         assert self._server is not None
         worker = self._workers[lane]
+        if self._interrupted:
+            raise Unavailable("interrupted")
         if worker is None:
             worker = self._workers[lane] = self._server.fork()
         answer = worker.ask((batch, self._options), _memory(out).fd, self._timeout)
@@ -308,6 +316,8 @@ class _Server:
         finally:
             theirs.close()
         self._link, self._connection = ours, Connection(os.dup(ours.fileno()))
+        # Also at the end of this process, if an interruption comes in the way of `close`.
+        self._finish = weakref.finalize(self, _end, self._process, self._connection, self._link)
         self._connection.send((self._module, self._preload))
         self._ready = self._fork_first = False  # started again, it would be a fork of a process with threads
 
@@ -356,12 +366,21 @@ class _Server:
     def close(self, *, wait: bool = True) -> None:
         """End the process; without `wait` kill it, even in the middle of an import."""
         if self._process is not None:
-            self._connection.close()
-            self._link.close()
             if not wait:
                 self._process.kill()
-            self._process.wait()
+            self._finish()
             self._process = None
+
+
+def _end(process: subprocess.Popen[bytes] | ForkedProcess, *links: Connection | socket.socket) -> None:
+    """Tell a server by closed links that it should end, and wait for it, which an interruption does not cut short."""
+    for link in links:
+        link.close()
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def _working_directory() -> str:

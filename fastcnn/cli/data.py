@@ -12,6 +12,7 @@ from fastcnn.cli.group import SETTINGS, Commands
 from fastcnn.cli.options import config_options, given, json_option, parse_size, photos_in
 from fastcnn.config import resolve
 from fastcnn.errors import FastCNNError, nearest
+from fastcnn.system import signals
 from fastcnn.system.text import to_json
 
 
@@ -27,6 +28,7 @@ def data() -> None:
 @config_options(
     "decoder", "workers", "decode_timeout", "max_bad", "max_pixels", "exclude", "train_dir", "val_dir", "test_dir"
 )
+@signals.raising()
 def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> int:
     """Check a folder of images for problems.
 

@@ -22,6 +22,7 @@ from fastcnn.cli.options import (
 )
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
+from fastcnn.system import signals
 from fastcnn.system.text import printable, to_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--decode-timeout", metavar="SECONDS", help="Most that decoding one image may take. Default: the run's.")
 @json_option
 @click.option("--output", metavar="FILE", help="Also write the JSON to a file.")
+@signals.raising()
 def evaluate(
     *, run: str, data: str | None, moved_to: str | None, as_json: bool, output: str | None, **options: Any
 ) -> None:
@@ -192,6 +194,7 @@ def verify(
 @config_options("workers", "max_pixels", "decode_timeout")
 @click.option("--quiet", is_flag=True, help="Print no progress and no summary.")
 @sha256_option
+@signals.raising()
 def predict(
     *, model: str, inputs: tuple[str, ...], top_k: int, format_: str, quiet: bool, sha256: str | None, **options: Any
 ) -> int:

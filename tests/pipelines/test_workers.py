@@ -234,6 +234,59 @@ decoding.decode([photo + b"slow"], {SIZE}, shared((1, {SIZE}, {SIZE}, 3)))
         pytest.fail("the server or its worker outlives its caller")
 
 
+INTERRUPTED = """
+import sys; sys.path[:0] = {path!r}
+import pipelines
+from fastcnn.system import signals
+from pipelines import workers
+from pipelines.workers import Workers, shared
+pipelines.BACKENDS["planted"] = "planted_decoder"
+workers.THREADS = 1
+photo = open("photo.jpg", "rb").read()
+with signals.raising(), Workers("planted", threads={threads}) as decoding:
+    out = shared(({threads}, {size}, {size}, 3))
+    decoding.decode([photo] * {threads}, {size}, out)
+    print(decoding._server._process.pid, *(worker.pid for worker in decoding._workers), flush=True)
+    decoding.decode([photo + b"slow"] * {threads}, {size}, out)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("signum", "threads"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_an_interruption_in_the_middle_of_a_batch_leaves_no_process(
+    planted: str, photos: list[bytes], signum: int, threads: int
+) -> None:
+    Path("photo.jpg").write_bytes(photos[0])
+    code = INTERRUPTED.format(path=sys.path, threads=threads, size=SIZE)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as caller:
+        assert caller.stdout is not None
+        processes = [Path("/proc") / number for number in caller.stdout.readline().split()]
+        assert len(processes) == 1 + threads
+        caller.send_signal(signum)
+        _, told = caller.communicate(timeout=60)
+    assert "StopSignal" in told
+    assert [process.name for process in processes if process.exists()] == [], "nor as a zombie"
+
+
+def test_an_interruption_while_a_server_ends_does_not_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = workers._Server("pipelines.pillow", gpu=None)
+    process = server._process
+    assert process is not None
+    wait, interruptions = process.wait, iter([KeyboardInterrupt])
+
+    def interrupted_wait() -> int:
+        for interruption in interruptions:
+            raise interruption
+        return wait()
+
+    monkeypatch.setattr(process, "wait", interrupted_wait)
+    with pytest.raises(KeyboardInterrupt):
+        server.close()
+    assert process.returncode is not None
+
+
 def test_where_no_process_can_be_started(photos: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is this process that decodes, and says so."""
     monkeypatch.setattr(sys, "executable", "")
