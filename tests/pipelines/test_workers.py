@@ -264,8 +264,10 @@ def test_an_interruption_in_the_middle_of_a_batch_leaves_no_process(
         assert caller.stdout is not None
         processes = [Path("/proc") / number for number in caller.stdout.readline().split()]
         assert len(processes) == 1 + threads
+        while caller.poll() is None and len(list(Path().glob("begun-*"))) < threads:
+            time.sleep(0.02)
         caller.send_signal(signum)
-        _, told = caller.communicate(timeout=60)
+        _, told = caller.communicate()
     assert "StopSignal" in told
     assert [process.name for process in processes if process.exists()] == [], "nor as a zombie"
 
