@@ -12,12 +12,13 @@ from fastcnn.config.section import Bytes, Section
 from fastcnn.config.synonyms import as_choice
 from fastcnn.errors import UsageError, nearest
 
-Augmentation = Literal["flip", "shift", "crop", "rotate", "colour", "cutout", "mixup", "cutmix"]
+Augmentation = Literal["flip", "alternating_flip", "shift", "crop", "rotate", "colour", "cutout", "mixup", "cutmix"]
 Loader = Literal["auto", "resident", "shared", "sharded", "mapped", "stream"]
 Decoder = Literal["auto", "dali", "turbo", "pillow"]
 
 STRENGTHS: dict[Augmentation, tuple[float, float]] = {
     "flip": (0.5, 1),  # probability
+    "alternating_flip": (1, 1),  # fraction of the images
     "shift": (0.0625, 0.5),  # largest offset, as a fraction of the side: 8 pixels of 128
     "crop": (0.35, 1),  # smallest fraction of the area
     "rotate": (15, 180),  # largest angle in degrees

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from fastcnn.config.section import Section
 
-Optimizer = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["constant", "cosine", "step", "onecycle"]
+Optimizer = Literal["adam", "adamw", "sgd", "muon"]
+Schedule = Literal["constant", "cosine", "step", "onecycle", "triangular"]
 LrScaling = Literal["none", "sqrt", "linear"]
 Balance = Literal["none", "weights", "sampling"]
 OnNan = Literal["stop", "skip"]
@@ -25,19 +25,24 @@ class OptimizationConfig(Section):
     batch_size: Annotated[int, Field(ge=2)] = 32
     """Images per training step, over all devices."""
     optimizer: Optimizer = "adam"
-    """Optimizer: adam, adamw (decoupled weight decay) or sgd (Nesterov momentum)."""
+    """Optimizer: adam, adamw (decoupled weight decay), sgd (Nesterov momentum) or muon (orthogonalised momentum)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate; with a schedule, its highest value."""
     lr_scaling: LrScaling = "none"
     """Scale the learning rate by batch size / 32 (linear) or by its square root (sqrt)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Nesterov momentum of sgd."""
+    """Nesterov momentum of sgd and muon."""
+    adam_lr: Annotated[float, Field(gt=0)] = 3e-3
+    """muon: learning rate of biases, batch norms and the output layer, which Adam updates; scheduled as --lr is."""
+    fixed_norm: bool = False
+    """muon: keep each weight's norm at the square root of its rows, so that --lr is the relative size of an update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of convolutions and dense layers: decoupled in adamw, added to the gradient in adam and sgd."""
+    """Weight decay of convolutions and dense layers: decoupled in adamw and muon, added to the gradient elsewhere."""
     schedule: Schedule = "constant"
     """Learning rate schedule."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs of linear warm-up from 0. onecycle has a warm-up of its own: the first 30% of training."""
+    """Epochs of linear warm-up from 0. onecycle and triangular have one of their own: the first 30%
+    and 20% of training."""
     decay_epochs: Annotated[float, Field(gt=0)] | None = None
     """Step schedule: epochs between two drops of the learning rate. Default: a third of all epochs."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1

@@ -36,7 +36,7 @@ from fastcnn.training import engine_choice, engines
 from fastcnn.training.augment import Augment
 from fastcnn.training.engines import Engine
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
-from fastcnn.training.optimizers import OPTIMIZERS
+from fastcnn.training.optimizers import OPTIMIZERS, Muon, Optimizer
 from fastcnn.training.parameters import FlatParameters
 from fastcnn.training.schedules import average_weights, scaled_lr, schedule
 from fastcnn.training.step import TrainingStep
@@ -179,7 +179,7 @@ def _make_step(
     num_steps = config.epochs * steps_per_epoch
     return TrainingStep(
         parameters,
-        OPTIMIZERS[config.optimizer](parameters, lr, config.weight_decay, config.momentum),
+        _make_optimizer(config, parameters, lr),
         feed,
         Normalise(config.mean, config.std, config.image_size, dtype, feed.images.device),
         batch_size=config.batch_size,
@@ -200,6 +200,13 @@ def _make_step(
         average=average_weights(config.ema, num_steps) if config.ema else None,
         ranks=ranks,
     )
+
+
+def _make_optimizer(config: Config, parameters: FlatParameters, lr: float) -> Optimizer:
+    if config.optimizer == "muon":
+        adam_lr = config.adam_lr * lr / config.lr
+        return Muon(parameters, lr, config.weight_decay, config.momentum, adam_lr=adam_lr, fixed_norm=config.fixed_norm)
+    return OPTIMIZERS[config.optimizer](parameters, lr, config.weight_decay, config.momentum)
 
 
 def in_the_step(config: Config) -> list[tuple[str, float]]:

@@ -51,11 +51,21 @@ def _onecycle(step: int, num_steps: int) -> float:
     return _between(1, 1 / 25e4, (step - peak) / (num_steps - 1 - peak))
 
 
+def _triangular(step: int, num_steps: int) -> float:
+    """L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186; here in one cycle.
+
+    Linearly up over the first 20% of the steps and linearly down to 0 just after the last.
+    """
+    rise = max(1, round(0.2 * num_steps))
+    return (step + 1) / rise if step < rise else (num_steps - step) / (num_steps - rise + 1)
+
+
 SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
     "constant": lambda step, num_steps, every, rate: 1.0,
     "cosine": lambda step, num_steps, every, rate: _between(1, 0, step / num_steps),
     "step": lambda step, num_steps, every, rate: rate ** (step // every),
     "onecycle": lambda step, num_steps, every, rate: _onecycle(step, num_steps),
+    "triangular": lambda step, num_steps, every, rate: _triangular(step, num_steps),
 }
 """(step, steps of the run, steps between two drops, factor of a drop) -> fraction of the learning rate."""
 

@@ -124,7 +124,7 @@ class TrainingStep:
     def start_epoch(self, seed: int, epoch: int, done: int = 0, sampling_weights: SamplingWeights = None) -> Feed:
         """Return the feed at the start of an epoch, or `done` steps into it: see `Feed.start_epoch`."""
         if len(self.draws):
-            self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch)))
+            self.draws.copy_(self.augment.draw(len(self.feed), (seed, epoch), sampling_weights))
         return self.feed.start_epoch(seed, epoch, done * self.batch_size, sampling_weights)
 
     @property

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.config import STRENGTHS
+from fastcnn.data.feeds import shuffled
 from fastcnn.network.pixels import resized
 from fastcnn.training.augment import AUGMENTATIONS, Augment, Batch
 
@@ -143,3 +144,21 @@ def test_resized_is_what_an_exported_model_does() -> None:
     deployed = Deployed(Means(), SIDE, (0, 0, 0), (1, 1, 1), "abc")
     expected = resized(images, SIDE).float().mean((1, 2)) / 255
     torch.testing.assert_close(deployed(images), expected.softmax(1))
+
+
+@pytest.mark.parametrize("others", [(), ("shift", "colour")])
+def test_alternating_flip_mirrors_each_image_in_every_other_epoch(others: tuple[str, ...]) -> None:
+    """Whatever the order of the epochs; half of the images begin mirrored."""
+    names = [others[0], "alternating_flip", *others[1:]] if others else ["alternating_flip"]
+    augment = Augment([(name, STRENGTHS[name][0]) for name in names], SIDE)  # type: ignore[index]
+    row = 2 if others else 0
+    mirrored = []
+    for epoch in range(1, 5):
+        draws = augment.draw(200, (7, epoch))
+        images = torch.empty(200, dtype=torch.bool)
+        images[torch.from_numpy(shuffled(200, (7, epoch)))] = draws[row] < 0.5
+        mirrored.append(images)
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3])
+    assert 60 < int(mirrored[0].sum()) < 140
