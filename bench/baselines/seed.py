@@ -107,8 +107,8 @@ def read_split(path: Path, data: Path) -> tuple[list[str], list[Photo], list[Pho
     return classes, train, val
 
 
-def evaluate(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], device: torch.device) -> tuple[float, float]:
-    """Return mean loss and accuracy over the loader."""
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
+    """Return mean loss and accuracy over the loader's batches."""
     model.eval()
     loss, correct, count = 0.0, 0, 0
     with torch.no_grad():

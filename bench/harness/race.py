@@ -21,8 +21,9 @@ FULL: dict[str, Any] = {
     "batches": [32, 128, 512, 2048],
     "epochs": 10,
     "train_rounds": 3,
+    "computing": [0, 1, 2, 4],
     "try_compile": True,
-    "baselines": ["seed", "tuned", "timm_loader", "ultralytics_classify"],
+    "baselines": ["seed", "tuned", "cached", "timm_loader", "ultralytics_classify"],
     "growth_photos": [1000, 5000, 20_000, 50_000],
     "growth_batches": [32, 128, 512, 2048],
     "infer_rounds": {1: 200, 64: 30},
@@ -33,8 +34,9 @@ LITTLE = {
     "networks": NETWORKS[:1],
     "epochs": 2,
     "train_rounds": 1,
+    "computing": [0, 2],
     "try_compile": False,
-    "baselines": ["seed", "tuned"],
+    "baselines": ["seed", "tuned", "cached"],
 }
 QUICK = FULL | LITTLE | {"rounds": 5, "num_photos": 1000, "batches": [32]}
 QUICK |= {"growth_photos": [1000, 3000], "growth_batches": [32, 256]}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
+
+from fastcnn.system.waiting import BLOCK_TIME, SPIN_COUNT
 
 Clocked = Callable[[], float]
 """Does a piece of work and returns the seconds that it took."""
@@ -60,6 +64,12 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs), "n": len(pairs)}
 
 
+def environment_of_torch() -> dict[str, str]:
+    """Return the environment without what importing fastcnn sets in it: a baseline's threads wait as torch has them."""
+    set_by_us = {"GOMP_SPINCOUNT": str(SPIN_COUNT), "KMP_BLOCKTIME": str(BLOCK_TIME)}
+    return {name: value for name, value in os.environ.items() if set_by_us.get(name) != value}
+
+
 class RivalFailed(RuntimeError):
     """A rival that could not do its steps; the message is its error."""
 
@@ -75,7 +85,8 @@ class Apart:
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
-        self._process.start()
+        with mock.patch.dict(os.environ, environment_of_torch(), clear=True):
+            self._process.start()
         theirs.close()
 
     def __call__(self, num_steps: int) -> float:

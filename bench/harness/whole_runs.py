@@ -10,10 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.harness.timing import environment_of_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
@@ -42,7 +45,9 @@ class Runs:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         script = [ROOT / "scripts" / "train.py", photos, "--run-dir", run_dir, "--quiet", *arguments]
         # Kernels, timings and photos: everything that a first run makes is in the cache folder.
-        seconds, _ = run([sys.executable, *script], {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "disabled"})
+        seconds, _ = run(
+            [sys.executable, *script], {**os.environ, "XDG_CACHE_HOME": str(cache), "WANDB_MODE": "disabled"}
+        )
         return {**json.loads((run_dir / "result.json").read_text()), "wall_seconds": seconds, "run_dir": str(run_dir)}
 
     @property
@@ -53,7 +58,9 @@ class Runs:
 
     def baseline(self, name: str, split: Path) -> float:
         """Run a baseline with its best settings on the photos of a split and return its seconds."""
-        seconds, output = run(self._command(name) + self.settings(name) + ["--split", str(split)], {})
+        seconds, output = run(
+            self._command(name) + self.settings(name) + ["--split", str(split)], environment_of_torch()
+        )
         found = json.loads(output.splitlines()[-1])
         steady = found["epochs"][1:] or found["epochs"]
         found["images_per_second"] = statistics.harmonic_mean([row["images_per_second"] for row in steady])
@@ -66,7 +73,7 @@ class Runs:
             # Trying out compilation takes a minute on two cores, and it has never won there (docs/notes.md).
             compiling = name == "tuned" and (self.device.type == "cuda" or self.scale["try_compile"])
             left_out = [] if compiling or name != "tuned" else ["--compile", "off"]
-            _, output = run([*self._command(name), "--probe", *left_out], {})
+            _, output = run([*self._command(name), "--probe", *left_out], environment_of_torch())
             found = json.loads(output.splitlines()[-1])
             self._settings[name] = [
                 f"--{key.replace('_', '-')}={SHOWN.get(str(value), value)}" for key, value in found.items()
@@ -79,8 +86,8 @@ class Runs:
         return [*script, "--image-size", size, "--epochs", epochs]
 
 
-def run(command: list[Any], environment: dict[str, str]) -> tuple[float, str]:
-    """Return the seconds and the output of a command."""
+def run(command: list[Any], environment: Mapping[str, str]) -> tuple[float, str]:
+    """Return the seconds and the output of a command in an environment."""
     start = time.perf_counter()
     done = subprocess.run(
         [str(part) for part in command],
@@ -88,10 +95,15 @@ def run(command: list[Any], environment: dict[str, str]) -> tuple[float, str]:
         text=True,
         check=False,
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return time.perf_counter() - start, done.stdout
+
+
+def named(name: str, runs: Runs) -> str:
+    """Return a baseline's name with its settings."""
+    return " ".join([f"{name}.py", *runs.settings(name)])
 
 
 def stages(results: list[dict[str, Any]]) -> dict[str, float]:

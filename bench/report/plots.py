@@ -149,6 +149,33 @@ def training_rate(plt: Any, record: Record) -> Figure:
     return figure
 
 
+def busy(plt: Any, record: Record) -> Figure:
+    """Draw images/s from the second epoch on, ours and the baseline's, by the processes that compute beside them."""
+    rows = [row for row in record.of("busy") if row["extra_info"]["steady_over"]]
+    if not rows:
+        raise NothingToDraw("busy was not run")
+    figure, axes = plt.subplots(figsize=(8, 4))
+    places, width = np.arange(len(rows)), 0.38
+    scripts = dict.fromkeys(name for row in rows for name in row["extra_info"]["steady_images_per_second"])
+    for number, (script, colour) in enumerate(zip(scripts, (OURS, THEIRS), strict=True)):
+        values = [row["extra_info"]["steady_images_per_second"][script] for row in rows]
+        label = script if script == "fastcnn" else f"{script}.py"
+        axes.bar(places + (number - 0.5) * width, values, width, color=colour, label=label)
+    for place, row in zip(places, rows, strict=True):
+        info = row["extra_info"]
+        (over,) = info["steady_over"].values()
+        text = "{median:.1f} times\n({low:.1f} to {high:.1f})".format_map(over)
+        axes.text(place, max(info["steady_images_per_second"].values()), text, ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(places, [str(row["extra_info"]["computing"]) for row in rows])
+    axes.margins(y=0.2)
+    axes.set(xlabel="processes that compute beside it, one thread each", ylabel="images/s")
+    axes.set_title(f"Training from the second epoch on: {machine(record)}", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=9)
+    return figure
+
+
 def stages(plt: Any, record: Record) -> Figure:
     """Draw the seconds of a cold and a warm run by stage, and the baselines' in all."""
     rows = [row for row in record.of("train") if "stages" in row["extra_info"]]
@@ -299,6 +326,7 @@ def growth(plt: Any, record: Record) -> Figure:
 
 PICTURES: dict[str, Callable[[Any, Record], Figure]] = {
     "training_rate.png": training_rate,
+    "busy.png": busy,
     "throughput.png": throughput,
     "stages.png": stages,
     "roofline.png": roofline,

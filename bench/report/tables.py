@@ -124,6 +124,14 @@ def _trained(record: Record, over: str, ours: str) -> Iterator[Figures]:
             }
 
 
+def _busy(record: Record) -> Iterator[Figures]:
+    for row in record.of("busy"):
+        rates = row["extra_info"]["steady_images_per_second"]
+        for name, raced in row["extra_info"]["steady_over"].items():
+            theirs = rate(rates[name.partition(".py")[0]])
+            yield {**row, "ours": rate(rates["fastcnn"]), "baseline": name, "theirs": theirs, "ratio": ratio(raced)}
+
+
 def _stages(record: Record) -> Iterator[Figures]:
     for row in record.of("train"):
         for cache, seconds in row["extra_info"]["stages"].items():
@@ -207,6 +215,12 @@ TABLES = {
         " | ".join(
             ["{cache} cache", *(f"{{{stage}:.2f}}" for stage in STAGES), "{command:.1f} | {to_first_step:.2f} | {n}"]
         ),
+    ),
+    "busy": _table(
+        "Training on a busy machine, from the second epoch on",
+        _busy,
+        "state | fastcnn, images/s | baseline | its images/s | fastcnn is times as fast (low to high) | n",
+        "{name} | {ours} | {baseline} | {theirs} | {ratio} | {n}",
     ),
     "step": rates(
         "step",

@@ -78,7 +78,7 @@ class Rivals:
         """Return name -> what does some of a loop's steps and says the seconds of one."""
         if (size, filters, batch, precision) != self.shape:
             self.close()
-            loops = {"plain fp32 loop": ("plain", "fp32")}
+            loops = {"plain fp32 loop": ("plain", "fp32"), "cached fp32 loop": ("cached", "fp32")}
             if precision != "fp32":
                 loops[f"plain {precision} loop"] = ("plain", precision)
             elif on_gpu(self.device):

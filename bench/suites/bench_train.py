@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.harness.race import Race
 from bench.harness.timing import ratios
-from bench.harness.whole_runs import Runs, stages, to_first_step
+from bench.harness.whole_runs import Runs, named, stages, to_first_step
 
 
 def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
@@ -62,8 +62,3 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
         precision=ours[0]["precision"],
         decoder=ours[0]["decoder"],
     )
-
-
-def named(name: str, runs: Runs) -> str:
-    """Return a baseline's name with its settings."""
-    return " ".join([f"{name}.py", *runs.settings(name)])

@@ -94,6 +94,40 @@ def test_the_tuned_baseline_starts_from_the_seeds_network_and_computes_its_loss(
     torch.testing.assert_close(loss, cross_entropy(plain(expected), labels), rtol=1e-4, atol=1e-5)
 
 
+def test_the_cached_baseline_trains_in_the_layout_given_or_the_faster(run: Run, run_dir: Path) -> None:
+    row, last = run("cached", "--split", run_dir / "split.csv", "--channels-last", "on")
+    assert last["settings"] == {"channels_last": True}
+    assert last["epochs"] == [row]
+    assert row["images_per_second"] > 0
+    assert 0 <= row["val_accuracy"] <= 1
+    (found,) = run("cached", "--probe")
+    assert found["channels_last"] in (True, False)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_cached_baseline_sees_the_seeds_photos_and_computes_its_loss(channels_last: bool, photos: Path) -> None:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from bench.baselines import cached, seed
+
+    args = seed.arguments("").parse_args([str(photos), *SMALL])
+    classes, train, _ = seed.photos_of(args)
+    trainer = cached.trainer(args, len(classes), channels_last=channels_last)
+    torch.manual_seed(args.seed)
+    plain = seed.small_cnn(len(classes), args.image_size)
+    pixels = cached.decode(train, args)
+    images, labels = next(trainer.batches(pixels, 16, shuffle=False))
+    expected = torch.stack([seed.Photos(train, args.image_size)[number][0] for number in range(16)])
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    assert labels.tolist() == [label for _, label in train[:16]]
+    loss = trainer.step(images, labels)
+    torch.testing.assert_close(loss, cross_entropy(plain(expected), labels), rtol=1e-4, atol=1e-5)
+    shuffled = list(trainer.batches(pixels, 16, shuffle=True))
+    assert {len(labels) for _, labels in shuffled} == {16}
+    assert len(shuffled) == len(train) // 16
+
+
 @pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("fp32", False), ("bf16", False)])
 def test_the_plain_loop_takes_tf32_only_by_that_name(precision: str, allowed: bool) -> None:
     """Ours in fp32 is strict; torch's own default is not, for convolutions."""
@@ -109,6 +143,14 @@ def test_the_plain_loop_takes_tf32_only_by_that_name(precision: str, allowed: bo
         assert (cudnn.allow_tf32, cublas.allow_tf32) == (allowed, allowed)
     finally:
         cudnn.allow_tf32, cublas.allow_tf32 = before
+
+
+def test_the_cached_loop_steps_over_epochs() -> None:
+    from bench.baselines import loops
+
+    step = loops.random_steps("cached", 8, 32, (4,), 4, "fp32")
+    for _ in range(3):
+        step()
 
 
 @pytest.mark.parametrize(("name", "package"), [("timm_loader", "timm"), ("ultralytics_classify", "ultralytics")])
