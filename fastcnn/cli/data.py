@@ -26,7 +26,17 @@ def data() -> None:
 @json_option
 @click.option("--html", metavar="FILE", help="Also write a web page that shows the images.")
 @config_options(
-    "decoder", "workers", "decode_timeout", "max_bad", "max_pixels", "exclude", "train_dir", "val_dir", "test_dir"
+    "decoder",
+    "workers",
+    "decode_timeout",
+    "max_bad",
+    "max_pixels",
+    "exclude",
+    "train_dir",
+    "val_dir",
+    "test_dir",
+    "path_column",
+    "label_column",
 )
 @signals.raising()
 def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> int:
@@ -49,6 +59,7 @@ def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> 
             timeout=config.decode_timeout,
             exclude=config.exclude,
             chosen=config.split_dirs,
+            columns=config.columns,
             progress=progress,
         )
     if html:

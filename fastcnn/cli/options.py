@@ -15,6 +15,7 @@ from fastcnn.errors import UsageError
 _METAVARS: dict[Any, str] = {
     **{"split": "FILE", "cache_dir": "DIR", "init_from": "RUN", "device": "DEVICE", "wandb_project": "NAME"},
     **dict.fromkeys(("train_dir", "val_dir", "test_dir"), "DIR"),
+    **dict.fromkeys(("path_column", "label_column"), "NAME"),
     **{Bytes: "SIZE", Interval: "STEPS|TIME", int: "N", float: "X"},
 }
 """Placeholder of a value in the help, by the name of a field or its type."""

@@ -47,8 +47,8 @@ def train(
 ) -> None:
     """Train on a folder of images.
 
-    DATA holds DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it. Options override
-    --config, which overrides --recipe.
+    DATA holds DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it; it may be a zip or tar
+    file of these, or a CSV or Parquet file of paths and labels. Options override --config, which overrides --recipe.
     """
     start, ranks = time.perf_counter(), launch.num_ranks()
     changes = given({"data": data, **options})

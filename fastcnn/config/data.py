@@ -61,11 +61,17 @@ class DataConfig(Section):
     """Images: where they are, and how they are decoded, split, augmented and loaded."""
 
     data: str = ""
-    """Folder of images: DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it."""
+    """Folder of images: DATA/<class>/..., or DATA/train/<class>/... with val and test folders beside it. Or a CSV or
+    Parquet file with path, label and, if it likes, split of each image."""
+    path_column: str | None = None
+    """Column of a CSV or Parquet file with the images' paths. Default: found by what it holds."""
+    label_column: str | None = None
+    """Column of a CSV or Parquet file with the images' classes. Default: found by its name or by what it holds."""
     exclude: tuple[str, ...] = ()
     """Names of folders of DATA that are no classes and no splits, such as runs,wandb: they are left out."""
     train_dir: str | None = None
-    """Folder below DATA whose folders are the classes to train on. Default: found by its name, train or training."""
+    """Folder below DATA whose folders are the classes to train on; beside a CSV or Parquet file, the folder that its
+    paths begin in. Default: found by its name, train or training."""
     val_dir: str | None = None
     """Folder below DATA of validation images, with --train-dir. Default: found by its name."""
     test_dir: str | None = None
@@ -122,6 +128,12 @@ class DataConfig(Section):
         """Split -> the folder below DATA that is given for it."""
         given = {"train": self.train_dir, "val": self.val_dir, "test": self.test_dir}
         return {split: folder for split, folder in given.items() if folder}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """ "path" and "label" -> the column of a CSV or Parquet file that is given for it."""
+        given = {"path": self.path_column, "label": self.label_column}
+        return {kind: name for kind, name in given.items() if name}
 
     @property
     def augmentations(self) -> list[tuple[str, float]]:

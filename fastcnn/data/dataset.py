@@ -209,9 +209,9 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
     left_out = config.exclude
     index = ranks.broadcast(
         lambda: (
-            scan(config.data, memory, left_out, config.split_dirs)
+            scan(config.data, memory, left_out, config.split_dirs, config.columns)
             if classes is None
-            else scan_held_out(config.data, classes, memory, left_out)
+            else scan_held_out(config.data, classes, memory, left_out, config.columns)
         )
     )
     note(f"layout of {printable(str(index.root))}: {index.layout}")

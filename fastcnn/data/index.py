@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data import class_names, layout, shards
+from fastcnn.data import class_names, layout, manifest, shards
 from fastcnn.data.layout import SPLITS, Layout
+from fastcnn.data.manifest import Manifest
 from fastcnn.data.shards import Shards
 from fastcnn.data.walk import Skipped, Stamp, files_below, is_folder
 from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
-from pipelines.meant import meant_as_photo
 from pipelines.verdict import Member
+
+_Photo = tuple[str, int, int, Stamp, str, int]  # path, label, bytes, stamp, split, offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,14 @@ class Index:
     """(N,) position of a photo's first byte in its shard, -1 for a file of its own."""
     folders: npt.NDArray[np.str_]
     """(N,) split of the folder that each photo is in: train, val or test; train in a flat layout."""
-    num_hidden: int
+    num_hidden: int = 0
     """Hidden files that were skipped."""
     others: Mapping[str, int] = field(default_factory=dict)
     """Files that nobody meant as photos, by name and content: number by extension, with its dot."""
     layout: str = ""
     """How the folder was read, in words."""
+    splits_given: bool = False
+    """Whether a manifest gives the splits: its val photos then validate, whatever else it holds."""
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -93,22 +97,30 @@ def scan(
     memory: Path | None = None,
     exclude: Iterable[str] = (),
     chosen: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Index:
     """Return the index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
     `layout` says by which names these go. Shards, see `shards`, may stand in the place of class folders:
-    root/000000.tar, or root/train/000000.tar.
+    root/000000.tar, or root/train/000000.tar. A table, see `manifest`, may stand in the place of the folder.
 
     Args:
-        root: the folder.
+        root: the folder, or the table.
         memory: a folder for remembered scans of archives.
         exclude: names of class or split folders that are left out.
         chosen: split -> its folder below root, where it is not to be found by its name.
+        columns: "path" and "label" -> their columns in a table, where they are not to be found by what they hold.
 
     Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
     have a class that the training folder lacks.
     """
     root = Path(root)
+    if manifest.is_manifest(root):
+        index = _of_manifest(manifest.read(root, columns, exclude, chosen))
+        if len(index.classes) < 2:
+            raise DataError(f"fewer than two classes in {root} ({index.layout}): a classifier needs two or more")
+        check_classes(index)
+        return index
     _check_folder(root)
     read = layout.read(root, exclude, chosen)
     train_folder = read.splits["train"]
@@ -130,29 +142,31 @@ def scan(
 
 
 def scan_held_out(
-    root: str | Path, classes: Sequence[str], memory: Path | None = None, exclude: Iterable[str] = ()
+    root: str | Path,
+    classes: Sequence[str],
+    memory: Path | None = None,
+    exclude: Iterable[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Index:
     """Return the index of the photos in a folder on which a model of these classes is scored.
 
     They are the photos of its val and test folders; without those, of its train folder; without that, of root/<class>.
-    `folders` says which: val, test, train or all. Labels are positions in `classes`. `memory` and `exclude` are those
-    of `scan`.
+    `folders` says which: val, test, train or all. Labels are positions in `classes`. The other
+    arguments are those of `scan`.
 
     Raises DataError for a folder that is missing or empty, or has a class that is not among `classes`; a class
     without photos is a warning.
     """
     root = Path(root)
+    if manifest.is_manifest(root):
+        return _held_out_of_manifest(manifest.read(root, columns, exclude), tuple(classes))
     _check_folder(root)
     names = class_names.positions(classes)
     read = _held_out_layout(root, names, frozenset(exclude))
     known = tuple(classes)
     for place in read.splits.values():
         for name in read.class_names(place):
-            if comparable(name) not in names:
-                raise DataError(
-                    f"{place / name} is a class that the model does not know; "
-                    f"it knows {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
-                )
+            _check_known(f"{place / name}", name, known)
     index = _read(root, read, known, _read_shards(root, read, memory))
     if not len(index):
         raise DataError(
@@ -174,7 +188,10 @@ def _held_out_layout(root: Path, names: Mapping[str, int], exclude: frozenset[st
 
 
 def scan_loosely(
-    root: str | Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | None = None
+    root: str | Path,
+    exclude: Iterable[str] = (),
+    chosen: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Index, str]:
     """Return the index of all photos in a folder of any layout, and why `scan` refuses it ("" where it does not).
 
@@ -182,9 +199,11 @@ def scan_loosely(
     missing, and for shards that `scan` refuses: their photos cannot be listed.
     """
     try:
-        return scan(root, exclude=exclude, chosen=chosen), ""
+        return scan(root, exclude=exclude, chosen=chosen, columns=columns), ""
     except DataError as error:
         problem = str(error)
+    if manifest.is_manifest(root):
+        return _of_manifest(manifest.read(Path(root), columns, exclude, chosen)), problem
     root, left_out = Path(root), frozenset(exclude)
     _check_folder(root)
     folders = layout.visible_folders(root, left_out)
@@ -196,23 +215,6 @@ def scan_loosely(
     read = Layout(parts, left_out, parted) if parts and len(parts) == len(folders) else flat
     names = sorted({name for folder in read.splits.values() for name in read.class_names(folder)})
     return _read(root, read, class_names.distinct(root, names) or ("",), {}), problem
-
-
-def outside(root: Path, exclude: Iterable[str] = ()) -> list[str]:
-    """Return the photos that are in no class folder, and so in no index: sorted paths relative to `root`."""
-    read = Layout({}, frozenset(exclude), "")
-    parts = [path for path in layout.visible_folders(root, read.exclude) if path.name.casefold() in SPLITS]
-    places = [root, *(path for path in parts if read.class_names(path) or read.holds_shards(path))]
-    sharded = any(map(read.holds_shards, places))
-    names = [
-        os.path.relpath(entry.path, root).replace(os.sep, "/")
-        for place in places
-        for entry in os.scandir(place)
-        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
-        if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
-        if not (entry.name.endswith(".tar") and read.holds_shards(place))
-    ]
-    return sorted(names)
 
 
 def check_classes(index: Index) -> None:
@@ -241,15 +243,41 @@ def _check_folder(root: Path) -> None:
         raise DataError(f"the data folder {printable(str(root))} {where}{_sibling(root) if missing else ''}") from None
     if not stat.S_ISDIR(kind):
         raise DataError(
-            f"the data folder {printable(str(root))} is a file, not a folder: expected a folder "
-            "with one folder of photos per class; on the command line also a .zip or .tar of it"
+            f"the data folder {printable(str(root))} is a file, not a folder: expected a folder with one folder of "
+            "photos per class, a .csv or .parquet with path and class of each, on the command line also a .zip or .tar"
+        )
+
+
+def _of_manifest(table: Manifest, classes: tuple[str, ...] = ()) -> Index:
+    """Return the index of a manifest's photos; `classes` are its own where they are not given."""
+    classes = classes or table.classes()
+    labels = class_names.positions(classes)
+    photos = [(row.path, labels[comparable(row.label)], row.size, row.stamp, row.split, -1) for row in table.rows]
+    return _index(table.root, classes, photos, layout=table.described, splits_given=table.has_splits)
+
+
+def _held_out_of_manifest(table: Manifest, classes: tuple[str, ...]) -> Index:
+    for name in table.classes():
+        _check_known(f"'{name}'", name, classes)
+    index = _of_manifest(table, classes)
+    if not table.has_splits:
+        return replace(index, folders=np.full(len(index), "all"))
+    held_out = index.folders != "train"
+    return index.take(held_out) if held_out.any() else index
+
+
+def _check_known(shown: str, name: str, classes: Sequence[str]) -> None:
+    if comparable(name) not in class_names.positions(classes):
+        raise DataError(
+            f"{printable(shown)} is a class that the model does not know; "
+            f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
         )
 
 
 def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
     skipped = Skipped()
-    photos = []  # (path, label, bytes, stamp, split, offset)
+    photos: list[_Photo] = []
     for split, split_folder in read.splits.items():
         if split in found:
             continue
@@ -263,10 +291,16 @@ def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str
             (photo.path, labels[photo.label], photo.size, photo.stamp, split, photo.offset) for photo in part.photos
         ]
         skipped.hidden += part.num_hidden
-    paths, numbers, sizes, stamps, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
-    mtimes, ctimes, inodes = np.array(stamps, np.int64).reshape(-1, 3).T
     if num := skipped.unreadable:
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
+    facts = {"num_hidden": skipped.hidden, "others": skipped.others, "layout": read.described}
+    return _index(root, classes, photos, **facts)
+
+
+def _index(root: Path, classes: tuple[str, ...], photos: list[_Photo], **facts: Any) -> Index:
+    """Return the index of photos as rows; `facts` are the fields of no photo."""
+    paths, numbers, sizes, stamps, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
+    mtimes, ctimes, inodes = np.array(stamps, np.int64).reshape(-1, 3).T
     return Index(
         root=root,
         classes=classes,
@@ -278,9 +312,7 @@ def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str
         inodes=inodes,
         offsets=np.array(offsets, np.int64),
         folders=np.array(splits, np.str_),
-        num_hidden=skipped.hidden,
-        others=skipped.others,
-        layout=read.described,
+        **facts,
     )
 
 

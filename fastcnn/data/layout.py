@@ -120,8 +120,8 @@ def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
     for path in folders[:FEW]:
         with contextlib.suppress(DataError):  # it cannot be read: told when its photos are listed
             deeper += visible_folders(path, exclude)
-    trains = [path for path in folders + deeper if "train" in {SPLITS.get(word) for word in _words(path)}]
-    others = [path for path in folders if path not in trains and set(_words(path)) & SPLITS.keys()]
+    trains = [path for path in folders + deeper if "train" in {SPLITS.get(word) for word in words_of(path)}]
+    others = [path for path in folders if path not in trains and set(words_of(path)) & SPLITS.keys()]
     named = (_repeated(path, exclude) for path in trains + others)
     doubtful = [path for path in named if len(visible_folders(path, exclude)) > 1]
     if doubtful:
@@ -158,7 +158,7 @@ def _has_photos(root: Path, folder: Path) -> bool:
     return any(True for _ in files_below(root, folder, Skipped()))
 
 
-def _words(folder: Path) -> list[str]:
+def words_of(folder: Path) -> list[str]:
     """Return the words of a folder's name in small letters: apart at signs, digits, capitals and joined words."""
     apart = re.sub(r"([a-z])([A-Z])|([^\W\d_])(\d)|(\d)([^\W\d_])", r"\1\3\5 \2\4\6", folder.name)
     found: list[str] = []
@@ -224,7 +224,7 @@ def _holds_classes(folder: Path | None, exclude: frozenset[str]) -> bool:
 
 def _without_affix(folders: list[Path]) -> Iterator[tuple[Path, str]]:
     """Yield folders with the word of a split in their names, whose other words are those of a training folder."""
-    words = {path: _words(path) for path in folders}
+    words = {path: words_of(path) for path in folders}
     found = {path: [word for word in parts if word in SPLITS] for path, parts in words.items()}
     rest = {path: [word for word in parts if word not in SPLITS] for path, parts in words.items()}
     trained = [rest[path] for path, split in found.items() if [SPLITS[word] for word in split] == ["train"]]

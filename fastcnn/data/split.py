@@ -12,15 +12,16 @@ from fastcnn.errors import DataError, UsageError
 def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
     """Return (N,) train, val or test for each photo: the split of the folders, or a stratified one drawn by `seed`.
 
-    A validation and a test folder are used as they are. One of them alone is the test set; the training photos are then
-    split so that each class gives round(n * val_fraction) of its n photos, at least 1 and at most n - 1, to validation.
-    Where `val_fraction` is 0 it is the validation set instead, and there is no test set. Raises UsageError for 0
-    without such a folder, DataError for a class with fewer than two training photos.
+    A validation and a test folder are used as they are, as is the validation set of a manifest. One folder alone is the
+    test set; the training photos are then split so that each class gives round(n * val_fraction) of its n photos, at
+    least 1 and at most n - 1, to validation. Where `val_fraction` is 0 it is the validation set instead, and no photos
+    are the test set. Raises UsageError for 0 without such a folder, DataError for a class with fewer than two training
+    photos.
     """
     check_fraction(index, val_fraction)
     splits = index.folders.astype("<U5")
     held_out = set(splits) - {"train"}
-    if held_out == {"val", "test"}:
+    if held_out == {"val", "test"} or (index.splits_given and "val" in held_out):
         return splits
     if val_fraction == 0:
         splits[splits == "test"] = "val"
@@ -47,7 +48,7 @@ def check_fraction(index: Index, val_fraction: float) -> None:
 def explain_split(index: Index, val_fraction: float) -> str:
     """Return how a split folder that is there alone was read, and how to get the other reading; "" without one."""
     held_out = sorted(set(index.folders.tolist()) - {"train"})
-    if len(held_out) != 1:
+    if len(held_out) != 1 or (index.splits_given and held_out == ["val"]):
         return ""
     if val_fraction == 0:
         return f"training on all of train, validating on {held_out[0]}; no test set"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,17 @@ import numpy.typing as npt
 
 import pipelines
 from fastcnn.config import Decoder
-from fastcnn.data.index import Index, outside, scan_loosely
+from fastcnn.data import layout, shards
+from fastcnn.data.index import Index, scan_loosely
+from fastcnn.data.layout import SPLITS, Layout
+from fastcnn.data.walk import is_folder
 from fastcnn.data_tools import duplicates
 from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
 from fastcnn.errors import FastCNNError
 from fastcnn.system import text
 from fastcnn.system.text import printable
 from pipelines.facts import facts
+from pipelines.meant import meant_as_photo
 from pipelines.verdict import Source, Unusable, Verdict, read
 from pipelines.workers import DECODE_TIMEOUT, Workers, shared
 
@@ -37,6 +42,7 @@ def check(
     timeout: float = DECODE_TIMEOUT,
     exclude: Iterable[str] = (),
     chosen: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
     """Return the findings about a folder of photos, of any layout; nothing in it is changed.
@@ -50,11 +56,12 @@ def check(
         timeout: seconds that decoding one photo may take.
         exclude: names of folders that are left out.
         chosen: split -> its folder below root, where it is not to be found by its name.
+        columns: "path" and "label" -> their columns, where root is a table.
         progress: called with the number of photos decoded and to decode.
 
     Raises DataError where there is no such folder, FastCNNError where the decoder is missing.
     """
-    index, refusal = scan_loosely(root, exclude, chosen)
+    index, refusal = scan_loosely(root, exclude, chosen, columns)
     sources = index.sources()
     try:
         used, _ = pipelines.choose(decoder, gpu=False)
@@ -80,7 +87,7 @@ def check(
         verdicts=verdicts,
         exact=_groups(index, exact),
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
-        outside=[] if index.classes == ("",) else outside(index.root, exclude),
+        outside=[] if index.classes == ("",) else _outside(Path(root), exclude),
         decoder=used,
         max_pixels=limit,
     )
@@ -158,6 +165,25 @@ def _digest(source: Source) -> bytes:
         return hashlib.sha256(read(source)).digest()
     except Unusable:
         return b""
+
+
+def _outside(root: Path, exclude: Iterable[str]) -> list[str]:
+    """Return the photos that are in no class folder, and so in no index: sorted paths relative to `root`."""
+    if root.is_file():
+        return []
+    read = Layout({}, frozenset(exclude), "")
+    parts = [path for path in layout.visible_folders(root, read.exclude) if path.name.casefold() in SPLITS]
+    places = [root, *(path for path in parts if read.class_names(path) or read.holds_shards(path))]
+    sharded = any(map(read.holds_shards, places))
+    names = [
+        os.path.relpath(entry.path, root).replace(os.sep, "/")
+        for place in places
+        for entry in os.scandir(place)
+        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
+        if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
+        if not (entry.name.endswith(".tar") and read.holds_shards(place))
+    ]
+    return sorted(names)
 
 
 def _groups(index: Index, groups: Iterable[Sequence[int]]) -> list[Group]:

@@ -92,8 +92,8 @@ def evaluate_run(
     elif moved_to:
         raise UsageError("--moved-to is for the run's own images: leave it out, or DATA")
     else:  # the folder resolved, as it is in the cache's key
-        other = dataclasses.replace(config, data=str(Path(data).resolve()), max_bad=1.0, memory_limit=None)
-        images = dataset.prepare(other, gpu=gpu, classes=saved["classes"], progress=progress)
+        other = dict(data=str(Path(data).resolve()), path_column=None, label_column=None, max_bad=1.0, memory_limit=None)
+        images = dataset.prepare(dataclasses.replace(config, **other), gpu=gpu, classes=saved["classes"], progress=progress)
     images = _with_classes_of(images, saved["classes"])
     threads = min(config.threads or num_cores(), num_cores())
     with torch_settings(place, threads=threads, deterministic=config.deterministic, tf32=config.precision == "tf32"):

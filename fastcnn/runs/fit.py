@@ -191,12 +191,17 @@ def _open_folder(
             if earlier:
                 folder = run_folder.find(earlier)
             else:
-                folder = stack.enter_context(run_folder.folder(kept or run_dir, Path(config.data).name or "run"))
+                folder = stack.enter_context(run_folder.folder(kept or run_dir, _name_of(config.data)))
             stack.enter_context(run_folder.held(folder))
             group.keep("run folder", str(folder.resolve()))
             return folder, bool(earlier)
 
         yield group.broadcast(find)
+
+
+def _name_of(data: str) -> str:
+    path = Path(data)
+    return (path.stem if path.is_file() else path.name) or "run"
 
 
 # Prepare photos

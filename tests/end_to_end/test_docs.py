@@ -97,6 +97,8 @@ def workshop(photos: Path, run_dir: Path, tmp_path_factory: pytest.TempPathFacto
     (folder / "other_photos").symlink_to(photos)
     shutil.copytree(photos, folder / "photos")
     (folder / "new_folder").symlink_to("photos")
+    rows = [f"{path.relative_to(folder)},{path.parent.name}\n" for path in sorted(folder.glob("photos/*/*.jpg"))]
+    (folder / "photos.csv").write_text("".join(["file,species\n", *rows]), encoding="utf-8")
     shutil.copy(next(photos.glob("*/*.jpg")), folder / "photo.jpg")
     shutil.copytree(run_dir, folder / "runs" / "photos")
     with pytest.MonkeyPatch.context() as patch:
