@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("data", required=False)
 @moved_to_option
-@config_options("device", "cache_dir")
+@config_options("device", "cache_dir", "path_column", "label_column")
 @click.option("--decoder", metavar="auto|dali|turbo|pillow", help="Image decoder. Default: the run's.")
 @click.option("--decode-timeout", metavar="SECONDS", help="Most that decoding one image may take. Default: the run's.")
 @json_option
@@ -63,6 +63,7 @@ def evaluate(
             device=config.device,
             decoder=config.decoder if "decoder" in options else None,
             timeout=config.decode_timeout if "decode_timeout" in options else None,
+            columns={name: options[name] for name in ("path_column", "label_column") if name in options},
             progress=progress,
         )
     text = to_json(scores.to_dict())

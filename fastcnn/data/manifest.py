@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
+from fastcnn.config import read_yaml, resolve
 from fastcnn.data.layout import SPLITS, words_of
 from fastcnn.data.tables import SUFFIXES, Table, read_table
 from fastcnn.data.walk import Stamp, folders_in, is_folder
-from fastcnn.errors import DataError, UsageError, warn
+from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.meant import NAMED_AS_PHOTOS
 
@@ -190,12 +189,13 @@ def _folders_beside(here: Path) -> list[Path]:
 def _run_folder(path: Path) -> list[Path]:
     """Return the folder of the photos of the run that a split.csv is in."""
     try:
-        data = Path(yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        config = resolve(read_yaml(path.parent / "config.yaml"))
+    except FastCNNError:
         return []
-    if is_manifest(data) and not data.samefile(path):
-        return [read(data).root]
-    return [data]
+    data = Path(config.data)
+    if not is_manifest(data) or data.samefile(path):
+        return [data]
+    return [read(data, config.columns, folders=config.split_dirs).root]
 
 
 def _split_column(table: Table, taken: set[int | None]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision
 from fastcnn.system.text import comparable
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
+
+_ELSEWHERE = {"path_column": None, "label_column": None, "max_bad": 1.0, "memory_limit": None}
+"""Options of a run that are not for the images of another folder or table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ def evaluate_run(
     device: str = "auto",
     decoder: Decoder | None = None,
     timeout: float | None = None,
+    columns: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
     """Return the scores of a run's best model; on the device of its training, exactly those that the run reported.
@@ -77,24 +81,25 @@ def evaluate_run(
         device: as for training.
         decoder: decodes images that are not in the cache; None is the run's.
         timeout: seconds that decoding one of them may take; None is the run's.
+        columns: "path_column" and "label_column" -> their names, where the images are in a table.
         progress: called with the numbers of images decoded and to decode.
 
     Raises DataError if the images do not fit the run, FastCNNError if weights or losses are not finite numbers.
     """
     run_dir = run_folder.find(run)
     saved, place = checkpoint.load_of_run(run_dir, "best.pt"), pick_device(device)
-    given = {"cache_dir": cache_dir and str(cache_dir), "decoder": decoder, "decode_timeout": timeout}
-    config = resolve(saved["config"], {name: value for name, value in given.items() if value})
+    given = {
+        "cache_dir": cache_dir and str(cache_dir),
+        "decoder": decoder,
+        "decode_timeout": timeout,
+        **(columns or {}),
+    }
+    earlier = saved["config"] if data is None else {**saved["config"], **_ELSEWHERE, "data": str(Path(data).resolve())}
+    config = resolve(earlier, {name: value for name, value in given.items() if value})
     precision = pick_precision(config.precision, place, deterministic=config.deterministic, strict=config.strict)
     gpu = place.index if place.type == "cuda" else None
-    if data is None:
-        images = _own_images(run_dir, config, moved_to, gpu, progress)
-    elif moved_to:
-        raise UsageError("--moved-to is for the run's own images: leave it out, or DATA")
-    else:  # the folder resolved, as it is in the cache's key
-        other = dict(data=str(Path(data).resolve()), path_column=None, label_column=None, max_bad=1.0, memory_limit=None)
-        images = dataset.prepare(dataclasses.replace(config, **other), gpu=gpu, classes=saved["classes"], progress=progress)
-    images = _with_classes_of(images, saved["classes"])
+    own = run_dir if data is None else None
+    images = _images(config, saved["classes"], own, moved_to, gpu=gpu, progress=progress)
     threads = min(config.threads or num_cores(), num_cores())
     with torch_settings(place, threads=threads, deterministic=config.deterministic, tf32=config.precision == "tf32"):
         splits = ("val", "test") if data is None else ("val", "test", "train", "all")
@@ -113,19 +118,29 @@ def evaluate_run(
     )
 
 
-def _own_images(
-    run_dir: Path,
+def _images(
     config: Config,
+    classes: list[str],
+    run_dir: Path | None,
     moved_to: str | Path | None,
+    *,
     gpu: int | None,
     progress: Callable[[int, int], None],
 ) -> Dataset:
-    """Return a run's own images. Raises FastCNNError where it has no split.csv, DataError where any is missing."""
+    """Return the images of the folder `config.data`, or a run's own where its folder is given, with the run's classes.
+
+    Raises FastCNNError where the run has no split.csv, DataError where any of its images is missing.
+    """
+    if not run_dir:
+        if moved_to:
+            raise UsageError("--moved-to is for the run's own images: leave it out, or DATA")
+        return _with_classes_of(dataset.prepare(config, gpu=gpu, classes=classes, progress=progress), classes)
     command = f"fastcnn eval {shlex.quote(str(run_dir))}"
     if not (run_dir / split_file.NAME).is_file():
         raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as {command} DATA")
     advice = f"where the run's images are now: {command} --moved-to FOLDER"
-    return dataset.of_run(run_dir, config, moved_to, advice=advice, gpu=gpu, progress=progress)
+    images = dataset.of_run(run_dir, config, moved_to, advice=advice, gpu=gpu, progress=progress)
+    return _with_classes_of(images, classes)
 
 
 def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> ClassScores:

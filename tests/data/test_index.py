@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastcnn import Config, fit
 from fastcnn.config import DataConfig
 from fastcnn.data.dataset import prepare
 from fastcnn.data.index import scan, scan_held_out, scan_loosely
@@ -335,9 +336,13 @@ def test_a_held_out_folder_alone_may_validate(tmp_path: Path, held_out: str) -> 
         prepare(DataConfig(data=str(tmp_path / "data" / "train"), val_fraction=0), progress=_never)
 
 
-def test_a_table_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("path,label\n")
-    with pytest.raises(
-        DataError, match=r"train.csv is a file, not a folder: expected a folder with one folder of photos"
-    ):
-        scan(tmp_path / "train.csv")
+def test_an_archive_is_no_folder(tmp_path: Path) -> None:
+    """It is unpacked on the command line alone: a function that writes beside DATA would surprise."""
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(DataError) as error:
+        fit(Config(data=str(tmp_path / "x.zip")), run_dir=tmp_path / "run")
+    assert str(error.value) == (
+        f"the data folder {tmp_path / 'x.zip'} is a file, not a folder: expected a folder with one folder of photos "
+        "per class, a .csv or .parquet with path and class of each, on the command line also a .zip or .tar"
+    )
+    assert not (tmp_path / "run").exists()

@@ -108,11 +108,11 @@ def test_splits_are_those_of_the_column(tmp_path: Path) -> None:
 def test_the_split_of_a_run_is_a_manifest(run_dir: Path, photos: Path, tmp_path: Path) -> None:
     index, flat = scan(run_dir / "split.csv"), scan(photos)
     assert (index.root, index.paths, index.classes) == (photos.resolve(), flat.paths, flat.classes)
-    assert (draw_split(index, 0.5, 9) == read_split(run_dir / "split.csv", flat)).all()
+    assert (draw_split(index, 0.5, 9) == read_split(run_dir / "split.csv", flat)[1]).all()
     for name in ("mtimes", "ctimes", "inodes", "sizes"):  # found in the same cache
         assert (getattr(index, name) == getattr(flat, name)).all()
     alone = Path(shutil.copy(run_dir / "split.csv", tmp_path / "mine.csv"))
-    with pytest.raises(DataError, match=r"no column of .*\('path', 'label', 'split'\) has paths.*--train-dir DIR"):
+    with pytest.raises(DataError, match=r"no column of .*\('path', 'label', 'split', .*\) has paths.*--train-dir DIR"):
         scan(alone)
     assert scan(alone, chosen={"train": str(photos)}).paths == flat.paths
 
@@ -212,3 +212,52 @@ def test_the_check_of_a_manifest(photos: Path, tmp_path: Path, capsys: pytest.Ca
     code, _, error = run(capsys, *arguments[:-1], "knd")
     assert code == 3
     assert "columns 'name', 'kind', 'fold'; did you mean 'kind'?" in error
+
+
+def test_a_run_of_a_table_goes_on_where_it_is_now(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed and evaluated with the table in another folder, under other column names, and refused without it."""
+    monkeypatch.chdir(tmp_path)
+    rows = [(f"{path.parent.name}-{path.name}", path) for path in sorted(photos.glob("*/*0.jpg"))]
+    (tmp_path / "old").mkdir()
+    for name, path in rows:
+        shutil.copy(path, tmp_path / "old" / name)
+    lines = [f"{name},{path.parent.name},{number % 2}" for number, (name, path) in enumerate(rows)]
+    table(tmp_path / "old" / "list.csv", "file,kind,fold", *lines)
+    small = [
+        "--image-size",
+        "32",
+        "--filters",
+        "8",
+        "--batch-size",
+        "4",
+        "--no-report",
+        "--quiet",
+        "--cache-dir",
+        "cache",
+    ]
+    once = ["train", "old/list.csv", "--epochs", "1", "--run-dir", "one", *small]
+    code, _, error = run(capsys, *once)
+    assert (code, error.count("\n")) == (3, 1)
+    assert "'kind', 'fold' may each be the class of a photo: say which with --label-column NAME" in error
+    assert run(capsys, *once, "--label-column", "kind")[0] == 0
+    evaluated = run(capsys, "eval", "one", "--json")[1]
+    (tmp_path / "old").rename("new")
+    for command, way_on in (
+        ("train --resume one --quiet --epochs 2", "fastcnn train FOLDER"),
+        ("eval one", "--moved-to"),
+    ):
+        code, _, error = run(capsys, *command.split())
+        assert (code, error.count("\n")) == (3, 1)
+        assert way_on in error
+    code, out, _ = run(capsys, "eval", "one", "--json", "--moved-to", "new/list.csv")
+    assert (code, out) == (0, evaluated.replace(str(tmp_path / "old"), str(tmp_path / "new")))
+    assert run(capsys, "train", "new/list.csv", "--resume", "one", "--quiet", "--epochs", "2")[0] == 0
+    assert scan("one/split.csv").root == tmp_path / "new"
+    table(tmp_path / "new" / "other.csv", "file,animal,fold", *lines)
+    code, _, error = run(capsys, "eval", "one", "new/other.csv")
+    assert (code, error.count("\n")) == (3, 1)  # the run's own column is not looked for in another table
+    assert "'animal', 'fold' may each be the class" in error
+    for where in (["new/other.csv"], ["--moved-to", "new/other.csv"]):
+        assert run(capsys, "eval", "one", *where, "--label-column", "animal")[0] == 0
