@@ -29,7 +29,7 @@ def printed(*command: str) -> tuple[str, int]:
 
 
 def test_kernels_compile_for_a_gpu_and_issue_no_more_instructions() -> None:
-    """Through Triton's own specialisation; nothing is spilled."""
+    """Through Triton's own specialisation; the reference network spills nothing."""
     text, code = printed("-m", "bench.kernels", "--types", "bf16", "--architectures", "90", "--batches", "32")
     assert code == 0, text
     assert "14 launches, 0 of which spill registers" in text
