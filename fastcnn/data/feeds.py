@@ -87,6 +87,12 @@ class Feed:
         """Return the number of images."""
         return len(self.permutation)
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of pixels in memory, those of other feeds in the same `images` aside."""
+        num_rows = len(self.images) if self.rows is None else len(self.rows)
+        return num_rows * self.images[:1].nbytes
+
     def start_epoch(self, seed: int, epoch: int, cursor: int = 0, sampling_weights: SamplingWeights = None) -> Feed:
         """Shuffle for an epoch and return the feed; the order depends on (seed, epoch) alone, so resuming repeats it.
 

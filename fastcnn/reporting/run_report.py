@@ -169,7 +169,8 @@ def _shown(value: object) -> object:
 
 
 def _machine(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    memory = ("peak memory", f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    peak, pixels = (count / 2**20 for count in (summary["peak_memory_bytes"], summary["memory_bytes"]["pixels"]))
+    memory = ("peak memory", f"{peak:,.0f} MiB, pixels {pixels:,.0f} MiB")
     engine = ("engine", f"{summary['engine']}: {summary['engine_reason']}".removesuffix(": "))
     return [*summary["hardware"].items(), *summary["versions"].items(), engine, memory]
 

@@ -29,6 +29,7 @@ from fastcnn.system.device import (
     describe_hardware,
     is_out_of_memory,
     num_cores,
+    peak_memory_bytes,
     pick_device,
     pick_precision,
     torch_settings,
@@ -77,7 +78,8 @@ def fit(
     with signals.raising(), ranks.joined(_device_type(config)) as group:
         config = resolve_machine(config, group)
         console = console if console and group.first else Console(quiet=True)
-        watch = Stopwatch({"import": import_seconds})
+        device = pick_device(config.device, group.local_rank)
+        watch = Stopwatch({"import": import_seconds}, lambda: peak_memory_bytes(device))
         try:
             with _open_folder(config, run_dir, resume, group) as (folder, resuming), explained(folder):
                 has_checkpoint = group.broadcast(lambda: resuming and (folder / "last.pt").is_file())

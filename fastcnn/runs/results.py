@@ -21,8 +21,8 @@ from fastcnn.runs.state import RunContext, RunState
 from fastcnn.runs.trackers import Tracker
 from fastcnn.storage import checkpoint, files
 from fastcnn.system.console import Console
-from fastcnn.system.device import describe_hardware, peak_memory_bytes, versions
-from fastcnn.system.stopwatch import Stopwatch
+from fastcnn.system.device import describe_hardware, versions
+from fastcnn.system.stopwatch import OUTSIDE, Stopwatch
 from fastcnn.training.evaluation import Evaluation, Evaluator
 
 STAGES = ("import", "scan", "decode", "upload", "compile", "train", "eval", "checkpoint", "report", "export")
@@ -50,7 +50,7 @@ def finish(run: RunContext, training: Training, trackers: Sequence[Tracker]) -> 
     _write_result(run.run_dir, summary)  # now, so that a failure below does not lose the figures
     with run.stopwatch.stage("export"):
         exported, summary["export_error"] = _export(state, run.console)
-    summary["seconds"] = _seconds(run.stopwatch)
+    summary |= _costs(training, run.stopwatch)
     if report:
         try:
             run_report.write(run.run_dir, report, drawn, summary, config.to_dict())
@@ -110,15 +110,24 @@ def _summarize(training: Training, watch: Stopwatch, test: Evaluation | None) ->
         "test_loss": test.score.loss if test else None,
         # Steady state: the harmonic mean over the epochs after the first.
         "images_per_second": len(steady) / sum(1 / row["images_per_second"] for row in steady),
-        "seconds": _seconds(watch),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        **_costs(training, watch),
         "versions": versions(),
         "hardware": describe_hardware(device),
     }
 
 
-def _seconds(watch: Stopwatch) -> dict[str, float]:
-    return {**{name: watch.seconds.get(name, 0.0) for name in STAGES}, "total": watch.total()}
+def _costs(training: Training, watch: Stopwatch) -> dict[str, Any]:
+    """Return the entries of result.json on time and memory so far."""
+    rises = watch.peak_rises()
+    return {
+        "seconds": {**{name: watch.seconds.get(name, 0.0) for name in STAGES}, "total": watch.total()},
+        "peak_memory_bytes": sum(rises.values()),
+        "memory_bytes": {
+            "pixels": sum(feed.pixel_bytes for feed in training.feeds.values()),
+            "network_and_optimizer": sum(tensor.nbytes for tensor in training.state.step.state()),
+            "peak_by_stage": {name: rises.get(name, 0) for name in (*STAGES, OUTSIDE)},
+        },
+    }
 
 
 def _write_result(run_dir: Path, summary: dict[str, Any]) -> None:
