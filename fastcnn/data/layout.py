@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcnn.data import shards
 from fastcnn.data.walk import Skipped, files_below, folders_in, is_folder, is_ours
 from fastcnn.errors import DataError, warn
-from fastcnn.system.text import printable
+from fastcnn.system.text import comparable, printable
 
 SPLITS = {
     "train": "train",
@@ -32,6 +32,10 @@ SPLITS = {
 
 OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "sweeps")
 """Folders that training tools leave beside the photos."""
+
+IMAGES = ("images", "image", "imgs", "img", "photos", "jpegimages")
+ANNOTATIONS = ("annotations", "annotation", "labels", "masks", "trimaps", "meta", "attributes")
+"""Names in small letters of folders that stand beside each other where photos come with annotations: no classes."""
 
 FEW = 20
 """Folders in which split folders are looked for: listing those of a hundred classes would take as long as the scan."""
@@ -92,6 +96,7 @@ def read(root: Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | No
                 f"{'is' if len(ignored) == 1 else 'are'} beside the split folders ({names}), and not read"
             )
         return Layout(splits, left_out, f"{printable(names)}, each with <class>/<photos>")
+    _check_annotated(root, inner, left_out)
     _check_certain(root, inner, left_out)
     for path in visible_folders(inner, left_out):
         if path.name.casefold() in OTHER_TOOLS:
@@ -111,6 +116,21 @@ def _as_chosen(root: Path, exclude: frozenset[str], chosen: Mapping[str, str]) -
             raise DataError(f"--{split}-dir {chosen[split]}: no such folder in {printable(str(root))}")
     names = ", ".join(f"{split} in {name}" for split, name in chosen.items())
     return Layout(splits, exclude, f"{printable(names)}, each with <class>/<photos>")
+
+
+def _check_annotated(root: Path, folder: Path, exclude: frozenset[str]) -> None:
+    """Raise DataError where folders that would be classes are one of photos and one of annotations."""
+    folders = visible_folders(folder, exclude)
+    images, beside = (
+        next((path for path in folders if path.name.casefold() in names), None) for names in (IMAGES, ANNOTATIONS)
+    )
+    if images and beside:
+        here, name = (printable(path.relative_to(root).as_posix()) for path in (folder, images))
+        raise DataError(
+            f"{printable(str(folder))} has {images.name} beside {beside.name}: photos and annotations, not classes, "
+            f"it seems. Where {images.name} has a folder per class, say --train-dir {name}; where it has photos, give "
+            f"a table of paths and classes as DATA; where they are classes, say --train-dir {here}"
+        )
 
 
 def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
@@ -160,7 +180,7 @@ def _has_photos(root: Path, folder: Path) -> bool:
 
 def words_of(folder: Path) -> list[str]:
     """Return the words of a folder's name in small letters: apart at signs, digits, capitals and joined words."""
-    apart = re.sub(r"([a-z])([A-Z])|([^\W\d_])(\d)|(\d)([^\W\d_])", r"\1\3\5 \2\4\6", folder.name)
+    apart = re.sub(r"([a-z])([A-Z])|([^\W\d_])(\d)|(\d)([^\W\d_])", r"\1\3\5 \2\4\6", comparable(folder.name))
     found: list[str] = []
     for word in re.split(r"[\W_]+", apart.casefold()):
         joined = JOINED.fullmatch(word)
@@ -211,10 +231,11 @@ def by_split(root: Path, folders: Iterable[tuple[Path, str]]) -> dict[str, Path]
 
 def visible_folders(folder: Path, exclude: frozenset[str] = frozenset()) -> list[Path]:
     """Return the folders in a folder that are for photos: sorted, without hidden, excluded and our own ones."""
+    left_out = set(map(comparable, exclude))
     return [
         path
         for path in folders_in(folder)
-        if not path.name.startswith(".") and path.name not in exclude and not _is_own(path)
+        if not path.name.startswith(".") and comparable(path.name) not in left_out and not _is_own(path)
     ]
 
 

@@ -130,7 +130,7 @@ def read(
         described += f", splits in '{table.names[split]}'"
     unread = [name for i, name in enumerate(table.names) if i not in (paths, label, split)]
     described += f"; not read: {', '.join(unread)}" if unread else ""
-    rows = _rows(table, photos, base, (paths, label, split), frozenset(exclude))
+    rows = _rows(table, photos, base, (paths, label, split), {comparable(name) for name in exclude})
     root, rows = _below_one_folder(base, rows)
     return Manifest(root, sorted(rows, key=lambda row: row.path), split is not None, printable(described))
 
@@ -253,7 +253,7 @@ def _is_number(value: str) -> bool:
 
 
 def _rows(
-    table: Table, photos: _Photos, base: Path, columns: tuple[int, int, int | None], exclude: frozenset[str]
+    table: Table, photos: _Photos, base: Path, columns: tuple[int, int, int | None], exclude: set[str]
 ) -> list[Row]:
     """Return a row for each photo, by its whole path. Raises DataError for a photo of two labels or splits."""
     paths, label, split = columns
@@ -264,7 +264,7 @@ def _rows(
         if not name or not value:
             num_without += 1
             continue
-        if value in exclude:
+        if comparable(value) in exclude:
             continue
         path = photos.find(base, name)[0] or os.path.normpath(os.path.join(base, name))  # noqa: PTH118
         made = Row(path, *_facts(path), value, "train" if split is None else SPLITS[row[split].strip().casefold()])

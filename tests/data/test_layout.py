@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from fastcnn.data import layout
 from fastcnn.data.index import Index, scan, scan_held_out
 from fastcnn.errors import DataError, FastCNNWarning
+from fastcnn.system.text import comparable
 
 
 def photos(root: Path, *folders: str) -> Path:
@@ -51,6 +53,7 @@ SPLIT: dict[str, tuple[list[str], dict[str, int]]] = {
     "years": (["train2017/a", "train2017/b", "val2017/a"], {"train": 2, "val": 1}),
     "joined words": (["trainset/a", "trainset/b", "testset/a"], {"train": 2, "test": 1}),
     "camel case": (["TrainImages/a", "TrainImages/b", "TestImages/a"], {"train": 2, "test": 1}),
+    "two Unicode forms": (["Caf\u00e9 train/a", "Caf\u00e9 train/b", "Cafe\u0301 test/a"], {"train": 2, "test": 1}),
     "images": (["train_images/a", "train_images/b", "val_images/a"], {"train": 2, "val": 1}),
     "iNaturalist-12K": (["inaturalist_12K/train/Aves", "inaturalist_12K/train/Fungi", "inaturalist_12K/val/Aves"],
                         {"train": 2, "val": 1}),
@@ -186,6 +189,16 @@ def test_an_empty_class_is_refused_and_can_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"class 'owl' .*--exclude owl"):
         scan(tmp_path)
     assert scan(tmp_path, exclude=["owl"]).classes == ("cat", "dog")
+    photos(tmp_path, "Cafe\u0301/")  # as a Mac writes what is typed as one letter
+    assert scan(tmp_path, exclude=["owl", "Caf\u00e9"]).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("beside", ["Annotations", "masks"])
+def test_photos_beside_annotations_are_no_classes(beside: str, tmp_path: Path) -> None:
+    photos(tmp_path, "images", beside)
+    with pytest.raises(DataError, match=f"images beside {beside}: .*--train-dir images; .*--train-dir [.]$"):
+        scan(tmp_path)
+    assert scan(tmp_path, chosen={"train": "."}).classes == tuple(sorted(["images", beside]))
 
 
 def test_scoring_finds_held_out_folders_by_the_same_names(tmp_path: Path) -> None:
@@ -193,38 +206,72 @@ def test_scoring_finds_held_out_folders_by_the_same_names(tmp_path: Path) -> Non
     assert set(scan_held_out(tmp_path, ["cat", "dog"]).folders) == {"test"}
 
 
-def check_layout(root: Path, names: list[str], form: str, *, wrapped: bool, repeated: bool, others: list[str]) -> None:
-    """Split folders with classes in them: their names become classes in no reading without a warning or an error."""
+def check_layout(
+    root: Path,
+    names: list[str],
+    form: str,
+    classes: tuple[str, str],
+    *,
+    wrapped: bool,
+    repeated: bool,
+    others: list[str],
+    files: list[str],
+) -> None:
+    """Make split folders with classes in them, the first one's names in another Unicode form, and read them.
+
+    Then each photo's class is the folder that it is in, not a split's, and each split is read or named in a warning; or
+    an error says why not.
+    """
     top = root / "archive" if wrapped else root
-    shown = [form.format(name) for name in names]
-    for name in shown:
-        photos(top / name / name if repeated else top / name, "apple", "pear")
+    shown = [unicodedata.normalize("NFD" if number else "NFC", form.format(name)) for number, name in enumerate(names)]
+    for number, name in enumerate(shown):
+        inside = [unicodedata.normalize("NFD" if number else "NFC", one) for one in classes]
+        folder = top / name / name if repeated else top / name
+        photos(folder, *inside)
+        for file in files:
+            (folder / inside[0] / file).write_bytes(b"x")
     photos(top, *others)
+    for file in files:
+        (root / file).write_bytes(b"x")
     try:
         index, told = read(root)
     except DataError:
         return
-    wrong = set(index.classes) & set(shown)
+    labelled = zip(index.paths, index.labels, strict=True)
+    wrong = [path for path, label in labelled if comparable(path.split("/")[-2]) != comparable(index.classes[label])]
     assert not wrong, (index.classes, told)
+    assert all(path.endswith(".jpg") for path in index.paths)
     unread = [name for name in shown if not any(f"/{name}/" in f"/{path}" for path in index.paths)]
     assert all(any(name in line for line in told) for name in unread), (unread, told)
 
 
 LAYOUTS = {
-    "names": st.lists(st.sampled_from(sorted(layout.SPLITS)), min_size=1, max_size=4, unique=True).flatmap(
-        lambda names: st.sampled_from([names, [name.title() for name in names], [name.upper() for name in names]])
+    "names": st.one_of(
+        st.lists(st.sampled_from(sorted(layout.SPLITS)), min_size=1, max_size=4, unique=True),
+        st.tuples(*(st.sampled_from(names) for names in (["train", "training"], ["val", "valid", "dev"], ["test"]))),
+        st.tuples(st.sampled_from(["train", "training"]), st.sampled_from(["validation", "testing"])),
+    ).flatmap(
+        lambda names: st.sampled_from([[*names], [name.title() for name in names], [name.upper() for name in names]])
     ),
-    "form": st.sampled_from(["{}", "seg_{}", "{}_set", "{}-images", "my {}", "{}2017", "{}set"]),
+    "form": st.sampled_from(["{}", "seg_{}", "{}_set", "{}-images", "my {}", "{}2017", "{}set", "Caf\u00e9 {}"]),
+    "classes": st.sampled_from(
+        [("apple", "pear"), ("caf\u00e9", "th\u00e9"), ("train", "plane"), ("test", "control"), ("train", "test")]
+    ),
     "wrapped": st.booleans(),
     "repeated": st.booleans(),
     "others": st.lists(st.sampled_from(["cat", "docs", "runs", "Zebra"]), max_size=2, unique=True),
+    "files": st.lists(
+        st.sampled_from(["Thumbs.db", "a.xml", "README.md", "train.csv", "._a.jpg"]), max_size=2, unique=True
+    ),
 }
 SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 @settings(max_examples=30, **SETTINGS)
 @given(**LAYOUTS)
-@example(names=["Train", "Test"], form="{}", wrapped=True, repeated=True, others=[])
+@example(
+    names=["Train", "Test"], form="{}", classes=("apple", "pear"), wrapped=True, repeated=True, others=[], files=[]
+)
 def test_classes_are_never_splits_without_a_word(tmp_path_factory: pytest.TempPathFactory, **one: Any) -> None:
     check_layout(tmp_path_factory.mktemp("layout"), **one)
 
