@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class FastCNNError(Exception):
@@ -38,6 +40,20 @@ class FastCNNWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn the user in one line, without a file name and line number."""
     warnings.warn_explicit(message, FastCNNWarning, "fastcnn", 1, registry={})
+
+
+@contextlib.contextmanager
+def ignoring_warnings(category: type[Warning] = Warning) -> Iterator[None]:
+    """Ignore warnings of a category for a while.
+
+    One thread at a time: the filters are the process's, and two threads that give them back in turn would leave one's.
+    """
+    with _filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore", category)
+        yield
+
+
+_filters = threading.RLock()
 
 
 def fall_back(message: str, *, strict: bool) -> None:

@@ -102,7 +102,8 @@ def serving(photos: Path, threads: int) -> Iterator[tuple[dict[str, Callable[[in
     import fastcnn
 
     runtime = imported("fastcnn.system.device", "fastcnn.runtime")
-    torch_settings = getattr(runtime, "torch_settings", None) or runtime.settings
+    switches = imported("fastcnn.system.switches", "fastcnn.system.device", "fastcnn.runtime")
+    torch_settings = getattr(switches, "torch_settings", None) or switches.settings
 
     here = Path(str(fastcnn.__file__)).resolve().parents[1]
     assert here == Path.cwd().resolve(), f"fastcnn comes from {here}, not from the revision's folder"

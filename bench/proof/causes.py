@@ -26,7 +26,8 @@ from bench.harness.step_setup import make_step, num_images, random_feed, run_ste
 from bench.harness.timing import clocked, repeated, synchronize
 from bench.proof.lines import Line, NotHere, Proof
 from bench.proof.machine_and_steps import DEVICE, ROOT, TABLE, step_rate
-from fastcnn.system.device import pick_precision, torch_settings
+from fastcnn.system.device import pick_precision
+from fastcnn.system.switches import torch_settings
 from fastcnn.training import engines
 from fastcnn.training.step import StepFunctions, TrainingStep
 

@@ -21,7 +21,8 @@ from bench.harness import machine
 from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
 from bench.harness.timing import clocked
 from bench.proof.lines import NO_TIME, Line, NotHere, Proof
-from fastcnn.system.device import describe_hardware, peak_memory_bytes, pick_precision, torch_settings, versions
+from fastcnn.system.device import describe_hardware, peak_memory_bytes, pick_precision, versions
+from fastcnn.system.switches import torch_settings
 from fastcnn.training.engines import NoEngine
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,8 @@ from bench.harness import machine
 from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs
 from fastcnn.network.kernels import cpu_max_pool
-from fastcnn.system.device import describe_hardware, torch_settings, versions
+from fastcnn.system.device import describe_hardware, versions
+from fastcnn.system.switches import torch_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcnn.errors import CheckError, FastCNNError, UsageError, nearest
+from fastcnn.errors import CheckError, FastCNNError, UsageError, ignoring_warnings, nearest
 from fastcnn.export import model_card
 from fastcnn.export.verify import verify
 from fastcnn.export.verify_process import verify_in_new_process
@@ -28,8 +27,8 @@ from fastcnn.network.inference_network import Deployed, Inference
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint, files, run_folder
-from fastcnn.system import generators
 from fastcnn.system.device import DTYPES, versions
+from fastcnn.system.switches import compiling, one_thread
 from fastcnn.system.text import as_utf8
 
 Half = Literal["auto", "bf16", "fp16"]
@@ -82,8 +81,7 @@ def export_run(
     try:
         with tempfile.TemporaryDirectory() as unchecked:
             temporary = Path(unchecked) / path.name
-            with generators.given_back():
-                write(state, temporary, format, half)
+            write(state, temporary, format, half)
             verification = verify_in_new_process(temporary, folder, moved_to, cache_dir, quick=quick, progress=progress)
             if verification.problems:
                 raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")
@@ -105,8 +103,7 @@ def open_run(run: Path) -> Artefact:
     state = checkpoint.load(run / "best.pt")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.torchscript"
-        with generators.given_back():
-            write(state, file, "torchscript")
+        write(state, file, "torchscript")
         model = artefact.open(file)
     if problems := verify(model).problems:
         raise CheckError(f"{run / 'best.pt'} gives another model once exported: {problems[0]}; please report this")
@@ -175,9 +172,10 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
         "training": {name: _plain(value) for name, value in state["best"].items()},
         "versions": versions(),
-        "golden": _by_one_thread(lambda: golden_inputs(network, config)),
+        "golden": golden_inputs(network, config),
     }
-    parts = EXPORTERS[format](model)
+    with compiling:
+        parts = EXPORTERS[format](model)
     metadata["sha256"] = file_formats.digest(parts, metadata)
     path.write_bytes(file_formats.FORMATS[path.suffix].pack(file_formats.Contents(parts, metadata)))
 
@@ -185,16 +183,6 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
 def _plain(value: Any) -> Any:
     """Return a figure for JSON, which has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _by_one_thread(compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return what a function computes with one thread: other numbers of them give other last bits and hashes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return compute()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -206,7 +194,7 @@ def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict
     size = config["image_size"]
     found = []
     for image in golden_images(size):
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread():  # other numbers of them give other last bits and hashes
             pixels = resized(torch.from_numpy(image)[None], size)
             probabilities = torch.softmax(network(normalise(pixels)), 1)[0]
         if not probabilities.isfinite().all():
@@ -240,8 +228,7 @@ def golden_images(size: int) -> list[Images]:
 
 def _export_torchscript(model: Deployed) -> dict[str, bytes]:
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
+    with ignoring_warnings(DeprecationWarning):  # torch.jit is deprecated upstream
         # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
         torch.jit.save(torch.jit.script(model), file)
     parts = file_formats.read_archive(file.getvalue()).parts
@@ -281,8 +268,7 @@ def _export_onnx(model: Deployed) -> dict[str, bytes]:
     except ImportError as error:
         raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it asks for torchvision, which is not needed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter uses deprecated parts of torch
+    with ignoring_warnings():  # torch's exporter uses deprecated parts of torch
         program = torch.onnx.export(
             model,
             (_example(model),),

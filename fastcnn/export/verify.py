@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 
 from fastcnn.config import resolve
 from fastcnn.data import dataset
-from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, warn
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, ignoring_warnings, warn
 from fastcnn.inference.artefact import Artefact, Images, Probabilities
 from fastcnn.inference.classifier import model_threads
 from fastcnn.network.inference_network import chunk
@@ -262,8 +261,7 @@ def validation_photos(
     """
     state = checkpoint.load_of_run(run, "best.pt")
     config = state["config"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FastCNNWarning)  # the run has reported its bad photos
+    with ignoring_warnings(FastCNNWarning):  # the run has reported its bad photos
         data = dataset.of_run(
             run,
             resolve(config, {"cache_dir": str(cache_dir)} if cache_dir else {}),

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import shlex
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.errors import CheckError, FastCNNError, first_line, nearest, warn
+from fastcnn.errors import CheckError, FastCNNError, first_line, ignoring_warnings, nearest, warn
 from fastcnn.inference.file_formats import FORMATS, METADATA, check_program, digest
 from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.text import as_utf8
@@ -165,8 +164,7 @@ def exported_in(folder: Path) -> Path | None:
 def _open_torchscript(content: bytes, parts: dict[str, bytes], metadata: dict[str, Any]) -> Runner:
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
+    with ignoring_warnings(DeprecationWarning):  # torch.jit is deprecated upstream
         module = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
     return _torch_runner(module)  # the program splits large batches itself
 

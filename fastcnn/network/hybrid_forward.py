@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcnn.network.masked_dropout import MaskedDropout
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
 from fastcnn.network.sync_layers import SyncBatchNorm
@@ -90,9 +91,7 @@ class HybridForward:
             x = block(x) if refusal else self._block(block, x)  # type: ignore[arg-type]
         if not head_layer.usable(x, model.dense, model.output):
             return self.plain(_head(model), _as_it_is, x, targets, label_smoothing, class_weights)
-        dropped = None
-        if model.dropout.p > 0:  # the same random numbers as the layer's own
-            dropped = model.dropout(x.new_ones((len(x), model.dense.out_features)))
+        dropped = model.dropout.mask if isinstance(model.dropout, MaskedDropout) else None
         activation = str(model.options["activation"])
         loss = head_layer.Loss(targets, label_smoothing, class_weights)
         return head_layer.head(x, model.dense, model.output, activation, dropped, loss, self.counters)

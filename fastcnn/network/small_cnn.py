@@ -2,17 +2,21 @@
 
 # No `from __future__ import annotations`: TorchScript reads the types of attributes.
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling  # is_compiling is also true while another thread compiles
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
 from fastcnn.errors import FastCNNError, UsageError, first_line, nearest
 from fastcnn.network.kernels import cpu_max_pool
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -69,7 +73,7 @@ class Block(nn.Module):
         pool_first: bool | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.conv = _undrawn(nn.Conv2d, in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.activation = ACTIVATIONS[activation]()
         self.name = activation
         self.pool = nn.MaxPool2d(2)
@@ -81,7 +85,7 @@ class Block(nn.Module):
         """(N, in_channels, H, W) float -> (N, out_channels, H // 2, W // 2)."""
         # TorchScript knows nothing of kernels and skips what stands under this condition alone.
         if not is_scripting():  # noqa: SIM102
-            if self.pool_first and not torch.compiler.is_compiling() and cpu_max_pool.usable(x):
+            if self.pool_first and not is_dynamo_compiling() and cpu_max_pool.usable(x):
                 before, after = (None, self.conv.bias) if cpu_max_pool.takes_bias(x.dtype) else (self.conv.bias, None)
                 x = F.conv2d(x, self.conv.weight, before, padding=self.conv.padding)
                 x = cpu_max_pool.max_pool(x, after, self.relu)
@@ -93,7 +97,7 @@ class Block(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H // 2, W // 2): the maxima of 2x2 windows."""
         if not is_scripting():  # noqa: SIM102
-            if torch.compiler.is_compiling():
+            if is_dynamo_compiling():
                 return cpu_max_pool.compilable_max_pool(x)
         return self.pool(x)  # type: ignore[no-any-return]
 
@@ -111,6 +115,7 @@ class SmallCNN(nn.Module):
         dropout: probability before the output layer.
         image_size: side of the square input in pixels, 32 or more.
         pool_first: see `Block`.
+        generator: draws the initial weights; None: torch's own.
 
     Raises UsageError, naming what is allowed, for a wrong value.
     """
@@ -127,6 +132,7 @@ class SmallCNN(nn.Module):
         dropout: float = 0.0,
         image_size: int = 128,
         pool_first: bool | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -162,16 +168,32 @@ class SmallCNN(nn.Module):
             )
         )
         side = image_size // 2**NUM_BLOCKS
-        self.dense = nn.Linear(filters[-1] * side * side, dense_neurons)
+        self.dense = _undrawn(nn.Linear, filters[-1] * side * side, dense_neurons)
         self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(dense_neurons, num_classes)
+        self.output = _undrawn(nn.Linear, dense_neurons, num_classes)
+        _draw_weights(self, generator)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) normalised float -> (N, num_classes) logits."""
         x = self.blocks(x).flatten(1)
         return self.output(self.dropout(self.activation(self.dense(x))))  # type: ignore[no-any-return]
+
+
+def _undrawn(kind: type[Layer], *sizes: int, **options: int) -> Layer:
+    """Return a layer whose weights are not drawn yet, on the device that is the default."""
+    return kind(*sizes, device="meta", **options).to_empty(device=torch.get_default_device())
+
+
+def _draw_weights(model: nn.Module, generator: torch.Generator | None) -> None:
+    """Draw the initial weights as torch's layers do, which take no generator, in their order."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            assert layer.bias is not None
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -197,7 +219,7 @@ def restore(state: dict[str, Any]) -> SmallCNN:
             raise ValueError("its weights are of another network")
         if not all_finite(state["model"].values()):
             raise ValueError("its weights are not finite numbers: train again, with a lower --lr")
-        model = SmallCNN(**network)
+        model = SmallCNN(**network, generator=torch.Generator())  # the caller's draws nothing for it
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError, ValueError) as error:
         raise FastCNNError(f"the checkpoint cannot be used: {first_line(error)}") from None

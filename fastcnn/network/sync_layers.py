@@ -1,4 +1,4 @@
-"""Layers that see the whole batch of several ranks: batch norm by its statistics, dropout by its mask."""
+"""Batch norm by the statistics of the whole batch of several ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcnn.network.small_cnn import BatchNorm, Block, SmallCNN
 from fastcnn.system.ranks import Ranks, detecting_lost_ranks
@@ -21,29 +21,10 @@ def convert(model: SmallCNN, ranks: Ranks, *, batch_norm: bool) -> None:
     if ranks.count == 1:
         return
     operators()
-    model.dropout = SharedDropout(model.dropout.p, ranks)
     for block in model.blocks:
         assert isinstance(block, Block)
         if batch_norm and isinstance(block.norm, BatchNorm):
             block.norm = SyncBatchNorm(block.norm, ranks)
-
-
-class SharedDropout(nn.Dropout):
-    """Dropout by this rank's rows of a mask that is drawn for the whole batch.
-
-    On a CPU the mask is that of nn.Dropout in one process; a GPU draws other numbers for other shapes.
-    """
-
-    def __init__(self, p: float, ranks: Ranks) -> None:
-        super().__init__(p)
-        self.rank, self.count = ranks.rank, ranks.count
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) -> the same shape."""
-        if not self.training or self.p == 0:
-            return x
-        mask = x.new_empty((self.count * len(x), *x.shape[1:])).bernoulli_(1 - self.p).div_(1 - self.p)
-        return x * mask.narrow(0, self.rank * len(x), len(x))
 
 
 class SyncBatchNorm(BatchNorm):

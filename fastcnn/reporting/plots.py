@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn.errors import ignoring_warnings
 from fastcnn.system.text import printable
 
 if TYPE_CHECKING:
@@ -230,8 +230,7 @@ def png(width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
 
     there = set(font_manager.get_font_names())
     pixels, file = io.BytesIO(), io.BytesIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that no font has is drawn as a box
+    with ignoring_warnings(), matplotlib.rc_context():  # a letter that no font has is drawn as a box
         matplotlib.rcdefaults()
         matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(font for font in FALLBACK_FONTS if font in there)]
         figure = Figure((width, height), dpi=DPI, layout="constrained", facecolor="white")

@@ -148,7 +148,7 @@ def start(
         ranks: the processes that train together.
     """
     labels = feed.labels.cpu().numpy() if labels is None else labels
-    generators.seed(feed.images.device, config.seed)  # on the CPU first: the same initial weights on every device
+    own = generators.seeded(feed.images.device, config.seed)
     model = SmallCNN(
         len(classes),
         filters=config.filters,
@@ -158,17 +158,23 @@ def start(
         dense_neurons=config.dense_neurons,
         dropout=config.dropout,
         image_size=config.image_size,
+        generator=own.cpu,
     )
     if config.init_from and fresh:
         load_initial_weights(model, config.init_from)
     sync_layers.convert(model, ranks, batch_norm=config.sync_batch_norm)
-    step = _make_step(config, model.to(feed.images.device), feed, labels, ranks)
+    step = _make_step(config, model.to(feed.images.device), feed, labels, ranks, own.device)
     sampling = sampling_weights(labels, len(classes)) if config.balance == "sampling" else None
-    return RunState(config, run_dir, classes, model, step, ranks, sampling)
+    return RunState(config, run_dir, classes, model, step, own, ranks, sampling)
 
 
 def _make_step(
-    config: Config, model: SmallCNN, feed: Feed, labels: npt.NDArray[np.int64], ranks: Ranks
+    config: Config,
+    model: SmallCNN,
+    feed: Feed,
+    labels: npt.NDArray[np.int64],
+    ranks: Ranks,
+    generator: torch.Generator,
 ) -> TrainingStep:
     """Return the training step of a model on the feed's device. labels: (N,) of all training images."""
     assert feed.batch_size in (None, config.batch_size // ranks.count)
@@ -199,6 +205,7 @@ def _make_step(
         skip_nan=config.on_nan == "skip",
         average=average_weights(config.ema, num_steps) if config.ema else None,
         ranks=ranks,
+        generator=generator,
     )
 
 

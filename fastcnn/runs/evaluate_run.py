@@ -21,7 +21,8 @@ from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.reporting.class_scores import ClassScores, score_classes
 from fastcnn.storage import checkpoint, run_folder
-from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision, torch_settings
+from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision
+from fastcnn.system.switches import torch_settings
 from fastcnn.system.text import comparable
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters

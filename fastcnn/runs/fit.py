@@ -32,11 +32,12 @@ from fastcnn.system.device import (
     peak_memory_bytes,
     pick_device,
     pick_precision,
-    torch_settings,
     versions,
 )
 from fastcnn.system.ranks import Ranks
 from fastcnn.system.stopwatch import Stopwatch
+from fastcnn.system.switches import torch_settings
+from fastcnn.training.engines import compiles
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def _fit(run: RunContext, more_trackers: Sequence[Callable[[Run], Tracker]]) -> 
     """Train in a folder that is open."""
     config = run.config
     tf32 = config.precision == "tf32"
-    with torch_settings(run.device, threads=config.threads, deterministic=config.deterministic, tf32=tf32):
+    compiling = compiles(config.engine, run.device)
+    with torch_settings(
+        run.device, threads=config.threads, deterministic=config.deterministic, tf32=tf32, compiles=compiling
+    ):
         data = _prepare_photos(run)
         training = build(run, data)
         _record_inputs(run, training)

@@ -18,6 +18,7 @@ from fastcnn.network.small_cnn import SmallCNN, all_finite
 from fastcnn.storage import checkpoint
 from fastcnn.system.console import Console
 from fastcnn.system.device import pick_device
+from fastcnn.system.generators import Generators
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.training.step import TrainingStep
@@ -53,6 +54,7 @@ class RunState:
     classes: tuple[str, ...]
     model: SmallCNN
     step: TrainingStep
+    generators: Generators
     ranks: Ranks = ALONE
     sampling_weights: SamplingWeights = None
     """Probability of drawing each training image. None: every image once per epoch."""
@@ -84,7 +86,7 @@ class RunState:
 
     def save(self, name: str) -> None:
         """Write a checkpoint into the run folder. All ranks call this; the first one writes."""
-        step = self.step
+        step, own = self.step, self.generators
         sums = self.ranks.sum_(step.sums.values.clone())
         self.average_batch_norms()
         if not self.ranks.first:
@@ -104,8 +106,8 @@ class RunState:
             "sums": sums,
             "best": self.best,
             "rows": self.rows,
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state() if step.step_count.is_cuda else None,
+            "rng": own.cpu.get_state(),
+            "device_rng": own.device.get_state() if own.device is not own.cpu else None,
         }
         checkpoint.save(self.run_dir / name, fields)
 
@@ -147,9 +149,7 @@ class RunState:
         step.skipped.fill_(saved["skipped"])
         step.feed.cursor.fill_(saved["cursor"])
         self.epoch, self.rows, self.best = saved["epoch"], rows, dict(saved["best"])
-        torch.set_rng_state(saved["rng"].cpu())
-        if step.step_count.is_cuda and saved["device_rng"] is not None:
-            torch.cuda.set_rng_state(saved["device_rng"].cpu())
+        self.generators.restore(saved["rng"], saved["device_rng"])
 
 
 def _copy(name: str, tensor: Tensor, value: Tensor) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastcnn.errors import ignoring_warnings
 from fastcnn.reporting.plots import png
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def importance(study: optuna.Study, metric: str) -> bytes:
     from optuna.visualization.matplotlib import plot_param_importances
 
     file = io.BytesIO()
-    with plt.style.context("default"), warnings.catch_warnings():  # Optuna sets pyplot's style
-        warnings.simplefilter("ignore")
+    with ignoring_warnings(), plt.style.context("default"):  # Optuna sets pyplot's style
         plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target_name=metric)
         plt.savefig(file, format="png", dpi=110, bbox_inches="tight")
         plt.close()

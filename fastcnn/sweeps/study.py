@@ -11,13 +11,12 @@ import math
 import random
 import secrets
 import statistics
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcnn.errors import FastCNNError, UsageError, first_line
+from fastcnn.errors import FastCNNError, UsageError, first_line, ignoring_warnings
 from fastcnn.storage import files, locks
 from fastcnn.sweeps import journal, sampling
 from fastcnn.sweeps.search_space import Sweep
@@ -214,8 +213,7 @@ class Study:
         if reason:
             trial.handle.set_user_attr("reason", reason)
         code = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignoring_warnings():
             value = self._best(known) if state == "finished" else None
             self.optuna.tell(trial.handle, value, state=code, skip_if_finished=True)
         return self.records()[trial.number]

@@ -1,4 +1,4 @@
-"""The machine: devices, precisions, torch's settings, memory, hardware and versions."""
+"""The machine: devices, precisions, memory, hardware and versions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import os
 import platform
 import re
 import sys
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 
 from fastcnn.config import Precision
 from fastcnn.errors import FastCNNError, fall_back
-from fastcnn.system import generators
 from pipelines import num_cores as num_cores  # for the rooms that decode nothing
 
 # glibc's mallopt parameters (malloc.h).
@@ -87,65 +85,6 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def torch_settings(
-    device: torch.device, *, threads: int | None, deterministic: bool, tf32: bool = False
-) -> Iterator[None]:
-    """Set torch's threads, allocator, device and determinism; restore them, and the caller's generators, afterwards."""
-    with generators.given_back(device), _switches_given_back(device):
-        if device.type == "cpu":
-            keep_freed_memory()
-            torch.set_num_threads(threads or num_cores())
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # events, streams and captures are the current device's
-            _allow_tf32(tf32, tf32)
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        _use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not deterministic, deterministic
-        yield
-
-
-@contextlib.contextmanager
-def _switches_given_back(device: torch.device) -> Iterator[None]:
-    """Give torch's switches, which are the whole process's, back the values that the caller had chosen."""
-    threads, workspace = torch.get_num_threads(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    on_cuda = device.type == "cuda"
-    current, tf32 = (torch.cuda.current_device(), _tf32_allowed()) if on_cuda else (0, (False, False))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if on_cuda:
-            torch.cuda.set_device(current)
-            _allow_tf32(*tf32)
-        _use_deterministic_algorithms(*deterministic)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
-        if workspace is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-
-def _use_deterministic_algorithms(mode: bool, warn_only: bool = False) -> None:
-    # Only where it changes something: the call imports inductor, a second of every start.
-    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if mode != now[0] or (mode and warn_only != now[1]):
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
-
-
-def _tf32_allowed() -> tuple[bool, bool]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as below
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-
-def _allow_tf32(matmul: bool, cudnn: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.9 and later advise another spelling, which inductor trips over
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-
-
 def keep_freed_memory() -> bool:
     """Make glibc keep large freed blocks instead of returning them to the system; return whether it does.
 
@@ -195,9 +134,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def capture(steps: Callable[[], None]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph of some steps. Capturing runs nothing. Raises RuntimeError where it fails."""
+def capture(steps: Callable[[], None], generator: torch.Generator | None = None) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of some steps. Capturing runs nothing. Raises RuntimeError where it fails.
+
+    generator: draws the steps' random numbers; each replay draws the next ones.
+    """
     graph = torch.cuda.CUDAGraph()
+    if generator:
+        graph.register_generator_state(generator)
     # thread_local: another thread's CUDA calls (pinning memory, say) neither break the capture nor get into it.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         steps()

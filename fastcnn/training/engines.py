@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -19,7 +20,9 @@ from torch import Tensor
 from fastcnn.errors import FastCNNError, fall_back, first_line
 from fastcnn.network.hybrid_forward import HybridForward, refusals, unavailable
 from fastcnn.network.small_cnn import SmallCNN
-from fastcnn.system.device import capture, is_out_of_memory, synchronize
+from fastcnn.system.device import capture as cuda_graph
+from fastcnn.system.device import is_out_of_memory, synchronize
+from fastcnn.system.switches import Compiling, compiling
 from fastcnn.training.augment import Batch
 from fastcnn.training.step import StepFunctions, TrainingStep
 
@@ -32,6 +35,9 @@ class Step(Protocol):
 
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
+
+    generator: torch.Generator | None
+    """Draws what a call draws; None: torch's own, or nothing is drawn."""
 
     @property
     def functions(self) -> StepFunctions:
@@ -74,7 +80,7 @@ class Eager:
 class Graphed:
     """The step captured whole and replayed; `steps_per_replay` of them per graph; the rest are replayed one by one.
 
-    capture: some steps -> a call that replays them.
+    capture: some steps -> a call that replays them; None: by a CUDA graph.
     """
 
     def __init__(
@@ -82,10 +88,11 @@ class Graphed:
         step: Step,
         functions: StepFunctions | None = None,
         *,
-        capture: Callable[[Callable[[], None]], Callable[[], None]] = capture,
+        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
         steps_per_replay: int = 1,
     ) -> None:
         self.steps_per_replay = steps_per_replay
+        capture = capture or functools.partial(cuda_graph, generator=step.generator)
         eager = Eager(step, functions)
         with rehearsal(step):
             eager.run(min(REHEARSALS, step.num_steps))
@@ -105,18 +112,20 @@ class Graphed:
 
 @contextlib.contextmanager
 def rehearsal(step: Step) -> Iterator[None]:
-    """Restore on leaving what the steps inside change: their tensors and the random number generators.
+    """Restore on leaving what the steps inside change: their tensors and their random generator.
 
     On a GPU they run on a side stream, as CUDA asks of a warm-up before a capture.
     """
-    state = step.state()
-    device = state[0].device
+    state, generator = step.state(), step.generator
     with torch.no_grad():
         saved = [tensor.clone() for tensor in state]
+    drawn = generator.get_state() if generator else None
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _side_stream(device):
+        with _side_stream(state[0].device):
             yield
     finally:
+        if generator and drawn is not None:
+            generator.set_state(drawn)
         with torch.no_grad():
             for tensor, value in zip(state, saved, strict=True):
                 tensor.copy_(value)
@@ -146,7 +155,8 @@ def graphed(step: Step, functions: StepFunctions | None = None, steps_per_replay
     if not on_gpu(step):
         raise NoEngine("CUDA graphs need an NVIDIA GPU")
     try:
-        return Graphed(step, functions, steps_per_replay=steps_per_replay)
+        with compiling:
+            return Graphed(step, functions, steps_per_replay=steps_per_replay)
     except RuntimeError as error:  # out of memory is one of them
         raise NoEngine(first_line(error)) from None
 
@@ -214,13 +224,14 @@ def engine(
     """
 
     def make(step: Step) -> Engine:
-        try:
-            functions = build_functions(step)
-            with rehearsal(step):
-                step(functions)
-        except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
-            raise NoEngine(first_line(error)) from None
-        return run(step, functions)
+        with compiling:
+            try:
+                functions = build_functions(step)
+                with rehearsal(step):
+                    step(functions)
+            except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
+                raise NoEngine(first_line(error)) from None
+            return run(step, functions)
 
     return make
 
@@ -233,6 +244,16 @@ ENGINES: dict[str, Callable[[Step], Engine]] = {
     "compiled+graphed": engine(compiled, graphed),
     "hybrid+graphed": engine(hybrid, graphed),
 }
+
+
+def compiles(name: str, device: torch.device) -> Compiling:
+    """Return when a run with an engine compiles, or calls what is compiled."""
+    if name == "auto":
+        return "at the start" if device.type == "cuda" else "never"
+    if "compiled" not in name and "hybrid" not in name:
+        return "never"
+    return "at the start" if name.endswith("graphed") else "throughout"
+
 
 NEXT_BEST = {
     "compiled+graphed": "graphed",

@@ -51,6 +51,7 @@ class EvaluationStep:
         self.predicted = torch.zeros(count + 1, dtype=torch.int64, device=device)  # padding is written to the last
         self.probabilities = torch.zeros(count + 1, num_classes, device=device)
         self.sums = Sums(device)
+        self.generator: torch.Generator | None = None  # nothing is drawn
 
     @property
     def functions(self) -> StepFunctions:

@@ -48,7 +48,7 @@ class Optimizer:
             values.addcmul_(values, self.decay * (self.lr * (skip - 1)))
         elif self.decay is not None:
             gradient.addcmul_(values, self.decay)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # is_compiling is also true while another thread compiles
             self._update_compiled(skip)
         else:
             self._update(skip)

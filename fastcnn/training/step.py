@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn.data.feeds import Feed, SamplingWeights
+from fastcnn.network.masked_dropout import MaskedDropout
 from fastcnn.network.pixels import Normalise
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training.augment import Augment, Batch
@@ -76,6 +77,7 @@ class TrainingStep:
         skip_nan: skip a step that gives no finite loss and weights, and go on; False: update nothing from that loss on.
         average: (T,) weight of each step's values in their moving average; None: no average.
         ranks: processes that take each step together, each with its part of the batch.
+        generator: draws the masks of dropout; None: torch's own.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class TrainingStep:
         skip_nan: bool = False,
         average: Tensor | None = None,
         ranks: Ranks = ALONE,
+        generator: torch.Generator | None = None,
     ) -> None:
         device = feed.images.device
         self.parameters, self.optimizer, self.feed, self.normalise = parameters, optimizer, feed, normalise
@@ -110,6 +113,8 @@ class TrainingStep:
         self.loss_scale = LossScale(device) if normalise.dtype == torch.float16 else None
         # The tail of an epoch's permutation, shorter than a batch, is dropped.
         self.num_steps = min(len(feed) // batch_size, limit or len(feed))
+        self.dropout = self._masked_dropout(generator)
+        self.generator = generator if self.dropout else None
         batch_per_rank = batch_size // ranks.count
         self.offsets = ranks.rank * batch_per_rank + torch.arange(batch_per_rank, device=device)
         self.sums = Sums(device)
@@ -139,6 +144,8 @@ class TrainingStep:
         assert functions.collect
         assert functions.update
         batch, targets = functions.read()
+        if self.dropout:
+            self.dropout.draw()
         buffers = [buffer.clone() for buffer in self.network.buffers()] if self.skip_nan else []
         losses, predictions = functions.forward(
             self.network, self.normalise, batch.images, targets, self.label_smoothing, self.class_weights
@@ -193,6 +200,17 @@ class TrainingStep:
             self.sums.values,
         ]
         return [tensor for tensor in tensors if tensor is not None]
+
+    def _masked_dropout(self, generator: torch.Generator | None) -> MaskedDropout | None:
+        """Give the network a dropout whose masks this step draws; None where it has no dropout."""
+        network = self.network
+        if not network.dropout.p:
+            return None
+        mask = torch.ones(
+            (self.batch_size, network.dense.out_features), dtype=self.normalise.dtype, device=self.feed.images.device
+        )
+        network.dropout = dropout = MaskedDropout(network.dropout.p, mask, self.ranks, generator)
+        return dropout
 
     def _targets(self, batch: Batch) -> Tensor:
         if batch.others is None or batch.share is None:

@@ -23,7 +23,8 @@ from fastcnn.cli import main
 from fastcnn.data_tools import write_shards
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.network.small_cnn import BatchNorm, SmallCNN
-from fastcnn.network.sync_layers import SharedDropout, convert
+from fastcnn.network.masked_dropout import MaskedDropout
+from fastcnn.network.sync_layers import convert
 from fastcnn.storage import checkpoint
 from fastcnn.system import device, launch, ranks
 from fastcnn.system.ranks import ALONE, Ranks
@@ -304,9 +305,11 @@ def test_dropout_takes_the_rows_of_the_whole_batchs_mask() -> None:
     torch.manual_seed(3)
     whole = torch.nn.functional.dropout(x, 0.4)
     for rank in range(2):
-        torch.manual_seed(3)
-        ours = SharedDropout(0.4, Ranks(rank=rank, count=2))(x[rank * 4 : rank * 4 + 4])
-        assert torch.equal(ours, whole[rank * 4 : rank * 4 + 4])
+        dropout = MaskedDropout(0.4, x.clone(), Ranks(rank=rank, count=2), torch.Generator().manual_seed(3))
+        dropout.draw()
+        rows = slice(rank * 4, rank * 4 + 4)
+        assert torch.equal(dropout(x[rows]), whole[rows])
+        assert torch.equal(dropout.eval()(x[rows]), x[rows])
 
 
 def test_graphs_go_before_the_group_does(monkeypatch: pytest.MonkeyPatch) -> None:

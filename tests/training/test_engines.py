@@ -119,14 +119,16 @@ def test_fifty_steps_equal_a_plain_loop_to_the_bit(
     augmentations: tuple[str, ...], dropout: float, steps_per_replay: int
 ) -> None:
     """The graphed engine run uncaptured, across epochs' ends, with a schedule and an average, against a loop."""
+    generator = torch.Generator()
     step = make_step(
         model=make_model(dropout=dropout),
+        generator=generator,
         augmentations=augmentations,
         clip_norm=1.0,
         average=average_weights(DECAY, 50),
     )
     engine = Graphed(step, capture=direct_call, steps_per_replay=steps_per_replay)
-    torch.manual_seed(5)
+    generator.manual_seed(5)
     run_epochs(step, engine, 50)
 
     feed, model = make_feed(), make_model(dropout=dropout)
@@ -245,17 +247,28 @@ def test_a_step_neither_synchronises_nor_keeps_memory(kind: str) -> None:
 
 
 def test_making_an_engine_changes_nothing() -> None:
-    step = make_step(model=make_model(dropout=0.5), augmentations=("flip",), average=average_weights(DECAY, 50))
-    before, rng = [tensor.clone() for tensor in step.state()], torch.get_rng_state()
+    step = make_step(
+        model=make_model(dropout=0.5),
+        generator=torch.Generator(),
+        augmentations=("flip",),
+        average=average_weights(DECAY, 50),
+    )
+    assert step.generator
+    before, rng = [tensor.clone() for tensor in step.state()], step.generator.get_state()
     Graphed(step, capture=direct_call, steps_per_replay=2)
     engines.time_step(Eager(step), step)
     assert all(torch.equal(a, b) for a, b in zip(step.state(), before, strict=True))
-    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(step.generator.get_state(), rng)
 
 
 def test_state_lists_all_that_a_step_changes() -> None:
     """A step repeated from a restored state does the same: nothing that matters is missing from the list."""
-    step = make_step(model=make_model(dropout=0.5), average=average_weights(DECAY, 50), dtype=torch.bfloat16)
+    step = make_step(
+        model=make_model(dropout=0.5),
+        generator=torch.Generator(),
+        average=average_weights(DECAY, 50),
+        dtype=torch.bfloat16,
+    )
     with rehearsal(step):
         step()
         step()

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,10 @@ class _CompilableMaxPool(torch.autograd.Function):
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile to `path`, under a temporary name first: several runs may do so at once."""
+    """Compile to `path`, under a temporary name first: several runs may do so at once, also in threads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    objects = temporary.with_suffix(f".{os.getpid()}.o")
+    own = f"{os.getpid()}-{threading.get_ident()}"
+    temporary, objects = path.with_suffix(f".{own}"), path.with_suffix(f".{own}.o")
     try:
         _run([compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", str(objects)])
         # Linked without -fopenmp: its names are then found in the OpenMP that torch has loaded. A second one would

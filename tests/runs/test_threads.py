@@ -1,0 +1,65 @@
+"""Runs in several threads of one process: each gives what it gives alone."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastcnn import Config, fit
+from fastcnn.errors import UsageError
+from fastcnn.storage import checkpoint
+from fastcnn.system.switches import torch_settings
+
+CPU = torch.device("cpu")
+
+
+def result(photos: Path, folder: Path) -> list[Any]:
+    options: dict[str, Any] = {"dropout": 0.3, "deterministic": True, "augment": ("flip", "mixup"), "report": False}
+    fit(
+        Config(data=str(photos), epochs=1, image_size=32, filters=(8,), batch_size=16, seed=3, **options),
+        run_dir=folder,
+    )
+    saved = checkpoint.load(folder / "last.pt")
+    return [saved["rng"], *saved["model"].values(), *saved["optimizer"].values()]
+
+
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 8))])
+def test_runs_at_once_equal_one_alone_to_the_bit(count: int, photos: Path, tmp_path: Path) -> None:
+    alone, rng, threads = result(photos, tmp_path / "alone"), torch.get_rng_state(), torch.get_num_threads()
+    begin = threading.Barrier(count)
+
+    def one(number: int) -> list[Any]:
+        begin.wait()
+        return result(photos, tmp_path / str(number))
+
+    with ThreadPoolExecutor(count) as pool:
+        for found in pool.map(one, range(count)):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == threads
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"deterministic": False}, "with --deterministic on, which torch has once for the whole process"),
+        ({"threads": 2}, "with --threads 1"),
+        ({"compiles": "at the start"}, "with a compiled engine"),
+    ],
+)
+def test_other_switches_in_another_thread_are_refused(other: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"deterministic": True, "threads": 1, "compiles": "throughout"}
+
+    def enter() -> None:
+        with torch_settings(CPU, **{**asked, **other}):
+            pass
+
+    with torch_settings(CPU, **asked), ThreadPoolExecutor(1) as pool, pytest.raises(UsageError, match=message):
+        pool.submit(enter).result()
