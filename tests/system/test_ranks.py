@@ -22,8 +22,8 @@ from fastcnn import Config, fit
 from fastcnn.cli import main
 from fastcnn.data_tools import write_shards
 from fastcnn.errors import FastCNNError, UsageError
-from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 from fastcnn.network.masked_dropout import MaskedDropout
+from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 from fastcnn.network.sync_layers import convert
 from fastcnn.storage import checkpoint
 from fastcnn.system import device, launch, ranks
