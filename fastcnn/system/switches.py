@@ -27,6 +27,8 @@ class Asked:
 
     deterministic: bool
     threads: int | None
+    fixed: bool
+    """Whether that number of threads stays; else `ThreadChoice` may change it, which this thread alone feels."""
     tf32: bool | None
     compiles: Compiling
 
@@ -34,11 +36,15 @@ class Asked:
         """Return what a run in another thread has otherwise; "" where both can be at work."""
         if self.deterministic != other.deterministic:
             return f"--deterministic {'off' if self.deterministic else 'on'}"
-        if None not in (self.threads, other.threads) and self.threads != other.threads:
+        if self.fixed and other.fixed and self.threads != other.threads:
             return f"--threads {other.threads}"
         if None not in (self.tf32, other.tf32) and self.tf32 != other.tf32:
             return "--precision tf32" if other.tf32 else "another precision than tf32"
         return ""
+
+    def may_have_set(self, threads: int) -> bool:
+        """Return whether a number of threads may be this run's."""
+        return self.threads is not None and (threads == self.threads or not self.fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,7 @@ def torch_settings(
     asked = Asked(
         deterministic=deterministic,
         threads=(threads or num_cores()) if on_cpu else None,
+        fixed=on_cpu and threads is not None,
         tf32=tf32 if on_cuda else None,
         compiles=compiles,
     )
@@ -110,11 +117,12 @@ def _shared(asked: Asked) -> Iterator[None]:
     global _callers
     thread = threading.get_ident()
     with _lock:
-        _check(asked, [other for ident, other in _at_work if ident != thread])
+        others = [other for ident, other in _at_work if ident != thread]
+        _check(asked, others)
         threads = torch.get_num_threads()
         if not _at_work:
             _callers = _read(threads)
-        elif all(ident != thread for ident, _ in _at_work) and any(threads == one.threads for _, one in _at_work):
+        elif len(others) == len(_at_work) and any(one.may_have_set(threads) for one in others):
             assert _callers
             threads = _callers.threads  # a new thread begins with the number that a run has set
         _at_work.append((thread, asked))

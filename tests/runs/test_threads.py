@@ -63,3 +63,18 @@ def test_other_switches_in_another_thread_are_refused(other: dict[str, Any], mes
 
     with torch_settings(CPU, **asked), ThreadPoolExecutor(1) as pool, pytest.raises(UsageError, match=message):
         pool.submit(enter).result()
+
+
+def test_a_run_that_chooses_its_number_of_threads_leaves_that_of_others() -> None:
+    before = torch.get_num_threads()
+
+    def choose() -> int:
+        with torch_settings(CPU, deterministic=True, threads=None):
+            torch.set_num_threads(before + 1)
+        return torch.get_num_threads()
+
+    with torch_settings(CPU, deterministic=True, threads=before + 2):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(choose).result() == before
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
