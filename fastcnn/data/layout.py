@@ -146,6 +146,13 @@ def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
     doubtful = [path for path in named if len(visible_folders(path, exclude)) > 1]
     if doubtful:
         raise _in_two_ways(root, folder, doubtful[0], exclude)
+    exact = any(path.name.casefold() in SPLITS for path in folders)
+    if exact and len(folders) > 1 and all(set(words_of(path)) & SPLITS.keys() for path in folders):
+        raise DataError(
+            f"no class folders in {printable(', '.join(path.name for path in folders))} of {printable(str(folder))}: "
+            "expected train/<class>/<photos>, or a table of paths and classes as DATA; where these are classes, "
+            f"say --train-dir {printable(folder.relative_to(root).as_posix())}"
+        )
 
 
 def _may_be_classes(root: Path, beside: list[Path]) -> bool:

@@ -193,6 +193,13 @@ def test_an_empty_class_is_refused_and_can_be_left_out(tmp_path: Path) -> None:
     assert scan(tmp_path, exclude=["owl", "Caf\u00e9"]).classes == ("cat", "dog")
 
 
+def test_split_folders_without_classes_are_no_classes(tmp_path: Path) -> None:
+    photos(tmp_path, "train", "test1")  # as Kaggle has it
+    with pytest.raises(DataError, match=r"no class folders in test1, train of .* a table .* --train-dir [.]$"):
+        scan(tmp_path)
+    assert scan(tmp_path, chosen={"train": "."}).classes == ("test1", "train")
+
+
 @pytest.mark.parametrize("beside", ["Annotations", "masks"])
 def test_photos_beside_annotations_are_no_classes(beside: str, tmp_path: Path) -> None:
     photos(tmp_path, "images", beside)
