@@ -28,7 +28,7 @@ from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint, files, run_folder
 from fastcnn.system.device import DTYPES, versions
-from fastcnn.system.switches import compiling, one_thread
+from fastcnn.system.switches import one_thread, tracing
 from fastcnn.system.text import as_utf8
 
 Half = Literal["auto", "bf16", "fp16"]
@@ -174,7 +174,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "versions": versions(),
         "golden": golden_inputs(network, config),
     }
-    with compiling:
+    with tracing():
         parts = EXPORTERS[format](model)
     metadata["sha256"] = file_formats.digest(parts, metadata)
     path.write_bytes(file_formats.FORMATS[path.suffix].pack(file_formats.Contents(parts, metadata)))

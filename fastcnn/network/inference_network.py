@@ -29,7 +29,8 @@ class Deployed(nn.Module):
         dtype: dtype of the network's arithmetic; everything around it is fp32.
         always_resize: resize without a test of the size, which a traced program cannot make.
 
-    TorchScript on a CPU runs batches in chunks of `chunk` images, which is faster.
+    TorchScript on a CPU runs batches in chunks of `chunk` images, which is faster. After `to(torch.half)` or `double()`
+    the network computes in that type.
     """
 
     scale: Tensor
@@ -47,7 +48,7 @@ class Deployed(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network.to(dtype)
-        self.image_size, self.dtype, self.always_resize = image_size, dtype, always_resize
+        self.image_size, self.always_resize = image_size, always_resize
         self.classes = list(classes)
         self.chunk = chunk(network, image_size)
         scale, shift = normalisation(mean, std, image_size)
@@ -73,7 +74,7 @@ class Deployed(nn.Module):
             # Rounded like the uint8 pixels that the network was trained on.
             images = x.round().clamp(0.0, 255.0).permute(0, 2, 3, 1)
         rows = torch.addcmul(self.shift, images.flatten(2), self.scale)  # (N, size, size * 3)
-        x = rows.view(-1, size, size, 3).permute(0, 3, 1, 2).to(self.dtype)
+        x = rows.view(-1, size, size, 3).permute(0, 3, 1, 2)
         return torch.softmax(self.network(x).float(), dim=1)
 
 
@@ -133,8 +134,8 @@ class Inference(nn.Module):
         self.activation, self.output = network.activation, network.output
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, image_size, image_size) normalised float -> (N, num_classes) logits."""
-        x = self.stages(x).flatten(1)
+        """(N, 3, image_size, image_size) normalised, any float type -> (N, num_classes) logits in the weights' type."""
+        x = self.stages(x.to(self.dense.weight.dtype)).flatten(1)
         return self.output(self.activation(self.dense(x)))  # type: ignore[no-any-return]
 
 

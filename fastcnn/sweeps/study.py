@@ -319,7 +319,8 @@ class Study:
         elif mark.read_text(encoding="utf-8") != identity:
             other = ["--storage"]
         if other:
+            named = ", ".join("other parameters" if key == "parameters" else f"another {key}" for key in other)
             raise UsageError(
-                f"{folder} holds another sweep, begun with another {', '.join(other)}: give the same to resume it, "
+                f"{folder} holds another sweep, begun with {named}: give the same to resume it, "
                 "or choose another folder with --dir"
             )

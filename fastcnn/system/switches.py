@@ -21,6 +21,9 @@ compiling = threading.RLock()
 """Held while torch compiles, captures or exports: its tracers keep their state for the whole process."""
 
 
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """Switches that a run asks for; None leaves one as it is."""
@@ -84,6 +87,18 @@ def torch_settings(
     )
     with _shared(asked), _usual_modes(), torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Hold `compiling` for an export; take out of the environment afterwards where torch writes its cache's place."""
+    with compiling:
+        given = _CACHE_DIR in os.environ
+        try:
+            yield
+        finally:
+            if not given:
+                os.environ.pop(_CACHE_DIR, None)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,18 @@ def test_plain_torch_finds_the_golden_inputs_equal(kept: Path, run_dir: Path) ->
     assert (int(count), float(accuracy)) == (4, checkpoint.load(run_dir / "best.pt")["best"]["val/accuracy"])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kept", ["torchscript"], indirect=True)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("half", 1e-2), ("bfloat16", 5e-2), ("double", 1e-6)])
+def test_torchscript_computes_in_another_type(kept: Path, dtype: str, tolerance: float) -> None:
+    module, changed = torch.jit.load(str(kept)), torch.jit.load(str(kept)).to(getattr(torch, dtype))
+    for size in (SIZE, SIZE + 9):
+        images = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8)
+        probabilities = changed(images)
+        assert probabilities.dtype == torch.float32
+        torch.testing.assert_close(probabilities, module(images), rtol=0, atol=tolerance)
+
+
 LONG = [pytest.param(name, marks=[pytest.mark.long] * (name != "torchscript")) for name in EXPORTERS]
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from fastcnn import Config, FastCNNError, evaluate_run, export_run, fit
+from fastcnn.export.exporters import write
+from fastcnn.storage import checkpoint
 
 
 def held() -> dict[str, Any]:
@@ -51,12 +53,13 @@ def calls(photos: Path, run_dir: Path, tmp_path: Path) -> dict[str, Callable[[],
         "fit": lambda: fit(config(photos, deterministic=True, threads=1, dropout=0.3), run_dir=tmp_path / "run"),
         "evaluate": lambda: evaluate_run(run_dir),
         "export": lambda: export_run(run_dir, output=tmp_path / "model.torchscript"),
+        "trace": lambda: write(checkpoint.load(run_dir / "best.pt"), tmp_path / "model.pt2", "pt2"),
         "error": fails,
         "no such folder": lambda: fails(data="nowhere"),
     }
 
 
-@pytest.mark.parametrize("what", ["fit", "evaluate", "export", "error", "no such folder"])
+@pytest.mark.parametrize("what", ["fit", "evaluate", "export", "trace", "error", "no such folder"])
 def test_the_callers_state_is_left_alone(what: str, calls: dict[str, Callable[[], object]]) -> None:
     before_threads = torch.get_num_threads()
     handler = signal.signal(signal.SIGTERM, lambda *_: None)

@@ -45,7 +45,11 @@ class Open:
     ) -> Study:
         text = {"method": method, "parameters": space or (GRID if method == "grid" else PARAMETERS), **more}
         study = Study(
-            self.folder / folder, parse(text, "s.yaml"), storage=storage, seed=seed, definition={"method": method}
+            self.folder / folder,
+            parse(text, "s.yaml"),
+            storage=storage,
+            seed=seed,
+            definition={"method": method, "parameters": text["parameters"]},
         )
         self.opened.append(study)
         return study
@@ -239,6 +243,8 @@ def test_another_sweep_is_refused(open_study: Open, tmp_path: Path) -> None:
     open_study().close()
     with pytest.raises(UsageError, match=r"begun with another method: .*--dir"):
         open_study("bayes")
+    with pytest.raises(UsageError, match=r"begun with other parameters: "):
+        open_study(space=GRID)
     with pytest.raises(UsageError, match="begun with another --storage"):
         open_study(storage=f"sqlite:///{tmp_path / 'sweep.db'}")
 
