@@ -15,7 +15,7 @@ import torch
 
 import pipelines
 from fastcnn.config import DataConfig, Decoder, Loader
-from fastcnn.data import loaders
+from fastcnn.data import class_names, loaders
 from fastcnn.data.cache import Cache, build, default_folder, fits_on_disk
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
 from fastcnn.data.recognise import known_sizes
@@ -25,7 +25,7 @@ from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.storage import files
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.system.stopwatch import Stopwatch
-from fastcnn.system.text import printable
+from fastcnn.system.text import comparable, printable
 
 NUM_NAMED = 10  # bad photos that an error names
 
@@ -63,6 +63,23 @@ class Dataset:
         sources = self.index.sources(photos)
         pipelines.decode(sources, out.shape[1], out, decoder=self.decoder, max_pixels=self.max_pixels)
         return out
+
+    def with_classes(self, classes: Sequence[str]) -> Dataset:
+        """Return the dataset with a run's classes, in the run's order: names in another Unicode form sort elsewhere.
+
+        Raises DataError where the folder has other classes.
+        """
+        root, here, known = self.index.root, self.index.classes, class_names.positions(classes)
+        if unknown := [name for name in here if comparable(name) not in known]:
+            raise DataError(
+                f"{root} now has a class that the run does not know: {printable(unknown[0])}; give a folder without it"
+            )
+        if missing := [name for name in classes if comparable(name) not in class_names.positions(here)]:
+            raise DataError(
+                f"{root} has no folder of the run's class '{printable(missing[0])}' any more; give a folder of photos"
+            )
+        labels = np.array([known[comparable(name)] for name in here])[self.index.labels]
+        return dataclasses.replace(self, index=dataclasses.replace(self.index, classes=tuple(classes), labels=labels))
 
 
 def prepare(

@@ -268,7 +268,7 @@ def validation_photos(
             moved_to,
             advice="if they were moved, give their folder with --moved-to",
             gpu=torch.device(config["device"]).index if config["device"].startswith("cuda") else None,
-        )
+        ).with_classes(state["classes"])
     everything = data.photos("val")
     count = min(most or len(everything), len(everything))
     photos = everything[np.arange(count) * len(everything) // max(count, 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Mapping
@@ -10,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastcnn.config import Config, Decoder, resolve
-from fastcnn.data import class_names, dataset, split_file
+from fastcnn.data import dataset, split_file
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.errors import DataError, FastCNNError, UsageError, warn
@@ -23,7 +20,6 @@ from fastcnn.reporting.class_scores import ClassScores, score_classes
 from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.device import DTYPES, num_cores, pick_device, pick_precision
 from fastcnn.system.switches import torch_settings
-from fastcnn.system.text import comparable
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
@@ -135,13 +131,13 @@ def _images(
     if not run_dir:
         if moved_to:
             raise UsageError("--moved-to is for the run's own images: leave it out, or DATA")
-        return _with_classes_of(dataset.prepare(config, gpu=gpu, classes=classes, progress=progress), classes)
+        return dataset.prepare(config, gpu=gpu, classes=classes, progress=progress).with_classes(classes)
     command = f"fastcnn eval {shlex.quote(str(run_dir))}"
     if not (run_dir / split_file.NAME).is_file():
         raise FastCNNError(f"{run_dir} has no split.csv: give a folder of photos, as {command} DATA")
     advice = f"where the run's images are now: {command} --moved-to FOLDER"
     images = dataset.of_run(run_dir, config, moved_to, advice=advice, gpu=gpu, progress=progress)
-    return _with_classes_of(images, classes)
+    return images.with_classes(classes)
 
 
 def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> ClassScores:
@@ -159,17 +155,6 @@ def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> 
         )
     predicted, probabilities = found.predicted.cpu().numpy(), found.probabilities.cpu().numpy()
     return score_classes(data.index.classes, found.score, data.index.labels[photos], predicted, probabilities)
-
-
-def _with_classes_of(data: Dataset, classes: list[str]) -> Dataset:
-    """Return a dataset with the run's classes, in the run's order. Raises DataError if they are others."""
-    root, here, known = data.index.root, data.index.classes, class_names.positions(classes)
-    if unknown := [name for name in here if comparable(name) not in known]:
-        raise DataError(f"{root} now has a class that the run does not know: {unknown[0]}; give a folder without it")
-    if missing := [name for name in classes if comparable(name) not in class_names.positions(here)]:
-        raise DataError(f"{root} has no folder of the run's class '{missing[0]}' any more; give a folder of photos")
-    labels = np.array([known[comparable(name)] for name in here])[data.index.labels]  # another form may sort elsewhere
-    return dataclasses.replace(data, index=dataclasses.replace(data.index, classes=tuple(classes), labels=labels))
 
 
 def _check_found(data: Dataset, classes: list[str], by_split: dict[str, ClassScores]) -> None:

@@ -22,7 +22,7 @@ from fastcnn.runs.loop import train
 from fastcnn.runs.results import finish
 from fastcnn.runs.state import RunContext
 from fastcnn.runs.trackers import Run, Tracker, opened
-from fastcnn.storage import files, run_folder
+from fastcnn.storage import checkpoint, files, run_folder
 from fastcnn.system import launch, ranks, signals
 from fastcnn.system.console import Console
 from fastcnn.system.device import (
@@ -214,7 +214,10 @@ def _name_of(data: str) -> str:
 
 
 def _prepare_photos(run: RunContext) -> Dataset:
-    """Return the dataset: scanned, decoded into the cache and split. Raises DataError if it fills no batch."""
+    """Return the dataset: scanned, decoded into the cache and split. Raises DataError if it fills no batch.
+
+    A run that goes on keeps its classes in their order; DataError where the photos are of others.
+    """
     config, device, console = run.config, run.device, run.console
     if run.ranks.restarts:
         console.line(f"restart {run.ranks.restarts}: continuing in {run.run_dir}")
@@ -235,6 +238,8 @@ def _prepare_photos(run: RunContext) -> Dataset:
             note=console.line,
             stopwatch=run.stopwatch,
         )
+    if run.has_checkpoint:
+        data = data.with_classes(run.ranks.broadcast(lambda: checkpoint.load(run.run_dir / "last.pt")["classes"]))
     console.line(_decoding_line(data))
     num_train = len(data.photos("train"))
     if num_train < config.batch_size:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastcnn.config import Config, option_name, read_yaml, resolve
 from fastcnn.data import class_names
-from fastcnn.errors import DataError, FastCNNError, UsageError, warn
+from fastcnn.errors import FastCNNError, UsageError, warn
 from fastcnn.runs.state import RunState
 from fastcnn.storage import checkpoint, run_folder
 from fastcnn.system.console import Console
@@ -50,10 +50,8 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def restore(state: RunState, console: Console) -> None:
-    """Load the run's `last.pt` into its state. Raises DataError if the classes have changed since."""
+    """Load the run's `last.pt` into its state."""
     saved = state.ranks.broadcast(lambda: checkpoint.load(state.run_dir / "last.pt"))
-    if not class_names.same(saved["classes"], state.classes):
-        raise DataError(f"{state.run_dir} was trained on other classes than there are now: begin a new run")
     state.restore(saved)
     _repair_best(state)
     steps = f" and {state.steps_done} steps" if state.steps_done else ""

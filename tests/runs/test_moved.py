@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from fastcnn import Config, evaluate_run, fit
 from fastcnn.cli import main
 from fastcnn.config import read_yaml
+from fastcnn.data.index import scan
 from fastcnn.data.split_file import MISSING
 from fastcnn.errors import FastCNNError, FastCNNWarning
-from fastcnn.export.verify import verify_file
+from fastcnn.export.verify import validation_photos, verify_file
 from fastcnn.inference import artefact
 from fastcnn.runs.resume import resumed_config
 from fastcnn.storage import checkpoint
@@ -209,6 +211,30 @@ def test_a_run_that_saved_nothing_goes_on_elsewhere(
     (cut / "last.pt").unlink()
     go_on(cut, elsewhere)
     assert_same(cut, whole)
+
+
+@pytest.mark.filterwarnings("ignore:30 photos are not listed")
+def test_a_class_that_sorts_elsewhere_in_another_unicode_form(photos: Path, tmp_path: Path) -> None:
+    """From a Mac (NFD) to Linux (NFC): a run that goes on keeps its classes in their order; so do eval and verify."""
+    nfc, nfd = (unicodedata.normalize(form, "\u00e9cole") for form in ("NFC", "NFD"))
+    before, now = shutil.copytree(photos, tmp_path / "before"), shutil.copytree(photos, tmp_path / "now")
+    for root, names in ((before, (nfd, "zoo")), (now, (nfc, "zoo"))):
+        for folder, name in zip(sorted(root.glob("*/")), names, strict=False):
+            folder.rename(root / name)
+    assert [name for name in scan(before).classes if name in (nfd, "zoo")] == [nfd, "zoo"]
+    assert [name for name in scan(now).classes if name in (nfc, "zoo")] == ["zoo", nfc]
+    settings = {**SMALL, "data": str(before), "cache_dir": str(tmp_path / "cache")}
+    whole, cut = (fit(Config(epochs=n, **settings), run_dir=tmp_path / f"{n}").run_dir for n in (2, 1))
+    assert go_on(cut, now, epochs=2)["num_decoded"] == 0
+    assert_same(cut, whole)
+    assert checkpoint.load(cut / "last.pt")["classes"] == checkpoint.load(whole / "last.pt")["classes"]
+    scores = [evaluate_run(run, moved_to=now, device="cpu").by_split["val"].to_dict() for run in (cut, whole)]
+    assert scores[0] == scores[1]
+    labels = [validation_photos(run, moved_to=now).batches[0]().labels.tolist() for run in (cut, whole)]
+    assert labels[0] == labels[1] == validation_photos(whole).batches[0]().labels.tolist()
+    shutil.copytree(now / nfc, now / "school")
+    with pytest.raises(FastCNNError, match="now has a class that the run does not know: school; give a folder without"):
+        go_on(cut, now)
 
 
 def test_own_figures_of_photos_that_were_moved(
