@@ -4,6 +4,8 @@
     python -m bench --quick                # under eight minutes on two cores
     python -m bench --only step decode     # some groups
     python -m bench --photos FOLDER        # over your own photos instead of generated ones
+    python -m bench --only accuracy        # accuracy over time: hours, and goes on where it stopped
+    python -m bench --only accuracy --photos FOLDER --seeds 100-107 --contenders seed.py seed fast:3,precision=fp32
 
 Results go to bench/results/<machine>/, or to --out. To show them in the README:
 cp bench/results/<machine>/<date>.json bench/results/published/<machine>.json && python scripts/readme_tables.py
@@ -25,11 +27,12 @@ from typing import Any
 from bench.report.page import report, summary
 from bench.report.plots import PICTURES, draw
 from bench.report.record import Record, record
-from fastcnn.errors import nearest
+from fastcnn.errors import FastCNNError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 # The most important groups run first: when time runs out, the rest is left out. Others run before growth.
 FIRST, LAST = ("train", "step", "decode", "loader", "augment", "infer"), ("growth",)
+ACCURACY = "accuracy"  # hours in which whole networks are trained: by name alone
 LINES = "rows.jsonl"
 QUICK_BUDGET = 420.0  # seconds
 NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
@@ -38,14 +41,23 @@ NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write and print; return the exit code."""
     args = _parser().parse_args(argv)
+    known = [*groups(), ACCURACY]
     for name in args.only or []:
-        if name not in groups():
-            return _fail(f"no benchmarks '{name}'{nearest(name, groups())}; there are {', '.join(groups())}", 2)
+        if name not in known:
+            return _fail(f"no benchmarks '{name}'{nearest(name, known)}; there are {', '.join(known)}", 2)
+    alone = args.only == [ACCURACY]
+    if ACCURACY in (args.only or []) and not alone:
+        return _fail(f"{ACCURACY} runs alone: --only {ACCURACY}", 2)
+    if (args.seeds or args.contenders) and not alone:
+        return _fail(f"--seeds and --contenders are of {ACCURACY}: --only {ACCURACY}", 2)
     if args.photos and not args.photos.is_dir():
         return _fail(f"--photos {args.photos}: no such folder", 2)
-    missing = " ".join(package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None)
+    needed = {"scipy": "scipy"} if alone else NEEDED
+    missing = " ".join(package for module, package in needed.items() if importlib.util.find_spec(module) is None)
     if missing:
         return _fail(f"{missing}: not installed. pip install {missing}, or scripts/bench.sh, which installs it", 1)
+    if alone:
+        return _accuracy(args)
     try:
         found, seconds = _measure(args)
     except KeyboardInterrupt:
@@ -71,8 +83,17 @@ def groups() -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
-    parser.add_argument("--only", nargs="+", action="extend", metavar="GROUP", help=", ".join(groups()))
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="GROUP", help=f"{', '.join(groups())}; or {ACCURACY}"
+    )
     parser.add_argument("--photos", type=Path, metavar="DIR", help="photos by class; left out, generated ones")
+    parser.add_argument("--seeds", metavar="FIRST-LAST", help=f"{ACCURACY}: left out, 0-7; with --quick, 0-2")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME[:EPOCHS][,OPTION=VALUE...]",
+        help=f"{ACCURACY}: left out, seed.py, tuned.py, cached.py, all recipes, and peers",
+    )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="what begins later is left out, and listed")
     parser.add_argument("--device", help="cpu, cuda; left out, the GPU where there is one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="left out, bench/results/<machine>")
@@ -101,6 +122,8 @@ def _command(args: argparse.Namespace) -> str:
     parts += [f"--scale {args.scale}"] if args.scale else ["--quick"] if args.quick else []
     parts += [f"--only {' '.join(args.only)}"] if args.only else []
     parts += ["--photos DIR"] if args.photos else []
+    parts += [f"--seeds {args.seeds}"] if args.seeds else []
+    parts += [f"--contenders {' '.join(args.contenders)}"] if args.contenders else []
     parts += [f"--budget {args.budget:g}"] if args.budget is not None else []
     parts += [f"--device {args.device}"] if args.device else []
     return " ".join(parts)
@@ -132,6 +155,29 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any] | None, float]:
         subprocess.run(command, cwd=ROOT, check=False)
         found = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else None
     return found, time.perf_counter() - start
+
+
+def _accuracy(args: argparse.Namespace) -> int:
+    """Measure accuracy over time and return the exit code."""
+    from bench.accuracy import suite  # imports torch
+
+    try:
+        results = suite.measure(
+            args.photos,
+            args.out,
+            contenders=args.contenders,
+            seeds=args.seeds,
+            scale=_scale(args),
+            device=args.device or "auto",
+            budget=_budget(args),
+            command=_command(args),
+        )
+    except KeyboardInterrupt:
+        return _fail("interrupted: the same command goes on after the last run that ended", 130)
+    except FastCNNError as error:
+        return _fail(str(error), error.exit_code)
+    _write(results, args.out)
+    return 1 if results.failed else 0
 
 
 def _write(results: Record, out: Path | None) -> None:

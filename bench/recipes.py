@@ -10,39 +10,47 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.accuracy.contenders import parse_seeds
+from bench.harness.held_out import write_held_out
+from bench.report.intervals import interval
 from bench.report.record import Row, own_record, row_of_runs
 from bench.report.tables import TABLES
 from fastcnn.config import Config, read_recipe, read_yaml, resolve
 from fastcnn.data import dataset
-from fastcnn.data.loaders import Options, resident
-from fastcnn.network.pixels import Normalise
-from fastcnn.network.small_cnn import restore
+from fastcnn.errors import FastCNNError
 from fastcnn.runs.fit import fit
-from fastcnn.storage import checkpoint
-from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
-from fastcnn.training.parameters import FlatParameters
 
 
-def main() -> None:
-    """Train every recipe with every seed, and print figures and differences."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train every recipe with every seed, print figures and differences; return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        _compare(args)
+    except FastCNNError as error:
+        print(f"bench.recipes: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipes", nargs="+", default=["seed", "strong"])
     parser.add_argument("--seeds", default="0-7", help="first-last")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of all runs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a results file into this folder")
-    args = parser.parse_args()
-    first, _, last = args.seeds.partition("-")
-    seeds = range(int(first), int(last or first) + 1)
+    return parser
+
+
+def _compare(args: argparse.Namespace) -> None:
+    seeds = parse_seeds(args.seeds)
     common = dict(item.split("=", 1) for item in args.set)
     runs: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in args.recipes}
     for seed in seeds:
@@ -68,21 +76,16 @@ def main() -> None:
 
 def measured(config: Config) -> dict[str, float]:
     """Train and return accuracy and loss on all held-out photos after the last epoch, and images/s."""
+    data = dataset.prepare(config, seed=config.seed)
     with tempfile.TemporaryDirectory() as folder:
-        run = fit(config, run_dir=Path(folder) / "run")
-        state = checkpoint.load(run.run_dir / "last.pt")
-        data = dataset.prepare(dataclasses.replace(config, loader="resident", split=str(run.run_dir / "split.csv")))
-    held_out = (data.splits != "train").nonzero()[0]
-    feed = resident(data.index, data.cache, held_out, Options(device=torch.device("cpu"), batch_size=BATCH_SIZE))
-    model = restore(state)
-    parameters = FlatParameters(model)
-    if state["average"] is not None:
-        parameters.values.copy_(state["average"])
-    score = Evaluator(model, feed, Normalise(config.mean, config.std, config.image_size))().score
+        split = Path(folder) / "split.csv"
+        num_held_out = write_held_out(split, data.index, data.splits)
+        run = fit(dataclasses.replace(config, split=str(split)), run_dir=Path(folder) / "run")
+    last = run.metrics[-1]
     return {
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "num_held_out": score.count,
+        "accuracy": last["val/accuracy"],
+        "loss": last["val/loss"],
+        "num_held_out": num_held_out,
         "seconds": run.summary["seconds"]["total"],
         "images_per_second": run.summary["images_per_second"],
     }
@@ -113,14 +116,5 @@ def compared(runs: dict[str, list[dict[str, float]]], data: str) -> list[Row]:
     return rows
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of values and its 95% interval, by Student's t."""
-    from scipy.stats import t  # takes a second to import
-
-    mean, n = statistics.mean(values), len(values)
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

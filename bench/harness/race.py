@@ -20,6 +20,8 @@ FULL: dict[str, Any] = {
     "networks": NETWORKS,
     "batches": [32, 128, 512, 2048],
     "epochs": 10,
+    "accuracy_epochs": 10,
+    "accuracy_seeds": 8,
     "train_rounds": 3,
     "computing": [0, 1, 2, 4],
     "try_compile": True,
@@ -33,6 +35,8 @@ FULL: dict[str, Any] = {
 LITTLE = {
     "networks": NETWORKS[:1],
     "epochs": 2,
+    "accuracy_epochs": 3,
+    "accuracy_seeds": 3,
     "train_rounds": 1,
     "computing": [0, 2],
     "try_compile": False,
@@ -43,7 +47,14 @@ QUICK |= {"growth_photos": [1000, 3000], "growth_batches": [32, 256]}
 # An epoch of fewer photos is over in milliseconds on a GPU, most of them not the step's.
 GPU = QUICK | {"num_photos": 12_500, "batches": [32, 2048], "epochs": 3, "slice_seconds": 0.2}
 SMOKE = QUICK | {"rounds": 2, "image_size": 32, "num_photos": 200, "decode_photos": 100, "networks": [(8,) * 5]}
-SMOKE |= {"batches": [8], "growth_photos": [60, 120], "growth_batches": [8, 16], "infer_rounds": {1: 2, 64: 2}}
+SMOKE |= {
+    "batches": [8],
+    "accuracy_epochs": 1,
+    "accuracy_seeds": 2,
+    "growth_photos": [60, 120],
+    "growth_batches": [8, 16],
+    "infer_rounds": {1: 2, 64: 2},
+}
 TINY = SMOKE | {
     "rounds": 1,
     "num_photos": 60,

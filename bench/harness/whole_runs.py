@@ -70,20 +70,27 @@ class Runs:
     def settings(self, name: str) -> list[str]:
         """Return a baseline's fastest settings as options, tried once."""
         if name not in self._settings:
-            # Trying out compilation takes a minute on two cores, and it has never won there (docs/notes.md).
-            compiling = name == "tuned" and (self.device.type == "cuda" or self.scale["try_compile"])
-            left_out = [] if compiling or name != "tuned" else ["--compile", "off"]
-            _, output = run([*self._command(name), "--probe", *left_out], environment_of_torch())
-            found = json.loads(output.splitlines()[-1])
-            self._settings[name] = [
-                f"--{key.replace('_', '-')}={SHOWN.get(str(value), value)}" for key, value in found.items()
-            ]
+            compiling = self.device.type == "cuda" or self.scale["try_compile"]
+            self._settings[name] = fastest_settings(
+                name, self._command(name), environment_of_torch(), compiling=compiling
+            )
         return self._settings[name]
 
     def _command(self, name: str) -> list[str]:
         size, epochs = str(self.scale["image_size"]), str(self.scale["epochs"])
         script = [sys.executable, "-m", f"bench.baselines.{name}", str(self.photos)]
         return [*script, "--image-size", size, "--epochs", epochs]
+
+
+def fastest_settings(name: str, command: list[str], environment: Mapping[str, str], *, compiling: bool) -> list[str]:
+    """Return a baseline's fastest settings as options. compiling: whether compilation is tried.
+
+    Trying it out takes a minute on two cores, and it has never won there (docs/notes.md).
+    """
+    left_out = ["--compile", "off"] if name == "tuned" and not compiling else []
+    _, output = run([*command, "--probe", *left_out], environment)
+    found = json.loads(output.splitlines()[-1])
+    return [f"--{key.replace('_', '-')}={SHOWN.get(str(value), value)}" for key, value in found.items()]
 
 
 def run(command: list[Any], environment: Mapping[str, str]) -> tuple[float, str]:

@@ -19,7 +19,6 @@ import importlib.util
 import math
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from bench.parity import arms, curves
 from bench.parity.arms import FAST, INGREDIENTS, PLAIN, Arm, Experiment, Found
 from bench.parity.equivalence import ALPHA, MOST, compare, overall
 from bench.report import tables
-from bench.report.record import Record, Row, own_record, read, row_of_runs, without_paths
+from bench.report.record import Record, Row, commit, own_record, read, row_of_runs, without_paths
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.runs.failures import RunInterrupted
 from fastcnn.system.device import describe_hardware, pick_device
@@ -220,7 +219,7 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
             "verdict": verdicts.get(FAST, "undecided"),
         },
         seconds=sum(found["seconds"] for mine in runs.values() for found in mine.values()),
-        commit=_commit(),
+        commit=commit(),
         skipped=[{"name": name, "reason": reason} for name, reason in skipped.items()],
     )
 
@@ -339,15 +338,6 @@ def _command(args: argparse.Namespace) -> str:
     parts += [f"--val-fraction {args.val_fraction:g}"] if args.val_fraction != 0.2 else []
     parts += [f"--threads {args.threads}"] if args.threads else []
     return " ".join(parts)
-
-
-def _commit() -> str | None:
-    """Return the checkout's commit, with "+" where files were changed."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 if __name__ == "__main__":

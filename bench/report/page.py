@@ -35,6 +35,9 @@ def summary(record: Record) -> str:
     """Return a line a group, the fastest of it, and what failed or was left out for time."""
     lines = []
     for group in record.groups:
+        if group == "accuracy":
+            lines += _timed(record)
+            continue
         row = max(record.of(group), key=lambda row: float(row["extra_info"]["images_per_second"]))
         info = row["extra_info"]
         over = "".join(f"; {tables.ratio(ratio)} x {name}" for name, ratio in info["over"].items())
@@ -50,6 +53,16 @@ def summary(record: Record) -> str:
         lines.append(f"left out  {late} for time (report.md lists them; --budget gives more)")
     lines += [f"failed    {name}" for name in record.failed]
     return "\n".join(lines)
+
+
+def _timed(record: Record) -> list[str]:
+    table, lines = TABLES["accuracy"], []
+    for cells in table.lines(record):
+        shown = dict(zip(table.head, cells, strict=True))
+        name, n = shown.pop("what"), shown.pop("n")
+        del shown["photos"]
+        lines += [f"{name} (n = {n})", *(f"  {head}: {cell}" for head, cell in shown.items() if cell != "-")]
+    return lines
 
 
 def _made_with(record: Record, results: Path) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a record: throughput, stages, roofline, growth. One is left out where its benchmarks were not run."""
+"""Pictures of a record: throughput, stages, roofline, growth, accuracy. Left out is one that has no results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.report import learning_curves
 from bench.report.record import GROWING, Record, Row
 from bench.report.tables import STAGES, machine, rate
 
@@ -51,7 +52,7 @@ def throughput(plt: Any, record: Record) -> Figure:
     ] = []  # title, height, what draws it, and from what
     for group in record.groups:
         rows = record.of(group)
-        if group == "growth":
+        if group in ("growth", "accuracy"):
             continue
         bars = _bars(rows)
         if len(bars) <= MOST_BARS or not all("batch" in row["extra_info"] for row in rows):
@@ -60,7 +61,7 @@ def throughput(plt: Any, record: Record) -> Figure:
         for network in dict.fromkeys(map(_network, rows)):
             panels.append((f"{group}: {network}", 3.0, _lines, [row for row in rows if _network(row) == network]))
     if not panels:
-        raise NothingToDraw("nothing but growth was run")
+        raise NothingToDraw("nothing that handles images at a rate was run")
     heights = [height for _, height, _, _ in panels]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(9, sum(heights) + 0.5 * len(panels)), height_ratios=heights, squeeze=False
@@ -324,6 +325,16 @@ def growth(plt: Any, record: Record) -> Figure:
     return figure
 
 
+def accuracy(plt: Any, record: Record) -> Figure:
+    """Draw accuracy over wall and processor time."""
+    rows = record.of("accuracy")
+    if not rows:
+        raise NothingToDraw("accuracy was not run")
+    info = rows[0]["extra_info"]
+    photos = f"{info['data']}, {info['image_size']} px, {info['num_train']:,} photos, {info['num_held_out']:,} held out"
+    return learning_curves.picture(plt, rows, f"{photos}: {machine(record)}")
+
+
 PICTURES: dict[str, Callable[[Any, Record], Figure]] = {
     "training_rate.png": training_rate,
     "busy.png": busy,
@@ -331,4 +342,5 @@ PICTURES: dict[str, Callable[[Any, Record], Figure]] = {
     "stages.png": stages,
     "roofline.png": roofline,
     "growth.png": growth,
+    "accuracy.png": accuracy,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 from fastcnn.storage import files
 
+ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 1
 GROWING = ("scan", "decode", "upload", "train", "eval")
 SECONDS_WITHIN, MEMORY_WITHIN = 0.20, 0.25
@@ -126,6 +128,15 @@ def own_record(rows: list[Row], **others: Any) -> Record:
         rows=rows,
         **others,
     )
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, with "+" where files were changed; None where it is not known."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def row_of_runs(group: str, name: str, seconds: Sequence[float], info: dict[str, Any]) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,14 @@ def points(difference: dict[str, float], digits: int = 2) -> str:
     """Return a difference with its interval, in hundredths."""
     mean, low, high = (f"{100 * difference[name]:+.{digits}f}" for name in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
+
+
+def within(interval: dict[str, float] | None, digits: int = 1) -> str:
+    """Return a mean with its interval; "-" for none."""
+    if not interval:
+        return "-"
+    mean, low, high = (f"{interval[name]:,.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})" if math.isfinite(interval["high"]) else mean
 
 
 def spread(row: Row) -> str:
@@ -174,6 +183,26 @@ def _recipes(record: Record) -> Iterator[Figures]:
         yield {**row, **info, **over, "spread": spread(row)}
 
 
+def _accuracy(record: Record) -> Iterator[Figures]:
+    for row in record.of("accuracy"):
+        info = row["extra_info"]
+        target, train_ratio = "-", "-"
+        if info["is_target"]:
+            target = "the target"
+        elif "target" in info:
+            target = points(info["over_target"], 1)
+            train_ratio = within(info["train_ratio"]) if info["reached"] else "below the target"
+        commands = {}
+        for cache in ("cold", "warm"):
+            found = info["commands"].get(cache)
+            for measure in ("seconds", "processor_seconds"):
+                commands[f"{cache}_{measure}"] = within(found[measure]) if found else "-"
+                commands[f"{cache}_{measure}_ratio"] = within(found.get(f"{measure}_ratio")) if found else "-"
+        accuracy, seconds = within(info["accuracy"], 4), within(info["train_seconds"])
+        shown = {"accuracy": accuracy, "train_seconds": seconds, "target": target, "train_ratio": train_ratio}
+        yield {**row, **info, **shown, **commands}
+
+
 def _compared(row: Row) -> Figures:
     """Return the figures of an arm of a parity experiment: its accuracy, and each measure's difference from seed.py."""
     measures = row["extra_info"].get("measures")
@@ -249,6 +278,16 @@ TABLES = {
         "photos | recipe | accuracy (standard deviation) | points over the first (95% interval) | "
         "images/s over the first | seeds",
         "{data}, {num_held_out} held out | {name} | {spread} | {points} | {speed} | {n}",
+    ),
+    "accuracy": _table(
+        "Seconds to the target: the mean accuracy of recipe seed after its last epoch (95% intervals)",
+        _accuracy,
+        "photos | what | accuracy after the last epoch | points over the target | training, seconds | times as fast as "
+        "seed | command, warm, seconds | warm, times as fast as seed.py | warm, processor-seconds | "
+        "command, cold, seconds | cold, times as fast as seed.py | cold, processor-seconds | n",
+        "{data}, {num_held_out:,} held out | {name} | {accuracy} | {target} | {train_seconds} | {train_ratio} | "
+        "{warm_seconds} | {warm_seconds_ratio} | {warm_processor_seconds} | {cold_seconds} | {cold_seconds_ratio} | "
+        "{cold_processor_seconds} | {n}",
     ),
     "parity": _table(
         "Accuracy against seed.py's",
