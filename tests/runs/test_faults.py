@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,41 @@ def test_fifty_kills() -> None:
     assert sum(kills.values()) >= 50
     assert min(kills[stage] for stage in kill_test.STAGES) >= 5
     assert differences == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_twenty_signals_after_each_of_which_the_photos_are_moved() -> None:
+    """SIGHUP, SIGTERM, SIGINT and SIGKILL in turn, resumed with the photos in another folder; no process is left."""
+    import kill_test
+
+    kills, differences = kill_test.run(20, seed=0, num_photos=96, moved=True)
+    assert sum(kills.values()) >= 20
+    assert differences == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_signal_after_which_the_photos_are_moved(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short form; the uninterrupted run, and the end of the other one, are in this process."""
+    import kill_test
+
+    monkeypatch.delitem(kill_test.OPTIONS, "export")
+    shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns("*[13579].jpg"))
+
+    def finish(name: str) -> dict[str, object]:
+        with pytest.raises(SystemExit) as stopped:
+            main(kill_test.command(tmp_path, tmp_path / name, tmp_path / f"{name}-cache"))
+        assert not stopped.value.code
+        return kill_test.outcome(tmp_path / name)
+
+    whole, rng = finish("whole"), random.Random(0)
+    hit = kill_test.kill(tmp_path, tmp_path / "cut", tmp_path / "cut-cache", "train", 0.0, rng, signal.SIGHUP)
+    assert hit == "train"
+    assert kill_test.left_over(tmp_path) == []
+    kill_test.move_photos(tmp_path, rng)
+    assert finish("cut") == whole
 
 
 def test_stages_that_lie_in_one_another_are_counted_once() -> None:
