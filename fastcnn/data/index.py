@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 from fastcnn.data import class_names, layout, manifest, shards
 from fastcnn.data.layout import SPLITS, Layout
+from fastcnn.data.listing import COLUMNS, Listing, join, list_folder, list_rows, sort
 from fastcnn.data.manifest import Manifest
+from fastcnn.data.path_list import PathList
 from fastcnn.data.shards import Shards
-from fastcnn.data.walk import Skipped, Stamp, files_below, is_folder
+from fastcnn.data.walk import Skipped, Stamp, is_folder
 from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.verdict import Member
-
-_Photo = tuple[str, int, int, Stamp, str, int]  # path, label, bytes, stamp, split, offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Index:
     root: Path
     classes: tuple[str, ...]
     """Class names, sorted; those of shards by their numbers. A label is a position in it."""
-    paths: tuple[str, ...]
+    paths: PathList
     """(N,) paths relative to `root`, with forward slashes; <archive>/<name in it> for a photo in a shard."""
     labels: npt.NDArray[np.int64]
     """(N,) class of each photo."""
@@ -88,7 +88,7 @@ class Index:
     def take(self, photos: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> Index:
         """Return the index of photos, given by their positions or by a mask (N,)."""
         columns = {name: column[photos] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
-        paths = tuple(self.paths[i] for i in np.arange(len(self))[photos])
+        paths = self.paths.take(np.arange(len(self))[photos])
         return Index(**{**vars(self), "paths": paths, **columns})
 
 
@@ -253,7 +253,7 @@ def _of_manifest(table: Manifest, classes: tuple[str, ...] = ()) -> Index:
     classes = classes or table.classes()
     labels = class_names.positions(classes)
     photos = [(row.path, labels[comparable(row.label)], row.size, row.stamp, row.split, -1) for row in table.rows]
-    return _index(table.root, classes, photos, layout=table.described, splits_given=table.has_splits)
+    return _index(table.root, classes, list_rows(photos), layout=table.described, splits_given=table.has_splits)
 
 
 def _held_out_of_manifest(table: Manifest, classes: tuple[str, ...]) -> Index:
@@ -277,42 +277,29 @@ def _check_known(shown: str, name: str, classes: Sequence[str]) -> None:
 def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
     skipped = Skipped()
-    photos: list[_Photo] = []
-    for split, split_folder in read.splits.items():
-        if split in found:
-            continue
-        for label, name in [(0, "")] if classes == ("",) else _labelled(read, split, classes):
-            files = files_below(root, split_folder / name, skipped)
-            photos += [(path, label, size, stamp, split, -1) for path, size, stamp in files]
-    photos.sort()
+    folders = [
+        list_folder(root, split_folder / name, label, split, skipped)
+        for split, split_folder in read.splits.items()
+        if split not in found
+        for label, name in ([(0, "")] if classes == ("",) else _labelled(read, split, classes))
+    ]
+    archives = []
     for split, part in found.items():
         labels = part.labels(root, classes)
-        photos += [
-            (photo.path, labels[photo.label], photo.size, photo.stamp, split, photo.offset) for photo in part.photos
-        ]
+        photos = [(each.path, labels[each.label], each.size, each.stamp, split, each.offset) for each in part.photos]
+        archives.append(list_rows(photos))
         skipped.hidden += part.num_hidden
     if num := skipped.unreadable:
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
     facts = {"num_hidden": skipped.hidden, "others": skipped.others, "layout": read.described}
-    return _index(root, classes, photos, **facts)
+    return _index(root, classes, join([sort(folders), *archives]), **facts)
 
 
-def _index(root: Path, classes: tuple[str, ...], photos: list[_Photo], **facts: Any) -> Index:
-    """Return the index of photos as rows; `facts` are the fields of no photo."""
-    paths, numbers, sizes, stamps, splits, offsets = zip(*photos, strict=True) if photos else [()] * 6
-    mtimes, ctimes, inodes = np.array(stamps, np.int64).reshape(-1, 3).T
+def _index(root: Path, classes: tuple[str, ...], listed: Listing, **facts: Any) -> Index:
+    """Return the index of listed photos; `facts` are the fields of no photo."""
+    columns = dict(zip(COLUMNS, listed.facts, strict=True))
     return Index(
-        root=root,
-        classes=classes,
-        paths=paths,
-        labels=np.array(numbers, np.int64),
-        sizes=np.array(sizes, np.int64),
-        mtimes=mtimes,
-        ctimes=ctimes,
-        inodes=inodes,
-        offsets=np.array(offsets, np.int64),
-        folders=np.array(splits, np.str_),
-        **facts,
+        root=root, classes=classes, paths=listed.paths, labels=listed.labels, folders=listed.splits, **columns, **facts
     )
 
 

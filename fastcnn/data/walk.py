@@ -101,10 +101,13 @@ def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[st
         if inode in above:
             continue
         for entry in entries:
-            if entry.name.startswith(".") or (is_folder(entry) and (of_the_system(entry.name) or is_ours(entry.path))):
+            if entry.name.startswith("."):
                 skipped.hidden += 1
             elif is_folder(entry):
-                stack.append((entry.path, above | {inode}))
+                if of_the_system(entry.name) or is_ours(entry.path):
+                    skipped.hidden += 1
+                else:
+                    stack.append((entry.path, above | {inode}))
             elif not meant_as_photo(entry.path):
                 skipped.others[PurePosixPath(entry.name).suffix.lower()] += 1
             else:

@@ -52,7 +52,7 @@ def expected_pixels(root: Path, paths: tuple[str, ...]) -> np.ndarray:
 
 
 def expected(index: Index) -> np.ndarray:
-    return expected_pixels(index.root, index.paths)
+    return expected_pixels(index.root, tuple(index.paths))
 
 
 def assert_right(built: cache.Cache, index: Index) -> None:

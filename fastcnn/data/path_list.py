@@ -1,0 +1,86 @@
+"""Paths of photos as one buffer with offsets: a tuple of as many strings takes 60 bytes more for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+CHUNK = 65536  # paths handled at once, which bounds the memory that takes
+_ANY_NAME = "surrogatepass"  # names that are no UTF-8 are strings with lone surrogates
+
+
+class PathList(Sequence[str]):
+    """A sequence of paths that is not changed any more; equal to any sequence of the same strings.
+
+    Args:
+        letters: the paths in UTF-8, one behind the other.
+        ends: (N,) where each of them ends.
+    """
+
+    __slots__ = ("ends", "letters")
+
+    def __init__(self, letters: bytes, ends: npt.NDArray[np.int64]) -> None:
+        self.letters, self.ends = letters, ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> PathList:
+        """Return the list of paths given as strings."""
+        encoded = [path.encode(errors=_ANY_NAME) for path in paths]
+        return cls(b"".join(encoded), np.fromiter(accumulate(map(len, encoded)), np.int64, len(encoded)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[PathList]) -> PathList:
+        """Return the paths of several lists, one behind the other."""
+        starts = accumulate((len(part.letters) for part in parts), initial=0)
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls(b"".join(part.letters for part in parts), np.concatenate([np.empty(0, np.int64), *ends]))
+
+    def __len__(self) -> int:
+        """Return the number of paths."""
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, at: int | np.integer[Any]) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> PathList: ...
+    def __getitem__(self, at: int | np.integer[Any] | slice) -> str | PathList:
+        """Return a path, or the list of some."""
+        if isinstance(at, slice):
+            return self.take(np.arange(len(self))[at])
+        i = range(len(self))[at]
+        start = int(self.ends[i - 1]) if i else 0
+        return self.letters[start : int(self.ends[i])].decode(errors=_ANY_NAME)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the paths."""
+        start = 0
+        for first in range(0, len(self), CHUNK):
+            for end in self.ends[first : first + CHUNK].tolist():
+                yield self.letters[start:end].decode(errors=_ANY_NAME)
+                start = end
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether another sequence has the same paths."""
+        if isinstance(other, PathList):
+            return self.letters == other.letters and np.array_equal(self.ends, other.ends)
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Return the paths as Python writes a tuple of them."""
+        return repr(tuple(self))
+
+    def take(self, positions: npt.NDArray[np.intp]) -> PathList:
+        """Return the paths at some positions, in that order."""
+        starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])[positions]
+        ends = self.ends[positions]
+        parts = []
+        for first in range(0, len(positions), CHUNK):
+            pairs = zip(starts[first : first + CHUNK].tolist(), ends[first : first + CHUNK].tolist(), strict=True)
+            parts.append(b"".join([self.letters[start:end] for start, end in pairs]))
+        return PathList(b"".join(parts), np.cumsum(ends - starts))
