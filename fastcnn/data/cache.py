@@ -40,7 +40,7 @@ import numpy.typing as npt
 import pipelines
 from fastcnn.config import DataConfig
 from fastcnn.data import cache_files
-from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header, read_journal, read_row
+from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header, read_journal, read_rows
 from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.recognise import digests, recognise
@@ -116,9 +116,8 @@ class Cache:
         if not len(rows):
             return
         with self._opened() as file:
-            for i in np.argsort(rows):  # in the order of the disk
-                if not read_row(file, rows[i], out[i]):
-                    raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
+            if not read_rows(file, rows, out):
+                raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[io.FileIO]:

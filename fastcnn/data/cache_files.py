@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 import pipelines
 from fastcnn.data.feeds import Pixels, Positions
@@ -22,6 +23,8 @@ from fastcnn.storage import files, locks
 
 FORMAT = 3
 """2 lacked ctime, inode and digest, so a file replaced under its old time was not seen: such a cache is made anew."""
+
+READ_BYTES = 2**21  # read at once: one call a row of 32 px costs more than its bytes
 
 CHUNK = 512  # photos between two writes: an interrupted build loses at most these
 
@@ -34,6 +37,9 @@ _SUM = b', "sum": '
 
 Journal = dict[str, dict[str, Any]]
 """Path -> its entry: path, size, mtime, ctime, inode, digest, row, crc, reason, perhaps damage, or the time limit."""
+
+Rows = npt.NDArray[np.int64]
+"""(n,) rows of pixels.bin."""
 
 _Sequence = TypeVar("_Sequence", Positions, Sequence[tuple[int, int, int]])
 
@@ -229,6 +235,25 @@ def read_row(file: io.FileIO, row: int, out: Pixels) -> bool:
     """Write a row of pixels.bin into `out`; return whether the file is long enough."""
     file.seek(int(row) * out.nbytes)
     return file.readinto(out.data) == out.nbytes
+
+
+def read_rows(file: io.FileIO, rows: Rows, out: Pixels) -> bool:
+    """Write rows of pixels.bin into `out`, those that lie side by side at once; return whether the file is long enough.
+
+    rows: (n,) numbers; out: (n, size, size, 3).
+    """
+    order = np.argsort(rows, kind="stable")  # in the order of the disk
+    most = max(1, READ_BYTES // out[:1].nbytes)
+    apart = (np.diff(rows[order]) != 1) | (np.diff(order) != 1)
+    cuts = np.flatnonzero(apart | (np.arange(1, len(rows)) % most == 0)) + 1
+    starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
+    firsts, places = rows[order[starts]].tolist(), order[starts].tolist()
+    for start, end, row, place in zip(starts, ends, firsts, places, strict=True):
+        part = out[place : place + end - start]
+        file.seek(row * out[:1].nbytes)
+        if file.readinto(part.data) != part.nbytes:
+            return False
+    return True
 
 
 def chunks_of(sequence: _Sequence, size: int) -> list[_Sequence]:

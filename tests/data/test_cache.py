@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import random
@@ -476,6 +477,20 @@ def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
 
         assert build(scan(data), tmp_path, note=note).num_decoded == 0
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_rows_are_those_asked_for_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(20, 2, 2, 3), dtype=np.uint8)
+    (tmp_path / "pixels.bin").write_bytes(pixels.tobytes())
+    monkeypatch.setattr(cache_files, "READ_BYTES", most * pixels[0].nbytes)
+    orders = [[*range(20)], [*range(19, -1, -1)], [3, 4, 5, 0, 1, 19, 18, 4, 5, 5], [7]]
+    with io.FileIO(tmp_path / "pixels.bin") as file:
+        for order in orders:
+            out = np.zeros((len(order), *pixels.shape[1:]), np.uint8)
+            assert cache_files.read_rows(file, np.array(order), out)
+            assert (out == pixels[order]).all()
+        assert not cache_files.read_rows(file, np.array([18, 19, 20]), out[:1].repeat(3, 0))
 
 
 def test_no_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
