@@ -1,6 +1,8 @@
 """`python -m fastcnn`: the command `fastcnn`."""
 
+import sys
+
 from fastcnn.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

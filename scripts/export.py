@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastcnn.cli import main
 
 if __name__ == "__main__":
-    main(["export", *sys.argv[1:]])
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -243,7 +243,7 @@ def train(descriptor: int, arguments: list[str]) -> None:
 
     stopwatch.Stopwatch.stage = reported  # type: ignore[method-assign]
     cache_files.CHUNK = 16
-    run_command(arguments)
+    sys.exit(run_command(arguments))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 import click
 
@@ -51,10 +51,10 @@ for command in (
     commands.add_command(command)
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit with its code."""
-    warnings.showwarning = _show_warning
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, as `sys.argv` gives it unless `argv` does; return its exit code."""
     print_any_name()
+    before, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         code = commands.main(list(sys.argv[1:] if argv is None else argv), "fastcnn", standalone_mode=False)
     except click.NoSuchOption as error:
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         code = 1
-    sys.exit(code or 0)
+    finally:
+        warnings.showwarning = before
+    return code or 0
 
 
 def _proposal(option: str, known: Sequence[str]) -> str:

@@ -383,7 +383,14 @@ def test_a_wrong_option_gets_a_line(gratings: Path, tmp_path: Path, capsys: pyte
 
 def test_parity_is_a_command_of_a_checkout(tmp_path: Path) -> None:
     def parity(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-c", "from fastcnn.cli import main; main()", "parity", *arguments]
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            "from fastcnn.cli import main; import sys; sys.exit(main())",
+            "parity",
+            *arguments,
+        ]
         environment = {"PYTHONPATH": str(root), "PATH": ""}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 

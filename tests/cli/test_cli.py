@@ -25,10 +25,9 @@ SMALL = ["--epochs", "1", "--image_size", "32", "--filters=[8,8,8,8,8]", "--batc
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
+    status = main([str(a) for a in arguments])
     out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
+    return status, out, err
 
 
 @pytest.mark.parametrize(
@@ -73,9 +72,9 @@ def test_errors_are_one_line(
 def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that `fastcnn train` was run in, and what it printed. Read-only."""
     folder, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
-        main(["train", str(photos), *SMALL, "--batch_norm=False", "--no-report", "--cache-dir", "cache"])
-    assert stopped.value.code == 0
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        status = main(["train", str(photos), *SMALL, "--batch_norm=False", "--no-report", "--cache-dir", "cache"])
+    assert status == 0
     return folder, printed.getvalue()
 
 
@@ -238,3 +237,10 @@ def test_bench_passes_arguments_on(tmp_path: Path) -> None:
     wrong = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "did you mean 'step'?" in wrong.stderr
+
+
+def test_main_returns_the_exit_code_as_a_notebook_needs() -> None:
+    assert main(["--version"]) == 0
+    assert main(["train"]) == 2
+    ended = subprocess.run([sys.executable, "-m", "fastcnn", "train"], capture_output=True, check=False)
+    assert ended.returncode == 2

@@ -120,9 +120,8 @@ def _command_line_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def call(arguments: list[str]) -> int:
     """Run a command in this process; return its exit code."""
-    with pytest.raises(SystemExit) as stopped:
-        app.main(arguments)
-    return int(stopped.value.code or 0)
+    status = app.main(arguments)
+    return status
 
 
 def small(words: list[str]) -> list[str]:

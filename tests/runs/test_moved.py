@@ -98,10 +98,9 @@ def go_on(run: Path, data: Path, **changes: Any) -> dict[str, Any]:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
+    status = main([str(a) for a in arguments])
     out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
+    return status, out, err
 
 
 def assert_same(run: Path, whole: Path) -> None:
