@@ -327,7 +327,9 @@ def test_a_step_from_equal_states(setting: str) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_updates_from_equal_states(optimizer: str, decay: float) -> None:
-    assert error_along_a_run(1, "plain", optimizer=optimizer, decay=decay) < 2e-5
+    # Orthogonalised, the small directions of a gradient are as large as the others, and so is their rounding.
+    limit = 1e-4 if optimizer == "muon" else 2e-5
+    assert error_along_a_run(1, "plain", optimizer=optimizer, decay=decay) < limit
 
 
 @pytest.mark.long
