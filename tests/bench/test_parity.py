@@ -132,8 +132,8 @@ def test_the_fast_path_is_not_different(healthy: tuple[int, Path, str]) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        unnormalised_evaluation,
-        shifted_labels,
+        pytest.param(unnormalised_evaluation, marks=pytest.mark.long),
+        pytest.param(shifted_labels, marks=pytest.mark.long),
         halved_learning_rate,
         pytest.param(unasked_augmentation, marks=pytest.mark.long),
         pytest.param(changed_momentum, marks=pytest.mark.long),

@@ -47,6 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, folder / "runs" / data.name
 
 
+@pytest.mark.long  # the sweep below trains on such a folder in the short form
 def test_a_folder_of_bytes(
     trained: tuple[Path, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,6 +222,7 @@ def test_twenty_signals_after_each_of_which_the_photos_are_moved() -> None:
     assert differences == []
 
 
+@pytest.mark.long  # test_moved.py resumes moved runs in the short form
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_signal_after_which_the_photos_are_moved(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
