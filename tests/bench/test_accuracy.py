@@ -117,7 +117,7 @@ def test_a_recipe_of_smaller_photos_keeps_them(text: str, size: int, monkeypatch
         contenders, "read_recipe", lambda name: {"image_size": 64, "epochs": 3} if name == "small" else shipped(name)
     )
     contender = contenders.parsed(text, 10)
-    assert contender.epochs == (3 if text == "small" else 10)
+    assert contender.epochs == {"small": 3, "strong,image_size=160": 13}.get(text, 10)
     here = Path()
     words = contenders.command(contender, here, split=here, seed=0, image_size=96, run_dir=here, device="cpu")
     assert [word for word in words if word.startswith("--image-size=")][-1] == f"--image-size={size}"
