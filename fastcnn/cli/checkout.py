@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from fastcnn.errors import FastCNNError
+from fastcnn.system import own_module
 
 PASSED_ON: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
 
@@ -32,10 +30,8 @@ def parity(arguments: tuple[str, ...]) -> int:
 
 def _from_checkout(name: str, module: str, arguments: Sequence[str]) -> int:
     """Run a module that is not installed with the package and return its exit code."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "bench" / "__main__.py").is_file():
+    if not (own_module.ROOT / "bench" / "__main__.py").is_file():
         raise FastCNNError(f"{name} needs a checkout, and this is an installed package: run fastcnn {name} in a clone")
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    # -P: a folder named bench where the user stands is not ours; --photos and --out are relative to there.
-    command = [sys.executable, "-P", "-m", module, *arguments]
-    return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
+    # A folder named bench where the user stands is not ours; --photos and --out are relative to there.
+    command = own_module.command(module, *arguments)
+    return subprocess.run(command, check=False, env=own_module.environment()).returncode

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastcnn.errors import CheckError, FastCNNError, UsageError, ignoring_warnings, nearest
 from fastcnn.export import model_card
+from fastcnn.export.script_process import script
 from fastcnn.export.verify import verify
 from fastcnn.export.verify_process import verify_in_new_process
 from fastcnn.inference import artefact, file_formats
@@ -227,11 +228,7 @@ def golden_images(size: int) -> list[Images]:
 
 
 def _export_torchscript(model: Deployed) -> dict[str, bytes]:
-    file = io.BytesIO()
-    with ignoring_warnings(DeprecationWarning):  # torch.jit is deprecated upstream
-        # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
-        torch.jit.save(torch.jit.script(model), file)
-    parts = file_formats.read_archive(file.getvalue()).parts
+    parts = file_formats.read_archive(script(model)).parts
     # These hold source lines and paths of this machine, which only tracebacks need.
     parts = {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
     return {name: _ordered(part) if name.endswith(".py") else part for name, part in parts.items()}

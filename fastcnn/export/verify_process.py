@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 from fastcnn.errors import CheckError, FastCNNError
 from fastcnn.export.verify import Verification, verify_file
 from fastcnn.inference import artefact
+from fastcnn.system import own_module
 
 
 def verify_in_new_process(
@@ -29,13 +29,10 @@ def verify_in_new_process(
 
     Raises CheckError where the file cannot be opened or the process dies.
     """
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    # -P: Python must not import modules from the current folder.
     arguments = [str(path), str(run), str(moved_to or ""), str(cache_dir or ""), "quick" * quick]
-    command = [sys.executable, "-P", "-m", "fastcnn.export.verify_process", *arguments]
+    command = own_module.command("fastcnn.export.verify_process", *arguments)
     answer: dict[str, Any] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, encoding="utf-8") as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=own_module.environment(), encoding="utf-8") as process:
         assert process.stdout
         try:
             for line in process.stdout:

@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastcnn.errors import FastCNNError
+from fastcnn.system import own_module
 
 VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # that torchrun sets
 
@@ -39,8 +39,7 @@ def train(devices: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks report their errors themselves
-    package = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    os.environ.update(own_module.environment())
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each rank sets its own number; this avoids torchrun's warning
     options = ["--standalone", "--nproc-per-node", str(devices), "--max-restarts", str(max_restarts)]
     try:
