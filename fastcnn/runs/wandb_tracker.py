@@ -13,15 +13,15 @@ import queue
 import secrets
 import shlex
 import shutil
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastcnn.config import Wandb
-from fastcnn.errors import first_line, warn
+from fastcnn.errors import FastCNNError, first_line, warn
 from fastcnn.reporting.outcome import Outcome
+from fastcnn.runs import wandb_process
 from fastcnn.runs.wandb_server import answers, logged_in
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
@@ -92,7 +92,12 @@ class WandbTracker:
 
     def finish(self, outcome: Outcome) -> None:
         """Log the outcome of a finished run."""
-        self._put(lambda run: _log_outcome(run, outcome))
+
+        def log(run: wandb.Run) -> None:
+            with wandb_process.uploads_in(_as_wandb_reads(self.run_dir) / "wandb"):
+                _log_outcome(run, outcome)
+
+        self._put(log)
 
     def close(self, exit_code: int) -> dict[str, Any]:
         """Wait at most `WAIT_SECONDS` for the rest to be written; return the entry for result.json."""
@@ -132,13 +137,12 @@ class WandbTracker:
 
     def _work(self) -> None:
         """Start the wandb run and carry out the queued jobs; this is the thread's function."""
-        ours = "WANDB_SERVICE" not in os.environ  # else another part of the process uses W&B
         # Pending uploads stay in the run folder, and an offline run reports nothing.
         try:
             root = _as_wandb_reads(self.run_dir)
         except OSError as error:
             return self._note(f"its files need a path in UTF-8, and no link can be made: {error}")
-        with _environment(WANDB_DATA_DIR=str(root / "wandb"), WANDB_ERROR_REPORTING="false"), _command_as_utf8():
+        with wandb_process.used(root / "wandb") as ours:
             try:
                 run = self._begin(ours, root)
                 while run and (job := self._jobs.get()):
@@ -149,10 +153,6 @@ class WandbTracker:
                 self._sent = self.mode == "online" and not self.problem
             except BaseException as error:  # also of a library that calls sys.exit
                 self._note(first_line(error))
-            finally:
-                if ours:
-                    with contextlib.suppress(BaseException):
-                        _teardown()
 
     def _begin(self, ours: bool, root: Path) -> wandb.Run | None:
         """Start the wandb run, or its next part, offline if online is impossible; None if W&B is disabled."""
@@ -170,14 +170,14 @@ class WandbTracker:
                 # Sending a run again that was begun so replaces its figures, and appends them to one that was resumed.
                 run = self._init(settings, root, run_id, "allow" if self.begun else None)
             except Exception as error:
-                self._note(f"{first_line(error)}, so the run was recorded offline")
                 for rest in set(_online_parts(root, run_id)) - before:
                     shutil.rmtree(rest, ignore_errors=True)
-                self.mode = "offline"
                 if not self.begun:
                     run_id = secrets.token_hex(4)
-                elif ours:
-                    _teardown()  # its process takes no second run of that id
+                elif not wandb_process.end_if_alone():  # it takes no second run of that id
+                    raise FastCNNError(f"{first_line(error)}, so this part of the run was not recorded") from error
+                self._note(f"{first_line(error)}, so the run was recorded offline")
+                self.mode = "offline"
         if self.mode == "offline":
             run = self._init(settings, root, run_id, "allow")
         self.id, self.folder = run.id, Path(run.settings.sync_dir)
@@ -276,38 +276,6 @@ def _log_outcome(run: wandb.Run, outcome: Outcome) -> None:
         artifact = wandb.Artifact(f"model-{run.id}-{path.suffix[1:]}", type="model", metadata=dict(outcome.summary))
         artifact.add_file(str(_as_wandb_reads(path.parent) / path.name))
         run.log_artifact(artifact)
-
-
-def _teardown() -> None:
-    import wandb
-
-    wandb.teardown()  # ends wandb's own process, so that ours does not wait for it on exit
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set those environment variables that are unset; unset them afterwards."""
-    new = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def _command_as_utf8() -> Iterator[None]:
-    """Have program and command line, which wandb records, be text that it can write."""
-    arguments = sys.argv
-    program = str(Path.cwd() / (getattr(sys.modules["__main__"], "__file__", None) or ""))
-    with contextlib.ExitStack() as stack:
-        if as_utf8(program) != program:
-            stack.enter_context(_environment(WANDB_PROGRAM=as_utf8(program)))
-        if list(map(as_utf8, arguments)) != arguments:
-            stack.callback(setattr, sys, "argv", arguments)
-            sys.argv = list(map(as_utf8, arguments))
-        yield
 
 
 def _as_wandb_reads(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,15 @@ from fastcnn.system.signals import silence_lost_outputs
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
+_writing = threading.Lock()  # a line at a time, whichever thread writes it
+_bar_drawn = threading.Lock()  # a terminal has room for one bar
+
 
 class Console:
-    """Prints lines and shows progress: a bar on a terminal, else a plain line now and then; nothing if quiet."""
+    """Prints lines and shows progress: a bar on a terminal, else a plain line now and then; nothing if quiet.
+
+    Of runs in several threads, the first shows a bar, and the others plain lines.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -34,48 +41,61 @@ class Console:
 
         start: number done earlier, which does not count in the rate.
         """
-        began = time.perf_counter()
         if self.quiet:
             yield lambda done, total, note="": None
-        elif self._bars.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            with Progress(
-                *columns,
-                TimeRemainingColumn(),
-                console=self._bars,
-                transient=True,
-                refresh_per_second=4,
-                redirect_stdout=sys.stdout.isatty(),  # above the bar; what goes to a file or a pipe goes there
-            ) as bar:
-                task = bar.add_task(label, total=None, completed=start, note="")
-
-                def update(done: int, total: int, note: str = "") -> None:
-                    rate = (done - start) / (time.perf_counter() - began)
-                    bar.update(task, completed=done, total=total, note=note or f"{rate:,.0f} {unit}/s")
-
-                yield update
+        elif self._bars.is_terminal and _bar_drawn.acquire(blocking=False):
+            try:
+                with self._bar(label, unit, start) as update:
+                    yield update
+            finally:
+                _bar_drawn.release()
         else:
-            last = began
+            yield _plain_progress(label, unit, start)
 
-            def write(done: int, total: int, note: str = "") -> None:
-                nonlocal last
-                now = time.perf_counter()
-                if now - last >= PLAIN_INTERVAL and done < total:
-                    last, rate = now, (done - start) / (now - began)
-                    left = (total - done) / max(rate, 1e-9)
-                    note = note or f"{rate:,.0f} {unit}/s"
-                    _print(f"{label} {done:,}/{total:,}  {note}  {left:.0f} s left", sys.stderr)
+    @contextmanager
+    def _bar(self, label: str, unit: str, start: int) -> Iterator[Callable[..., None]]:
+        began = time.perf_counter()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self._bars,
+            transient=True,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),  # above the bar; what goes to a file or a pipe goes there
+        ) as bar:
+            task = bar.add_task(label, total=None, completed=start, note="")
 
-            yield write
+            def update(done: int, total: int, note: str = "") -> None:
+                rate = (done - start) / (time.perf_counter() - began)
+                bar.update(task, completed=done, total=total, note=note or f"{rate:,.0f} {unit}/s")
+
+            yield update
+
+
+def _plain_progress(label: str, unit: str, start: int) -> Callable[..., None]:
+    last = began = time.perf_counter()
+
+    def write(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= PLAIN_INTERVAL and done < total:
+            last, rate = now, (done - start) / (now - began)
+            left = (total - done) / max(rate, 1e-9)
+            note = note or f"{rate:,.0f} {unit}/s"
+            _print(f"{label} {done:,}/{total:,}  {note}  {left:.0f} s left", sys.stderr)
+
+    return write
 
 
 def _print(text: str, file: TextIO) -> None:
     try:
-        print(text, file=file, flush=True)
+        with _writing:
+            print(text, file=file, flush=True)
     except OSError:  # nobody reads any more; the work goes on
         silence_lost_outputs()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -458,3 +459,46 @@ def test_an_export_that_fails_leaves_a_finished_run(photos: Path, monkeypatch: p
     with pytest.raises(FastCNNError, match="differ"):
         fit(Config(data=str(photos), export=("torchscript",), **TINY))
     assert result(Path("runs/photos"))["finished"] is True
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.long)])
+def test_runs_in_several_threads_are_recorded_whole(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None ends the process of wandb that another still needs, and each one's pending uploads lie with it."""
+    monkeypatch.setattr(wandb_tracker, "WAIT_SECONDS", 300)  # on a busy machine, too
+    before, turn = dict(os.environ), threading.Barrier(count)
+
+    def one(number: int) -> dict[str, Any]:
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "model.torchscript").write_text(f"model {number}")
+        tracker = start("offline", f"run-{number}")
+        turn.wait()
+        for epoch in range(1, 4 + 4 * number):
+            tracker.epoch(figures(epoch))
+        if number:
+            first_is_closed.wait(60)
+        exported = [tmp_path / f"{number}" / "model.torchscript"]
+        tracker.finish(
+            Outcome(
+                summary={"number": number}, classes=CLASSES, confusion=CONFUSION, samples=SAMPLES, exported=exported
+            )
+        )
+        note: dict[str, Any] = tracker.close(0)["wandb"]
+        first_is_closed.set()
+        assert not tracker.problem
+        return note
+
+    first_is_closed = threading.Event()
+    with ThreadPoolExecutor(count) as pool:
+        notes = list(pool.map(one, range(count)))
+    assert len({note["id"] for note in notes}) == count
+    for number in range(count):
+        found = read(Path(f"run-{number}"))
+        assert [row["epoch"] for row in epochs(found)] == list(range(1, 4 + 4 * number))
+        assert found["exit"][0]["exit_code"] == 0
+        artifacts = {artifact["type"]: artifact for artifact in found["artifact"]}
+        (model,) = artifacts["model"]["manifest"]["contents"]
+        assert Path(model["local_path"]).read_text() == f"model {number}"
+        assert Path(model["local_path"]).is_relative_to(tmp_path / f"run-{number}" / "wandb")
+    assert dict(os.environ) == before

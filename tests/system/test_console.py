@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console as RichConsole
@@ -21,3 +25,29 @@ def test_a_bar_on_the_terminal_leaves_the_output_in_its_file(capsys: pytest.Capt
     assert capsys.readouterr().out == "photo.jpg  cat 0.9\na line\n"
     assert "predicting" in terminal.getvalue()
     assert "photo.jpg" not in terminal.getvalue()
+
+
+def test_lines_and_bars_of_several_threads() -> None:
+    """Each line is whole, and one bar is drawn at a time."""
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            time.sleep(0.002)
+            return super().write(text)
+
+    terminal, out = io.StringIO(), Slow()
+    threads_inside = threading.Barrier(3)
+
+    def one(number: int) -> None:
+        console = Console()
+        console._bars = RichConsole(file=terminal, force_terminal=True)
+        with console.progress(f"run {number}", "photos") as progress:
+            threads_inside.wait()
+            for k in range(5):
+                progress(k, 5)
+                console.line(f"line {k} of {number}")
+
+    with contextlib.redirect_stdout(out), ThreadPoolExecutor(3) as pool:
+        list(pool.map(one, range(3)))
+    assert sorted(out.getvalue().splitlines()) == sorted(f"line {k} of {n}" for k in range(5) for n in range(3))
+    assert sum(f"run {number}" in terminal.getvalue() for number in range(3)) == 1
