@@ -12,8 +12,13 @@ from fastcnn.errors import UsageError, nearest
 
 SCRIPTS = ("seed", "tuned", "cached")
 """Baselines in bench/baselines that train the network of `seed.py`."""
-PEERS = {"timm_train": "timm_train", "ultralytics_classify": "ultralytics_classify", "seed.py@peers": "seed"}
-"""Peer -> its script in bench/baselines. The last is `seed.py` with the peers' versions of torch."""
+PEERS = {
+    "timm_train": ["timm_train"],
+    "fastai_learner": ["fastai_learner"],
+    "ultralytics_classify": ["ultralytics_classify", "--settings=own"],
+    "seed.py@peers": ["seed"],
+}
+"""Peer -> its script in bench/baselines and options. The last is `seed.py` with the peers' versions of torch."""
 PEERS_PYTHON = ROOT / ".peers" / "bin" / "python"
 """Interpreter of the environment that scripts/peers.sh makes."""
 
@@ -45,7 +50,7 @@ class Contender:
     @property
     def script(self) -> str:
         """Name of its script in bench/baselines."""
-        return PEERS.get(self.name, self.name.removesuffix(".py"))
+        return PEERS.get(self.name, [self.name.removesuffix(".py")])[0]
 
     @property
     def missing(self) -> str:
@@ -107,4 +112,5 @@ def command(
     else:
         python = str(PEERS_PYTHON) if contender.name in PEERS else sys.executable
         start = [python, "-m", f"bench.baselines.{contender.script}"]
+        options = [*PEERS.get(contender.name, [])[1:], *options]
     return [*start, str(data), *options]

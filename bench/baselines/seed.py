@@ -14,6 +14,9 @@ import csv
 import itertools
 import json
 import os
+import queue
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +33,8 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 Photo = tuple[Path, int]
+Row = dict[str, float]
+"""Figures of an epoch."""
 Step = Callable[[Tensor, Tensor], Tensor | float]
 """Trains on a batch of images and labels, and returns its loss."""
 
@@ -255,11 +260,32 @@ def run_command(
     if args.probe:
         print(json.dumps(settings))
         return
-    start, rows = time.perf_counter(), []
+    start, rows, output = time.perf_counter(), [], sys.stdout  # which a package's log may be led away from
     for row in train(args, **settings):
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row), flush=True, file=output)
     print(json.dumps({"settings": settings, "seconds": time.perf_counter() - start, "epochs": rows}))
+
+
+def as_they_come(train: Callable[[Callable[[Row], None]], None]) -> Iterator[Row]:
+    """Yield the rows that a training in one call, as other packages have it, hands to the function it is given.
+
+    It runs in a thread, so that a row is there when its epoch ends.
+    """
+    came: queue.SimpleQueue[Row | BaseException | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            train(came.put)
+        except BaseException as error:  # raised below
+            came.put(error)
+        came.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    while (row := came.get()) is not None:
+        if isinstance(row, BaseException):
+            raise row
+        yield row
 
 
 def train(args: argparse.Namespace, workers: int) -> Iterator[dict[str, float]]:

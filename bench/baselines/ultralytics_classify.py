@@ -2,7 +2,8 @@
 
 Photos and split are those of `seed.py`. The network is not: the trainer takes models of its own, so it is the smallest
 that the package has (nano), from scratch. Its ways are kept where they cost no time that others save: photos in memory
-after the first look, no augmentation, Adam at a constant rate, one update a batch. Squares are cropped, not squashed.
+after the first look, no augmentation, Adam at a constant rate, one update a batch; with --settings own its defaults are
+left. Squares are cropped, not squashed.
 Nothing is downloaded or sent; nothing of fastcnn is imported.
 
     python -m bench.baselines.ultralytics_classify DATA --epochs 5   # tries 0 workers and one a core, takes the faster
@@ -17,10 +18,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.seed import arguments, best_workers, photos_of, run_command
+from bench.baselines.seed import Row, arguments, as_they_come, best_workers, photos_of, run_command
 
 MODELS = ("yolo26n-cls.yaml", "yolo11n-cls.yaml", "yolov8n-cls.yaml")  # the package's own files, newest first
 QUIET = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "YOLO_AUTOINSTALL": "false"}
@@ -45,78 +47,94 @@ def smallest_model() -> str:
     return next(name for name in MODELS if name.replace("n-cls", "-cls") in known)
 
 
-def train(args: argparse.Namespace, photos: Path, workers: int) -> list[dict[str, float]]:
-    """Train and return a row an epoch: loss, accuracy, seconds and images a second."""
+def train(args: argparse.Namespace, photos: Path, workers: int, say: Callable[[Row], None]) -> None:
+    """Train and say a row an epoch: loss, accuracy, seconds and images a second."""
     import torch
     from ultralytics import YOLO, settings
 
     settings.update({name: False for name, value in settings.items() if value is True})  # reports, trackers, sync
-    on_gpu = torch.cuda.is_available()
-    rows: list[dict[str, float]] = []
-    began: list[float] = []
+    row: Row = {}
+    began = 0.0
+
+    def start_of_epoch(trainer: Any) -> None:
+        nonlocal began
+        began = time.perf_counter()
 
     def end_of_training(trainer: Any) -> None:
-        seconds, count = time.perf_counter() - began[-1], len(trainer.train_loader.dataset)
+        seconds, count = time.perf_counter() - began, len(trainer.train_loader.dataset)
         losses = trainer.tloss.values() if isinstance(trainer.tloss, dict) else [trainer.tloss.sum()]  # by version
-        row = {"epoch": trainer.epoch + 1, "train_seconds": seconds, "images_per_second": count / seconds}
-        rows.append({**row, "train_loss": float(sum(losses))})
+        row.update({"epoch": trainer.epoch + 1, "train_seconds": seconds, "images_per_second": count / seconds})
+        row["train_loss"] = float(sum(losses))
 
     def end_of_epoch(trainer: Any) -> None:
-        if len(rows) == trainer.epoch + 1 and "val_loss" not in rows[-1]:  # it comes once more, for the best weights
+        if row:  # it comes once more, for the best weights
             found = trainer.metrics
-            rows[-1] |= {"val_loss": float(found["val/loss"]), "val_accuracy": float(found["metrics/accuracy_top1"])}
+            say({**row, "val_loss": float(found["val/loss"]), "val_accuracy": float(found["metrics/accuracy_top1"])})
+            row.clear()
 
     model = YOLO(smallest_model(), task="classify")
-    model.add_callback("on_train_epoch_start", lambda trainer: began.append(time.perf_counter()))
+    model.add_callback("on_train_epoch_start", start_of_epoch)
     model.add_callback("on_train_epoch_end", end_of_training)
     model.add_callback("on_fit_epoch_end", end_of_epoch)
     with contextlib.redirect_stdout(sys.stderr):  # its log is not ours
         model.train(
             data=str(photos),
             epochs=args.epochs,
-            batch=args.batch_size,
-            nbs=args.batch_size,  # else gradients are gathered over 64 photos
             imgsz=args.image_size,
             workers=workers,
-            device=0 if on_gpu else "cpu",
+            device=0 if torch.cuda.is_available() else "cpu",
             amp=False,  # its check of mixed precision downloads a network
             seed=args.seed,
             deterministic=False,
             pretrained=False,
             cache="ram",
-            optimizer="Adam",
-            lr0=args.lr,
-            lrf=1.0,
-            weight_decay=0.0,
-            momentum=0.9,
-            warmup_epochs=0,
             patience=0,
-            **dict.fromkeys(("scale", "fliplr", "flipud", "erasing", "hsv_h", "hsv_s", "hsv_v"), 0.0),
-            auto_augment=None,
             plots=False,
             save=False,
             verbose=False,
             project=str(photos.parent),
             name="run",
+            **({} if args.settings == "own" else equal(args)),
         )
-    return rows
+
+
+def equal(args: argparse.Namespace) -> dict[str, Any]:
+    """Return settings by which it trains as `seed.py` does."""
+    return {
+        "batch": args.batch_size,
+        "nbs": args.batch_size,  # else gradients are gathered over 64 photos
+        "optimizer": "Adam",
+        "lr0": args.lr,
+        "lrf": 1.0,
+        "weight_decay": 0.0,
+        "momentum": 0.9,
+        "warmup_epochs": 0,
+        **dict.fromkeys(("scale", "fliplr", "flipud", "erasing", "hsv_h", "hsv_s", "hsv_v"), 0.0),
+        "auto_augment": None,
+    }
 
 
 def rate(args: argparse.Namespace, photos: Path, workers: int) -> float:
     """Return images a second of an epoch with so many workers."""
-    return train(argparse.Namespace(**{**vars(args), "epochs": 1}), photos, workers)[-1]["images_per_second"]
+    rows: list[Row] = []
+    train(argparse.Namespace(**{**vars(args), "epochs": 1}), photos, workers, rows.append)
+    return rows[-1]["images_per_second"]
 
 
 def main() -> None:
     """Train with the workers asked for, else the faster of none and one a core."""
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--settings", choices=("equal", "own"), default="equal", help="as seed.py trains, or the package's defaults"
+    )
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {**QUIET, "YOLO_CONFIG_DIR": folder}  # read when the package is imported; the user's own stays
         photos = laid_out(args, Path(folder) / "photos")
         run_command(
             args,
             lambda args: {"workers": best_workers(args, lambda workers: rate(args, photos, workers))},
-            lambda args, workers: train(args, photos, workers),
+            lambda args, workers: as_they_come(lambda say: train(args, photos, workers, say)),
         )
 
 

@@ -177,12 +177,16 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return ran
 
 
-def test_a_command_goes_on_where_it_stopped(photos: Path, tmp_path: Path, commands: list[list[str]]) -> None:
+def test_a_command_goes_on_where_it_stopped(
+    photos: Path, tmp_path: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.accuracy import contenders as all_contenders
     from bench.accuracy import runs
     from bench.accuracy.contenders import parsed
     from bench.accuracy.experiment import Experiment
     from fastcnn.data.index import scan
 
+    monkeypatch.setattr(all_contenders, "PEERS_PYTHON", tmp_path / ".peers" / "bin" / "python")
     how = {"image_size": 32, "device": "cpu", "machine": "a-machine", "try_compile": False}
     experiment = Experiment(data=photos, index=scan(photos), **how)
     contenders = [parsed(text, 1) for text in ("seed.py", "tuned.py", "seed", "strong:3,lr=0.01", "timm_train")]

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bench.accuracy.contenders import PEERS, PEERS_PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -153,15 +157,42 @@ def test_the_cached_loop_steps_over_epochs() -> None:
         step()
 
 
-@pytest.mark.parametrize(("name", "package"), [("timm_loader", "timm"), ("ultralytics_classify", "ultralytics")])
-def test_the_peers_train_on_the_split_and_probe(name: str, package: str, run: Run, run_dir: Path) -> None:
-    pytest.importorskip(package)
-    row, last = run(name, "--split", run_dir / "split.csv", "--workers", 0)
+@pytest.mark.long
+@pytest.mark.parametrize("peer", [*PEERS, "timm_loader"])
+def test_the_peers_train_on_the_split_and_probe(peer: str, photos: Path, run_dir: Path) -> None:
+    if not PEERS_PYTHON.exists():
+        pytest.skip("scripts/peers.sh has not made the peers' environment")
+    script, *own = PEERS.get(peer, [peer])
+
+    def run(*arguments: object) -> list[dict[str, Any]]:
+        words = [str(PEERS_PYTHON), "-m", f"bench.baselines.{script}", str(photos), *own, *SMALL, *map(str, arguments)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    row, last = run("--split", run_dir / "split.csv", "--workers", 0)
     assert last["epochs"] == [row]
     assert row["images_per_second"] > 0
     assert 0 <= row["val_accuracy"] <= 1
-    (found,) = run(name, "--probe", "--workers", 0)
+    (found,) = run("--probe", "--workers", 0)
     assert found == {"workers": 0}
+
+
+def test_rows_of_a_training_in_one_call_come_as_its_epochs_end() -> None:
+    from bench.baselines.seed import as_they_come
+
+    seen = threading.Event()
+
+    def train(say: Callable[[dict[str, float]], None]) -> None:
+        say({"epoch": 1})
+        assert seen.wait(60)
+        raise ValueError("the second epoch fails")
+
+    rows = as_they_come(train)
+    assert next(rows) == {"epoch": 1}
+    seen.set()
+    with pytest.raises(ValueError, match="the second epoch fails"):
+        next(rows)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

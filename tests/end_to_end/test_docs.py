@@ -42,6 +42,7 @@ NOT_RUN = {
     "scripts/check.sh": "run by .ci/run",
     "scripts/bench.sh": "makes an environment; tests/bench/test_bench.py runs its benchmarks",
     "scripts/gpu_proof.sh": "minutes each; tests/bench/test_gpu_proof.py runs the small form",
+    "scripts/peers.sh": "downloads; tests/bench/test_baselines.py trains the peers where they are",
     "scripts/gpu_pack.sh": "downloads; tests/bench/test_gpu_proof.py",
     "scripts/bench_compare.sh": "makes an environment; tests/bench/test_compare.py",
     "python scripts/kill_test.py": "minutes; tests/runs/test_faults.py kills runs",
