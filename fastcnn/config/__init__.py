@@ -2,7 +2,7 @@
 
 from fastcnn.config.config import OPTIONS, SECTIONS, Config, parse_yaml, read_recipe, read_yaml, recipe_names, resolve
 from fastcnn.config.data import PRESETS, STRENGTHS, Augmentation, DataConfig, Decoder, Loader
-from fastcnn.config.model import MIN_IMAGE_SIZE, NUM_BLOCKS, Activation, ModelConfig
+from fastcnn.config.model import MIN_IMAGE_SIZE, NUM_BLOCKS, Activation, ModelConfig, Tta
 from fastcnn.config.optimization import OptimizationConfig, Optimizer, Schedule
 from fastcnn.config.run import Engine, Export, Precision, RunConfig, Wandb
 from fastcnn.config.section import Bytes, Interval, base_type, option_name, parse_bytes, parse_interval

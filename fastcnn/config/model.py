@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from fastcnn.config.section import Section
 
 Activation = Literal["relu", "gelu", "silu", "mish", "elu", "leaky_relu", "selu", "tanh"]
+Tta = Literal["none", "flip"]
 
 NUM_BLOCKS = 5
 MIN_IMAGE_SIZE = 2**NUM_BLOCKS  # every block halves the side
@@ -52,6 +53,9 @@ class ModelConfig(Section):
     """Number of neurons in the dense layer."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability before the output layer."""
+    tta: Tta = "none"
+    """Test-time augmentation. flip: average the logits of each image and its mirror image wherever the model is
+    evaluated, and in the exported file; prediction takes twice as long."""
     mean: Annotated[tuple[float, ...], AfterValidator(_one_per_channel)] = (0.485, 0.456, 0.406)
     """Mean of each colour channel (0 to 1) for normalisation."""
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_one_per_channel)] = (0.229, 0.224, 0.225)

@@ -165,6 +165,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "image_size": config["image_size"],
         "mean": config["mean"],
         "std": config["std"],
+        "tta": config.get("tta", "none"),
         "input": "uint8 (N, H, W, 3), any N, H and W",
         "output": f"float32 (N, {len(classes)}) probabilities",
         "chunk": model.chunk,

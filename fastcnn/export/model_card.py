@@ -45,6 +45,7 @@ def page(
         photos=_photo_rows(metadata["classes"], photos or {}),
         figures=_figures(metadata.get("training", {})),
         image_size=metadata["image_size"],
+        mirrors=metadata.get("tta") == "flip",
         **{name: ", ".join(f"{value:g}" for value in metadata[name]) for name in ("mean", "std")},
     )
 

@@ -121,7 +121,8 @@ class Stage(nn.Module):
 class Inference(nn.Module):
     """Trained SmallCNN for inference: the same function in exact arithmetic.
 
-    The last batch norm is folded into the dense layer, the others are scale and shift; dropout is gone.
+    The last batch norm is folded into the dense layer, the others are scale and shift; dropout is gone. The network's
+    test-time augmentation is part of it.
     """
 
     def __init__(self, network: SmallCNN) -> None:
@@ -132,10 +133,16 @@ class Inference(nn.Module):
         self.stages = nn.Sequential(*stages, Stage(last, normalise=False))
         self.dense = _with_norm(network.dense, last)
         self.activation, self.output = network.activation, network.output
+        self.mirrors = network.mirrors
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) normalised, any float type -> (N, num_classes) logits in the weights' type."""
-        x = self.stages(x.to(self.dense.weight.dtype)).flatten(1)
+        x = x.to(self.dense.weight.dtype)
+        return (self.logits(x) + self.logits(x.flip([3]))) / 2 if self.mirrors else self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of the images as they are, without those of their mirror images."""
+        x = self.stages(x).flatten(1)
         return self.output(self.activation(self.dense(x)))  # type: ignore[no-any-return]
 
 

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling  # is_compiling is also true while another thread compiles
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS
+from fastcnn.config import MIN_IMAGE_SIZE, NUM_BLOCKS, Tta
 from fastcnn.errors import FastCNNError, UsageError, first_line, nearest
 from fastcnn.network.kernels import cpu_max_pool
 
@@ -31,6 +31,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 # Non-decreasing: max pooling before them gives the same values and gradients at a quarter of the cost.
 MONOTONE = frozenset({"relu", "elu", "leaky_relu", "selu", "tanh"})
+
+
+TTA: tuple[str, ...] = get_args(Tta)
+"""Test-time augmentations. flip: the mean of the logits of an image and of its mirror image, at twice the cost;
+K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498."""
 
 
 class BatchNorm(nn.Module):
@@ -114,6 +119,7 @@ class SmallCNN(nn.Module):
         dense_neurons: width of the dense layer.
         dropout: probability before the output layer.
         image_size: side of the square input in pixels, 32 or more.
+        tta: test-time augmentation, a name in `TTA`; in evaluation mode alone.
         pool_first: see `Block`.
         generator: draws the initial weights; None: torch's own.
 
@@ -131,6 +137,7 @@ class SmallCNN(nn.Module):
         dense_neurons: int = 128,
         dropout: float = 0.0,
         image_size: int = 128,
+        tta: str = "none",
         pool_first: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -147,6 +154,7 @@ class SmallCNN(nn.Module):
             ("dense_neurons", dense_neurons, dense_neurons >= 1, "1 or more"),
             ("dropout", dropout, 0 <= dropout < 1, "0 to below 1"),
             ("image_size", image_size, image_size >= MIN_IMAGE_SIZE, f"{MIN_IMAGE_SIZE} or more"),
+            ("tta", f"'{tta}'", tta in TTA, f"one of {', '.join(TTA)}"),
         ):
             if not ok:
                 raise UsageError(f"{name}: expected {expected}, got {value}")
@@ -159,7 +167,9 @@ class SmallCNN(nn.Module):
             "dense_neurons": dense_neurons,
             "dropout": dropout,
             "image_size": image_size,
+            "tta": tta,
         }
+        self.mirrors = tta == "flip"
         channels = [3, *filters]
         self.blocks = nn.Sequential(
             *(
@@ -177,6 +187,12 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) normalised float -> (N, num_classes) logits."""
+        if self.mirrors and not self.training:
+            return (self.logits(x) + self.logits(x.flip([3]))) / 2
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of the images as they are, without those of their mirror images."""
         x = self.blocks(x).flatten(1)
         return self.output(self.dropout(self.activation(self.dense(x))))  # type: ignore[no-any-return]
 

@@ -158,6 +158,7 @@ def start(
         dense_neurons=config.dense_neurons,
         dropout=config.dropout,
         image_size=config.image_size,
+        tta=config.tta,
         generator=own.cpu,
     )
     if config.init_from and fresh:

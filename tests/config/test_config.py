@@ -14,7 +14,7 @@ from fastcnn.config import Config, resolve, synonyms
 from fastcnn.data.loaders import LOADERS
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export.exporters import EXPORTERS
-from fastcnn.network.small_cnn import ACTIVATIONS
+from fastcnn.network.small_cnn import ACTIVATIONS, TTA
 from fastcnn.system.device import DTYPES
 from fastcnn.training.augment import AUGMENTATIONS
 from fastcnn.training.engines import ENGINES, NEXT_BEST
@@ -36,6 +36,7 @@ from pipelines import BACKENDS
         (config.Loader, {"auto", *LOADERS}),
         (config.Decoder, {"auto", *BACKENDS}),
         (config.Export, EXPORTERS),
+        (config.Tta, TTA),
     ],
 )
 def test_literals_name_what_there_is(literal: Any, choices: Any) -> None:

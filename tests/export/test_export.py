@@ -24,7 +24,7 @@ from PIL import Image
 from fastcnn import cli, export_run, predict_photos
 from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
-from fastcnn.export import exporters
+from fastcnn.export import exporters, model_card
 from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
 from fastcnn.export.verify import verify_file
 from fastcnn.export.verify_process import verify_in_new_process
@@ -120,6 +120,26 @@ def test_torchscript_computes_in_another_type(kept: Path, dtype: str, tolerance:
         torch.testing.assert_close(probabilities, module(images), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("format", EXPORTERS)
+def test_mirror_images_are_averaged_inside_the_file(run_dir: Path, tmp_path: Path, format: str) -> None:
+    """The golden inputs are the trained network's, so verification compares the mean of both images."""
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    state = checkpoint.load(run_dir / "best.pt")
+    plain, path = restore(state), tmp_path / f"model.{format}"
+    for options in (state["network"], state["config"]):
+        options["tta"] = "flip"
+    write(state, path, format)
+    model = artefact.open(path)
+    assert verify_file(model).problems == ()
+    assert "mirror image" in model_card.page(model.metadata, [path])
+    images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    normalised = Normalise(state["config"]["mean"], state["config"]["std"], SIZE)(torch.from_numpy(images))
+    with torch.inference_mode():
+        mean = torch.softmax((plain(normalised) + plain(normalised.flip(3))) / 2, 1).numpy()
+    np.testing.assert_allclose(model.probabilities(images), mean, atol=1e-6)
+
+
 LONG = [pytest.param(name, marks=[pytest.mark.long] * (name != "torchscript")) for name in EXPORTERS]
 
 
@@ -143,7 +163,12 @@ def test_the_inference_form_is_the_same_function() -> None:
     for activation in ACTIVATIONS:
         for batch_norm in (True, False):
             network = SmallCNN(
-                5, filters=(8, 6, 8, 6, 8), activation=activation, batch_norm=batch_norm, image_size=64
+                5,
+                filters=(8, 6, 8, 6, 8),
+                activation=activation,
+                batch_norm=batch_norm,
+                image_size=64,
+                tta="flip" if batch_norm else "none",
             ).double()
             for name, buffer in network.named_buffers():
                 buffer.copy_(torch.rand_like(buffer) + ("var" in name))

@@ -65,6 +65,18 @@ def test_options_rebuild_the_network() -> None:
     twin.load_state_dict(model.state_dict())
 
 
+def test_flip_at_evaluation_is_the_mean_of_both_mirror_images() -> None:
+    model = SmallCNN(3, filters=(4,) * 5, image_size=40, tta="flip").double()
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    plain = SmallCNN(**{**model.options, "tta": "none"}).double()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), plain(images)), "training takes the images as they are"
+    model.eval()
+    plain.eval()
+    torch.testing.assert_close(model(images), (plain(images) + plain(images.flip(3))) / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(images), model(images.flip(3)), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -73,6 +85,7 @@ def test_options_rebuild_the_network() -> None:
         ({"kernel_size": 2}, "odd"),
         ({"dropout": 1.0}, "0 to below 1"),
         ({"image_size": 16}, "32 or more"),
+        ({"tta": "flop"}, "one of none, flip, got 'flop'"),
         ({"num_classes": 1}, "2 or more"),
         ({"dense_neurons": 0}, "1 or more"),
     ],
