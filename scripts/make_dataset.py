@@ -40,7 +40,8 @@ def make(out: Path, *, classes: int, photos: int, seed: int, layout: str = "flat
 
     `layout` "flat" writes out/<class>/NNNNN.jpg; "split" writes out/train/<class> (80%) and out/val/<class> (20%).
     The same call completes a folder that an interrupted one left. Raises ValueError for arguments out of range, and
-    FileExistsError where `out` holds anything else. The bytes do not depend on `workers` (default: every core).
+    FileExistsError where `out` holds anything else. The bytes do not depend on `workers` (default: by cores and
+    photos).
     """
     if not 2 <= classes <= MAX_CLASSES:
         raise ValueError(f"classes must be 2 to {MAX_CLASSES}, got {classes}")
@@ -94,7 +95,7 @@ def main() -> int:
     parser.add_argument("--photos", type=int, default=3000, help="total, spread evenly over classes (default: 3000)")
     parser.add_argument("--seed", type=int, default=0, help="other seed, other photos (default: %(default)s)")
     parser.add_argument("--layout", choices=LAYOUTS, default="flat", help="split: train/ (80%%) and val/ (20%%)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core); the photos are the same")
+    parser.add_argument("--workers", type=int, help="processes (default: by cores and photos); the photos are the same")
     options = parser.parse_args()
     try:
         make(**vars(options))
@@ -116,7 +117,8 @@ def _paths(out: Path, label: int, count: int, layout: str) -> list[Path]:
 
 def _run(tasks: list[Task], workers: int | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(tasks), 60)  # Windows can wait for 61 processes and no more
+    # A process takes as long to start as 50 photos to make; Windows can wait for 61 processes and no more.
+    workers = min(workers or min(cores, len(tasks) // 100), len(tasks), 60)
     if workers <= 1:
         _follow(map(_write, tasks), len(tasks))
         return

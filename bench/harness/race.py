@@ -30,6 +30,8 @@ FULL: dict[str, Any] = {
     "growth_batches": [32, 128, 512, 2048],
     "infer_rounds": {1: 200, 64: 30},
     "per_group": None,
+    "step_rivals": None,
+    "rates_scale": 1,
     "slice_seconds": 0.5,
 }
 LITTLE = {
@@ -57,14 +59,20 @@ SMOKE |= {
 }
 TINY = SMOKE | {
     "rounds": 1,
-    "num_photos": 60,
-    "decode_photos": 40,
+    "num_photos": 20,
+    "decode_photos": 20,
     "baselines": [],
     "per_group": 1,
+    "step_rivals": 1,
+    "rates_scale": 16,
     "slice_seconds": 0.02,
 }
 SCALES = {"full": FULL, "quick": QUICK, "gpu": GPU, "smoke": SMOKE, "tiny": TINY}
-"""Sizes of each form. The last two show to tests that the parts work; `per_group` is the most benchmarks of a group."""
+"""Sizes of each form. The last two show to tests that the parts work.
+
+per_group, step_rivals: the most benchmarks of a group, and loops that the step races.
+rates_scale: what the machine's rates are measured on, and how long, is divided by it.
+"""
 
 
 class Race:

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -69,8 +70,8 @@ def on_gpu(device: torch.device) -> bool:
 class Rivals:
     """The loops to race against on the shapes at hand; on a CPU in processes with the settings they come with."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, most: int | None) -> None:
+        self.device, self.most = device, most
         self.shape: tuple[object, ...] = ()
         self.runs: dict[str, Apart] = {}
 
@@ -88,7 +89,7 @@ class Rivals:
             work = "bench.baselines.loops:random_steps"
             self.runs = {
                 name: Apart(work, loop, max(512, 2 * batch), size, filters, batch, kind)
-                for name, (loop, kind) in loops.items()
+                for name, (loop, kind) in itertools.islice(loops.items(), self.most)
             }
             for run in self.runs.values():
                 with contextlib.suppress(RivalFailed):  # the race leaves it out, and says why
@@ -103,9 +104,9 @@ class Rivals:
 
 
 @pytest.fixture(scope="module")
-def rivals(device: torch.device) -> Iterator[Rivals]:
+def rivals(device: torch.device, scale: dict[str, Any]) -> Iterator[Rivals]:
     """The loops to race against."""
-    found = Rivals(device)
+    found = Rivals(device, scale["step_rivals"])
     yield found
     found.close()
 
@@ -136,7 +137,7 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     score = step.sums.read()
     assert score.count == batch * num_steps * (rounds + 1)
     assert math.isfinite(score.loss)
-    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
+    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, race))
     if on_gpu(device) and batch == min(race.scale["batches"]):
         race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
 
@@ -177,10 +178,10 @@ def bench_first_block(race: Race, batch: int) -> None:
 
 
 def shares(
-    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
+    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, race: Race
 ) -> dict[str, float]:
     """Return a step's FLOP/s and bytes/s as shares of the machine's own rates, and the counted floor's of its time."""
-    rates = machine.rates(device)
+    rates = machine.rates(race.device, race.scale["rates_scale"])
     counted = passes(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
     matrix = rates["fp32_flop_per_second" if precision == "fp32" else "bf16_flop_per_second"]
     flops, moved = sum(one.flops for one in counted), sum(one.bytes for one in counted)

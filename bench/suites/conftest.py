@@ -76,13 +76,12 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     """Keep what the figures depend on; host and user names are not among it."""
-    device = torch.device(config.getoption("--device"))
+    device, scale = torch.device(config.getoption("--device")), config.getoption("--scale")
     output_json["machine_info"] = {
         "hardware": describe_hardware(device),
         "versions": versions(),
-        "rates": machine.rates(device),
+        "rates": machine.rates(device, SCALES[scale]["rates_scale"]),
     }
-    scale = config.getoption("--scale")
     output_json["settings"] = {"scale": scale, "device": str(device), **SCALES[scale]}
     output_json.update(OUTCOMES)
 

@@ -74,6 +74,9 @@ def test_the_command_writes_results_pictures_and_a_report(written: Path) -> None
         assert 0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
         assert row["extra_info"]["images_per_second"] > 0
         assert row["extra_info"]["over"].keys() == row["extra_info"]["baseline_seconds"].keys()
+    kept = [json.loads(line) for line in (written / "rows.jsonl").read_text().splitlines()]  # as each ended
+    assert [(row["group"], row["name"]) for row in kept] == [(row["group"], row["name"]) for row in record.rows]
+    assert all(row["images_per_second"] > 0 for row in kept)
     report, printed = (written / "report.md").read_text(), (written / "stdout.txt").read_text()
     pictures = ["throughput.png", "roofline.png"]
     if scale == "smoke":

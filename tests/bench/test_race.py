@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +14,6 @@ from bench.harness.race import SCALES, Race
 from bench.harness.step_setup import STEPS_PER_REPLAY, make_step, num_images, random_feed, run_steps
 from bench.harness.timing import Apart, RivalFailed
 from fastcnn.training.engines import Graphed
-from tests.bench.test_bench import ROOT, outside
 
 
 class Timed:
@@ -66,19 +61,6 @@ def test_a_rival_that_failed_fails_from_then_on() -> None:
         with pytest.raises(RivalFailed, match="its process ended"):
             rival(1)
     rival.close()
-
-
-def test_a_benchmark_is_kept_when_it_ends(tmp_path: Path) -> None:
-    lines = tmp_path / "rows.jsonl"
-    options = ["--scale=tiny", f"--lines={lines}", "-p", "no:cacheprovider"]
-    suite = [str(ROOT / "bench" / "suites" / "bench_augment.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *options, *suite], cwd=ROOT, check=False, env=outside(), timeout=300
-    )
-    assert done.returncode == 0
-    (row,) = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert row["group"] == "augment"
-    assert row["images_per_second"] > 0
 
 
 @pytest.mark.parametrize(
