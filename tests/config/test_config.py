@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcnn import config
-from fastcnn.config import Config, resolve, synonyms
+from fastcnn.config import NUM_BLOCKS, Config, resolve, synonyms
 from fastcnn.data.loaders import LOADERS
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export.exporters import EXPORTERS
@@ -57,6 +57,19 @@ def test_every_field_has_help() -> None:
 
 def test_recipe_seed_is_the_defaults() -> None:
     assert resolve(config.read_recipe("seed")) == Config()
+
+
+def multiply_adds(config: Config) -> int:
+    """Return those of the convolutions for one photo in every epoch."""
+    channels = [3, *config.filters]
+    blocks = ((channels[i] * channels[i + 1], config.image_size >> i) for i in range(NUM_BLOCKS))
+    return config.epochs * sum(filters * config.kernel_size**2 * side**2 for filters, side in blocks)
+
+
+@pytest.mark.parametrize(("name", "share"), [("seed", 1), ("fast", 1 / 7), ("strong", 1), ("best", 10)])
+def test_a_recipe_computes_at_most_its_share_of_seed(name: str, share: float) -> None:
+    recipes = {name: resolve(config.read_recipe(name)) for name in config.recipe_names()}
+    assert multiply_adds(recipes[name]) <= share * multiply_adds(recipes["seed"])
 
 
 @pytest.mark.parametrize(
