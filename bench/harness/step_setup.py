@@ -16,6 +16,7 @@ from fastcnn.system.device import DTYPES
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training import engines
 from fastcnn.training.augment import Augment
+from fastcnn.training.engine_choice import STEPS_PER_REPLAY
 from fastcnn.training.engines import Engine
 from fastcnn.training.optimizers import Adam
 from fastcnn.training.parameters import FlatParameters
@@ -33,9 +34,6 @@ def random_feed(device: torch.device, count: int, size: int) -> Feed:
         permutation=torch.randperm(count, device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
     )
-
-
-STEPS_PER_REPLAY = 8
 
 
 def num_images(device: torch.device, batch: int) -> int:

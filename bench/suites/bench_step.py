@@ -25,12 +25,13 @@ from bench.harness import machine
 from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, passes
-from bench.harness.step_setup import STEPS_PER_REPLAY, make_step, num_images, random_feed, run_steps, steps_a_slice
+from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
 from bench.harness.timing import Apart, RivalFailed, clocked
 from fastcnn.network import hybrid_forward
 from fastcnn.network.small_cnn import BatchNorm
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
+from fastcnn.training.engine_choice import STEPS_PER_REPLAY
 
 ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
     **engines.ENGINES,

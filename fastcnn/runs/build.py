@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
+from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
@@ -268,7 +269,12 @@ def make_engine(state: RunState) -> Engine:
         signature = json.dumps([hardware, torch.__version__, state.model.options, shape])
         num_steps = config.epochs * step.num_steps
         engine, name, state.engine_reason = engine_choice.choose(
-            step, num_steps, signature, strict=config.strict, slowest=state.ranks.slowest
+            step,
+            num_steps,
+            signature,
+            strict=config.strict,
+            slowest=state.ranks.slowest,
+            one_by_one=isinstance(step.feed, BufferedFeed),
         )
     else:
         engine, name = engines.build(config.engine, step, strict=config.strict)

@@ -11,13 +11,19 @@ from typing import Any
 
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
-from fastcnn.training.engines import ENGINES, Eager, Engine, NoEngine, Step, build, on_gpu, time_step
+from fastcnn.training.engines import ENGINES, Eager, Engine, Graphed, NoEngine, Step, build, graphed, on_gpu, time_step
 
 CANDIDATES = ("hybrid+graphed", "compiled+graphed")
 """Engines to try after the graphed one, which is ready in about a second."""
 
 UNMEASURED_AFTER = 60.0
 """Seconds that a run must take, as measured, for an engine to be tried whose cost and saving nobody has measured."""
+
+STEPS_PER_REPLAY = 8
+"""Steps in one graph that is tried beside one of a single step: between two replays a GPU waits."""
+
+SHORT_STEP = 1e-3
+"""Seconds of a step up to which that is tried: in longer ones the wait is nothing, and the memory of a graph much."""
 
 
 def choose(
@@ -27,14 +33,17 @@ def choose(
     *,
     strict: bool = False,
     slowest: Callable[[float], float] = lambda seconds: seconds,
+    one_by_one: bool = False,
 ) -> tuple[Engine, str, str]:
     """Return the engine that ends a run of `num_steps` soonest, its name, and why.
 
     On a CPU that is eager. On a GPU the graphed engine is built and its step timed. Each of `CANDIDATES` is built and
     timed where that pays: by what an earlier run of the same `signature` measured on this machine, or, where none did,
-    if the run is longer than `UNMEASURED_AFTER`. The fastest of those built is returned; all are remembered.
+    if the run is longer than `UNMEASURED_AFTER`. So is the best of them with `STEPS_PER_REPLAY` steps in a graph. The
+    fastest of those built is returned; all are remembered.
 
     slowest: a time of this rank -> the longest of all ranks, so that all choose the same.
+    one_by_one: whether the engine is run for a single step at a time.
     """
     if not on_gpu(step):
         return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
@@ -43,22 +52,35 @@ def choose(
     if name == "eager":
         return engine, name, "nothing can be captured here"
     best, reasons = seconds, [f"{seconds * 1e6:,.0f} us a step when captured"]
-    for other in CANDIDATES:
-        worth, why = worth_building(other, num_steps, best, _history().get(signature, {}).get(other))
+
+    def faster(label: str, make: Callable[[Step], Engine]) -> Engine | None:
+        """Return an engine if it pays to build it and it is the fastest so far; note why, and its time as the best."""
+        nonlocal best
+        worth, why = worth_building(label, num_steps, best, _history().get(signature, {}).get(label))
         reasons.append(why)
         if not slowest(worth):
-            continue
+            return None
         start = time.perf_counter()
         try:
-            candidate = ENGINES[other](step)
+            candidate = make(step)
         except NoEngine as error:
-            reasons.append(f"no {other} here: {error}")
-            continue
+            reasons.append(f"no {label} here: {error}")
+            return None
         cost, its_seconds = slowest(time.perf_counter() - start), slowest(time_step(candidate, step))
-        _remember(signature, other, {"build_seconds": cost, "step_seconds": its_seconds})
-        reasons.append(f"{its_seconds * 1e6:,.0f} us a step by {other}, built in {cost:,.1f} s")
-        if its_seconds < best:
-            engine, name, best = candidate, other, its_seconds
+        _remember(signature, label, {"build_seconds": cost, "step_seconds": its_seconds})
+        reasons.append(f"{its_seconds * 1e6:,.0f} us a step by {label}, built in {cost:,.1f} s")
+        if its_seconds >= best:
+            return None
+        best = its_seconds
+        return candidate
+
+    for other in CANDIDATES:
+        if found := faster(other, ENGINES[other]):
+            engine, name = found, other
+    if isinstance(engine, Graphed) and best < SHORT_STEP and step.num_steps >= STEPS_PER_REPLAY and not one_by_one:
+        functions = engine.functions
+        label = f"{name} with {STEPS_PER_REPLAY} steps a replay"
+        engine = faster(label, lambda step: graphed(step, functions, STEPS_PER_REPLAY)) or engine
     return engine, name, "; ".join(reasons)
 
 

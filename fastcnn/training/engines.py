@@ -91,7 +91,7 @@ class Graphed:
         capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
         steps_per_replay: int = 1,
     ) -> None:
-        self.steps_per_replay = steps_per_replay
+        self.functions, self.steps_per_replay = functions, steps_per_replay
         capture = capture or functools.partial(cuda_graph, generator=step.generator)
         eager = Eager(step, functions)
         with rehearsal(step):

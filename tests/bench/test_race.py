@@ -11,8 +11,9 @@ import torch
 
 from bench import __main__ as command
 from bench.harness.race import SCALES, Race
-from bench.harness.step_setup import STEPS_PER_REPLAY, make_step, num_images, random_feed, run_steps
+from bench.harness.step_setup import make_step, num_images, random_feed, run_steps
 from bench.harness.timing import Apart, RivalFailed
+from fastcnn.training.engine_choice import STEPS_PER_REPLAY
 from fastcnn.training.engines import Graphed
 
 

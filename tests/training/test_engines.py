@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from fastcnn.training.evaluation import EvaluationStep, Evaluator
 from fastcnn.training.optimizers import OPTIMIZERS, Adam, LossScale
 from fastcnn.training.parameters import FlatParameters, ordered
 from fastcnn.training.schedules import average_weights, schedule
-from fastcnn.training.step import TrainingStep
+from fastcnn.training.step import StepFunctions, TrainingStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
@@ -408,6 +409,44 @@ def test_auto_takes_the_fastest_and_remembers_all(tmp_path: Path, monkeypatch: p
     assert "100 us a step by hybrid+graphed" in why
     assert built == ["graphed", "graphed", "hybrid+graphed", "compiled+graphed"]
     assert engine_choice.choose(step, 1000, "x")[1] == "hybrid+graphed"
+
+
+@pytest.mark.parametrize(
+    ("several", "num_photos", "one_by_one", "taken"),
+    [(9e-5, 64, False, 8), (2e-4, 64, False, 1), (9e-5, 63, False, 1), (9e-5, 64, True, 1)],
+    ids=["faster", "slower", "short epochs", "one by one"],
+)
+def test_auto_takes_several_steps_a_replay_where_that_was_faster(
+    several: float, num_photos: int, one_by_one: bool, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long run tries them with the functions of the best engine; a short one by what the long one measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    step = make_step(feed=make_feed(num_photos))
+    functions = dataclasses.replace(step.functions)
+
+    def capture(step: engines.Step, functions: StepFunctions | None = None, steps_per_replay: int = 1) -> Graphed:
+        return Graphed(step, functions, capture=direct_call, steps_per_replay=steps_per_replay)
+
+    def no_engine(step: engines.Step) -> Engine:
+        raise NoEngine("not here")
+
+    def time_step(engine: Graphed, step: engines.Step) -> float:
+        return several if engine.steps_per_replay > 1 else 1e-4 if engine.functions else 4e-4
+
+    for name, make in {
+        "graphed": capture,
+        "hybrid+graphed": lambda step: capture(step, functions),
+        "compiled+graphed": no_engine,
+    }.items():
+        monkeypatch.setitem(engines.ENGINES, name, make)
+    monkeypatch.setattr(engine_choice, "graphed", capture)
+    monkeypatch.setattr(engine_choice, "on_gpu", lambda step: True)
+    monkeypatch.setattr(engine_choice, "time_step", time_step)
+    for num_steps in (10**6, 10**5):
+        engine, name, why = engine_choice.choose(step, num_steps, "x", one_by_one=one_by_one)
+        assert isinstance(engine, Graphed)
+        assert (name, engine.steps_per_replay, engine.functions) == ("hybrid+graphed", taken, functions)
+        assert ("hybrid+graphed with 8 steps a replay" in why) == (num_photos == 64 and not one_by_one)
 
 
 def test_steps_are_timed_after_a_first_run_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
