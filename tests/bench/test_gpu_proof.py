@@ -240,20 +240,96 @@ def test_what_a_box_without_network_lacks_is_packed(size: int, code: int, photos
     assert "2 wheels and" in done.stdout
 
 
+NCU = """#!{python}
+import re, subprocess, sys
+arguments = sys.argv[1:]
+at = arguments.index({python!r})
+given = dict(zip(arguments[1:at:2], arguments[2:at:2]))  # --csv takes nothing
+names = re.compile(given["--kernel-name"].removeprefix("regex:"))
+subprocess.run(arguments[at:], check=True)
+print("==PROF== Connected to process 1")
+print('"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"')
+for number, metric in enumerate(given["--metrics"].split(",")):
+    print(f'"{{number}}","pool_forward","{{metric}}","%","{{number}}"')
+"""
+SANITIZER = """#!{python}
+import subprocess, sys
+arguments = sys.argv[1:]
+subprocess.run(arguments[arguments.index({python!r}):], check=True)
+if arguments[1] == {bad!r}:
+    print("========= ERROR SUMMARY: 3 errors")
+    sys.exit(int(arguments[arguments.index("--error-exitcode") + 1]))
+print("========= ERROR SUMMARY: 0 errors")
+"""
+
+
+def stand_ins(folder: Path, bad: str = "") -> Path:
+    """Return a folder with what looks like ncu and compute-sanitizer: they run what they are given, on the CPU."""
+    folder.mkdir(exist_ok=True)
+    for name, text in (("ncu", NCU), ("compute-sanitizer", SANITIZER)):
+        (folder / name).write_text(text.format(python=sys.executable, bad=bad))
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def lines_of(phase: int, out: Path, code: int, **environment: str) -> dict[str, dict[str, Any]]:
+    """Run a phase's small form by the script; return the last line of each figure."""
+    variables = {**outside(), "PYTHON": sys.executable, **environment}
+    variables.pop("TRITON_INTERPRET", None)  # the tests' own: nothing can be compiled under it
+    command = [str(ROOT / "scripts" / "gpu_proof.sh"), str(out), "--phase", str(phase), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert [path.name for path in out.parent.glob("*.tar.gz")] == ["out.tar.gz"]
+    with tarfile.open(out.with_name("out.tar.gz")) as tar:
+        lines = tar.extractfile("out/lines.jsonl")
+        assert lines
+        return {line["figure"]: line for line in map(json.loads, lines.read().decode().splitlines())}
+
+
+def failed(lines: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of the figures that failed, parts of the phase aside."""
+    return [
+        name for name, line in lines.items() if line["outcome"] == "failed" and not name.startswith(("part:", "tests"))
+    ]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("phase", [1, 3])
 def test_the_small_form_runs_on_a_cpu(phase: int, tmp_path: Path) -> None:
     planted = tmp_path / "test_planted.py"
     planted.write_text("def test_planted():\n    assert not 'made to fail'\n")
-    environment = {**outside(), "PYTHON": sys.executable, "FASTCNN_PROOF_TESTS": str(planted)}
-    environment.pop("TRITON_INTERPRET", None)  # the tests' own: nothing can be compiled under it
-    command = [str(ROOT / "scripts" / "gpu_proof.sh"), str(tmp_path / "out"), "--phase", str(phase), "--small"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=130)
-    assert done.returncode == (1 if phase == 1 else 0), done.stdout + done.stderr
-    last = {
-        line["figure"]: line for line in map(json.loads, (tmp_path / "out" / "lines.jsonl").read_text().splitlines())
-    }
-    failed = [name for name, line in last.items() if line["outcome"] == "failed" and not name.startswith("part: ")]
-    assert [name.rpartition("::")[2] for name in failed] == (["test_planted"] if phase == 1 else [])
-    assert [path.name for path in tmp_path.glob("*.tar.gz")] == ["out.tar.gz"]
-    assert {f"part: {step.name}" for step in gpu_proof.PHASES[phase]} <= last.keys()
+    lines = lines_of(phase, tmp_path / "out", 1 if phase == 1 else 0, FASTCNN_PROOF_TESTS=str(planted))
+    assert [name.rpartition("::")[2] for name in failed(lines)] == (["test_planted"] if phase == 1 else [])
+    assert {f"part: {step.name}" for step in gpu_proof.PHASES[phase]} <= lines.keys()
+
+
+@pytest.mark.long
+def test_the_small_form_of_phase_2_goes_on_after_a_tool_that_fails_and_repeats_that_alone(tmp_path: Path) -> None:
+    out, tools = tmp_path / "out", stand_ins(tmp_path / "tools", bad="racecheck")
+    lines = lines_of(2, out, 1, FASTCNN_PROOF_TOOLS=str(tools))
+    assert failed(lines) == ["compute-sanitizer racecheck"]
+    assert "exit code 9: ========= ERROR SUMMARY: 3 errors" in lines["compute-sanitizer racecheck"]["reason"]
+    assert {f"part: {step.name}" for step in gpu_proof.PHASES[2]} <= lines.keys()
+    measured = {name for name, line in lines.items() if line["outcome"] == "measured"}
+    assert {"ncu", "compute-sanitizer memcheck", "kernels: eager, batch 8", "idea: gathering, batch 8"} <= measured
+    assert {"rivals: ours, eager, bf16, batch 16", "rivals: plain, fp32, batch 16"} <= measured
+    again = lines_of(2, out, 0, FASTCNN_PROOF_TOOLS=str(stand_ins(tools)))
+    assert failed(again) == []
+    assert all(again[name]["at"] == lines[name]["at"] for name in measured - {"part: compute-sanitizer"})
+
+
+def test_counters_are_read_from_what_ncu_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.proof import causes
+
+    proof = Proof(tmp_path / "out", 2, True, "a", time.time() + 60)
+    monkeypatch.setattr(causes, "TOOLS_VARIABLE", "NO_SUCH_VARIABLE")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(NotHere, match="ncu is not installed"):
+        causes._counters(proof)
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTCNN_PROOF_TOOLS", str(stand_ins(tmp_path / "tools")))
+    monkeypatch.setattr(causes, "WATCHED", "a name that no engine has")
+    table = {"most": ["void at::native::add<float>(int)", "aten::convolution"]}
+    proof.write("kernels: a name that no engine has, batch 8", "measured", values=table)
+    with pytest.raises(RuntimeError, match="ncu gave no table"):  # what it runs fails, and so it prints none
+        causes._counters(proof)

@@ -46,6 +46,33 @@ def test_all_launches_compile_for_two_gpus_in_all_types() -> None:
         assert code == 0, text
 
 
+EARLY = """
+import json
+from unittest import mock
+from triton.runtime.driver import driver
+from bench.kernels.machine_code import own_launches
+from bench.kernels.pretended_gpu import pretended_driver
+from fastcnn.network.kernels import launch
+found = {}
+with (
+    mock.patch.object(driver, "_active", pretended_driver(90)),
+    mock.patch.object(launch, "starts_early", lambda one: True),
+):
+    for one in {one.kernel: one for one in own_launches("bf16")}.values():
+        made = one.kernel.warmup(**one.arguments, grid=one.grid, **one.options())
+        found[one.kernel.__name__] = [made.metadata.launch_pdl, made.asm["ptx"].count("griddepcontrol.")]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+def test_launches_that_begin_early_compile() -> None:
+    """Each waits for the one before and lets the next one begin."""
+    text, code = printed("-c", EARLY)
+    assert code == 0
+    assert json.loads(text.splitlines()[-1]) == {name: [True, 2] for name in (*MOST, "collect")}
+
+
 COUNT = """
 import json, sys
 from bench.kernels.bounds import CARDS, bounds

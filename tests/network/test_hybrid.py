@@ -529,3 +529,21 @@ def test_one_launch_is_two_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             gradient = torch.autograd.grad(z, x, torch.ones_like(z))[0]
         results.append((z.detach(), gradient))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore")
+def test_launches_that_begin_early_change_no_bit_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability(DEVICE) < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    results = []
+    for early in (lambda one: False, lambda one: not one.meets):
+        monkeypatch.setattr(launch, "starts_early", early)
+        step = make_step(device=DEVICE, model=make_model(filters=(32,) * 5), augmentations=("flip", "shift"))
+        torch.cuda.manual_seed(3)
+        engine, _ = engines.build("hybrid+graphed", step, strict=True)
+        run_epochs(step, engine, 50)
+        results.append([tensor.clone() for tensor in step.state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastcnn.network.kernels.synchronisation import arrives_last
+from fastcnn.network.kernels.synchronisation import arrives_last, await_inputs
 from fastcnn.network.kernels.tiles import dot, narrow
 
 
@@ -37,8 +37,10 @@ def head_forward(
     VALUE: tl.constexpr,
     SOFT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program computes some neurons of some images; the last of these images' programs goes on to their losses."""
+    await_inputs(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     neuron = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there, known = (row < num_images)[:, None], (neuron < NEURONS)[None, :]
@@ -107,8 +109,10 @@ def head_backward(
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program computes the gradients of some features and their weights; the last one those of all else."""
+    await_inputs(EARLY)
     if tl.program_id(0) < tl.num_programs(0) - 1:
         feature_gradients(
             x, dense, output, dropped, argument, d_logits, d_losses, d_x, d_dense, num_images,

@@ -23,8 +23,14 @@ class Launch(NamedTuple):
     """Whether its programs wait for each other: all of them must then run at once."""
 
     def options(self) -> dict[str, Any]:
-        """Return the options by which Triton compiles and launches it."""
-        return {"num_warps": self.warps, **({"launch_cooperative_grid": True} if self.meets else {})}
+        """Return the options by which Triton compiles and launches it, and the constant that follows from them."""
+        early = starts_early(self)
+        options: dict[str, Any] = {"num_warps": self.warps, "EARLY": early}
+        if early:
+            options["launch_pdl"] = True
+        if self.meets:
+            options["launch_cooperative_grid"] = True
+        return options
 
     def run(self) -> None:
         """Launch the kernel, or record it: see `recording`."""
@@ -60,6 +66,14 @@ def num_programs(device: torch.device, num_tiles: int, across: int = 1) -> int:
     else:
         most = PRETENDED_PROGRAMS
     return max(1, min(num_tiles, most // across))
+
+
+def starts_early(launch: Launch) -> bool:
+    """Return whether a launch may begin while the one before ends, and wait for its results (sm_90 and later).
+
+    None does: what it saves is not measured (`bench/proof/ideas.py` does so on a GPU).
+    """
+    return False
 
 
 def can_meet(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastcnn.network.kernels.synchronisation import arrives_last, meet
+from fastcnn.network.kernels.synchronisation import arrives_last, await_inputs, meet
 from fastcnn.network.kernels.tiles import narrow
 
 
@@ -42,7 +42,9 @@ def pool_forward(
     NORM: tl.constexpr,
     POOL: tl.constexpr,  # the first pass
     NORMALISE: tl.constexpr,  # the second
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < OUT
@@ -131,7 +133,9 @@ def pool_backward(
     NORM: tl.constexpr,
     REDUCE: tl.constexpr,  # the first pass: there with NORM alone
     SPREAD: tl.constexpr,  # the second
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < OUT

@@ -1,9 +1,17 @@
-"""Programs of one launch that wait for each other, or of which the last one finishes the work."""
+"""Programs of one launch that wait for each other or for the launch before, or whose last one finishes the work."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def await_inputs(EARLY: tl.constexpr):
+    """Wait until the launch before has ended, where this one may begin earlier; then let the next one begin."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastcnn.network.kernels.synchronisation import arrives_last
+from fastcnn.network.kernels.synchronisation import arrives_last, await_inputs
 from fastcnn.network.kernels.tiles import narrow
 
 
@@ -15,8 +15,10 @@ def collect(
     gradient,  # (P,) fp32
     SIZES: tl.constexpr,  # elements of each
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Copy tensors of several types behind each other: a program takes a block of one of them."""
+    await_inputs(EARLY)
     program, first, start = tl.program_id(0), 0, 0
     for number in tl.static_range(len(SIZES)):
         size = SIZES[number]
@@ -57,8 +59,10 @@ def adam_update(
     batch_size,
     DECOUPLED: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Adam, its copy for the arithmetic, the average and the step's sums: see `TrainingStep.update`."""
+    await_inputs(EARLY)
     step = tl.load(step_count)
     rate, taken = tl.load(lr_schedule + step), tl.load(num_updates)
     total = tl.zeros((BLOCK,), tl.float32)
