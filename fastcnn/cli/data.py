@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fastcnn.cli.group import SETTINGS, Commands
-from fastcnn.cli.options import config_options, given, json_option, parse_size, photos_in
+from fastcnn.cli.options import config_options, given, json_option, layout_options, parse_size, photos_in
 from fastcnn.config import resolve
 from fastcnn.errors import FastCNNError, nearest
 from fastcnn.system import signals
@@ -25,19 +25,8 @@ def data() -> None:
 @click.argument("folder", metavar="DATA")
 @json_option
 @click.option("--html", metavar="FILE", help="Also write a web page that shows the images.")
-@config_options(
-    "decoder",
-    "workers",
-    "decode_timeout",
-    "max_bad",
-    "max_pixels",
-    "exclude",
-    "train_dir",
-    "val_dir",
-    "test_dir",
-    "path_column",
-    "label_column",
-)
+@config_options("decoder", "workers", "decode_timeout", "max_bad", "max_pixels")
+@layout_options
 @signals.raising()
 def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> int:
     """Check a folder of images for problems.
@@ -57,9 +46,7 @@ def data_check(folder: str, as_json: bool, html: str | None, **options: Any) -> 
             max_bad=config.max_bad,
             max_pixels=config.max_pixels,
             timeout=config.decode_timeout,
-            exclude=config.exclude,
-            chosen=config.split_dirs,
-            columns=config.columns,
+            options=config.layout,
             progress=progress,
         )
     if html:
@@ -95,7 +82,8 @@ def data_download(name: str, folder: str, url: str | None) -> None:
 @click.option("--photos", type=click.IntRange(1), metavar="N", help="Images per shard at most. Default: no limit.")
 @click.option("--shard-size", metavar="SIZE", callback=parse_size, default="256MB", help="Size of a shard at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Random seed of the order of the images.")
-def data_shard(folder: str, out: str, photos: int | None, shard_size: int, seed: int) -> None:
+@layout_options
+def data_shard(folder: str, out: str, photos: int | None, shard_size: int, seed: int, **options: Any) -> None:
     """Write the images in DATA to OUT as WebDataset shards.
 
     The shards are OUT/000000.tar ..., or OUT/train/000000.tar ... Files are copied unchanged, in a random order, as
@@ -105,8 +93,8 @@ def data_shard(folder: str, out: str, photos: int | None, shard_size: int, seed:
     from fastcnn.data_tools.write_shards import write
     from fastcnn.system.console import Console
 
-    folder = photos_in(folder)
-    written = write(folder, out, photos_each=photos, bytes_each=shard_size, seed=seed, console=Console())
+    how, folder = resolve(given(options)).layout, photos_in(folder)
+    written = write(folder, out, photos_each=photos, bytes_each=shard_size, seed=seed, options=how, console=Console())
     if strange := written.no_images:
         some = "1 file is" if len(strange) == 1 else f"{len(strange):,} files are"
         click.echo(f"{some} no image and in the shards all the same: see fastcnn data check {shlex.quote(folder)}")

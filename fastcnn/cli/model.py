@@ -14,10 +14,12 @@ from fastcnn.cli.options import (
     config_options,
     given,
     json_option,
+    layout_options,
     moved_to_option,
     parse_origins,
     parse_size,
     photos_in,
+    reading_of,
     sha256_option,
 )
 from fastcnn.config import Export, as_choice, resolve
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("data", required=False)
 @moved_to_option
-@config_options("device", "cache_dir", "path_column", "label_column")
+@config_options("device", "cache_dir")
+@layout_options
 @click.option("--decoder", metavar="auto|dali|turbo|pillow", help="Image decoder. Default: the run's.")
 @click.option("--decode-timeout", metavar="SECONDS", help="Most that decoding one image may take. Default: the run's.")
 @json_option
@@ -52,7 +55,7 @@ def evaluate(
     from fastcnn.system.console import Console
 
     options = given(options)
-    config = resolve(options)
+    config, reading = resolve(options), reading_of(options, data or moved_to)
     data, moved_to = (folder and photos_in(folder, quiet=as_json) for folder in (data, moved_to))
     with Console().progress("decoding", "images") as progress:
         scores = evaluate_run(
@@ -63,7 +66,7 @@ def evaluate(
             device=config.device,
             decoder=config.decoder if "decoder" in options else None,
             timeout=config.decode_timeout if "decode_timeout" in options else None,
-            columns={name: options[name] for name in ("path_column", "label_column") if name in options},
+            reading=reading,
             progress=progress,
         )
     text = to_json(scores.to_dict())
@@ -137,10 +140,18 @@ def export(
 @click.argument("data", required=False)
 @moved_to_option
 @config_options("cache_dir")
+@layout_options
 @sha256_option
 @json_option
 def verify(
-    *, model: str, data: str | None, moved_to: str | None, cache_dir: str | None, sha256: str | None, as_json: bool
+    *,
+    model: str,
+    data: str | None,
+    moved_to: str | None,
+    cache_dir: str | None,
+    sha256: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Verify an exported model.
 
@@ -152,6 +163,7 @@ def verify(
 
     from fastcnn.system.console import Console
 
+    how = resolve(reading_of(options, data)).layout
     console, moved_to = Console(), moved_to and photos_in(moved_to, quiet=as_json)
     with console.progress("verifying", "images") as progress:
         from fastcnn.export.verify import verify_file  # takes seconds
@@ -167,7 +179,8 @@ def verify(
         from fastcnn.export.decoder_sensitivity import measure
 
         with console.progress("comparing", "images") as progress:
-            sensitivity = measure(opened, data, gpu=0 if torch.cuda.is_available() else None, progress=progress)
+            gpu = 0 if torch.cuda.is_available() else None
+            sensitivity = measure(opened, data, gpu=gpu, options=how, progress=progress)
     if as_json:
         answer = dataclasses.asdict(verification) | ({"decoders": sensitivity.to_dict()} if sensitivity else {})
         click.echo(to_json(answer))

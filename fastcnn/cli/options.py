@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from fastcnn.config import OPTIONS, SECTIONS, Bytes, Interval, base_type, option_name, parse_bytes
+from fastcnn.config import LAYOUT_FIELDS, OPTIONS, SECTIONS, Bytes, Interval, base_type, option_name, parse_bytes
 from fastcnn.errors import UsageError
 
 _METAVARS: dict[Any, str] = {
@@ -93,6 +93,18 @@ def config_options(*names: str, leave_out: Collection[str] = ("data",)) -> Calla
         return command
 
     return add
+
+
+layout_options = config_options(*LAYOUT_FIELDS)
+"""Decorator of a command that takes DATA, without the other options of the configuration."""
+
+
+def reading_of(options: dict[str, Any], data: str | None) -> dict[str, Any]:
+    """Return those of `layout_options` that the command line has. Raises UsageError where it has no DATA."""
+    reading = {name: options[name] for name in LAYOUT_FIELDS if options.get(name) is not None}
+    if reading and not data:
+        raise UsageError(f"{option_name(next(iter(reading)))} says how DATA is read: give DATA, or leave it out")
+    return reading
 
 
 def _config_option(name: str) -> Callable[[Any], Any]:

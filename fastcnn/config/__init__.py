@@ -1,7 +1,16 @@
 """The configuration of a run: its options, and how they are read from the command line, recipes and YAML files."""
 
 from fastcnn.config.config import OPTIONS, SECTIONS, Config, parse_yaml, read_recipe, read_yaml, recipe_names, resolve
-from fastcnn.config.data import PRESETS, STRENGTHS, Augmentation, DataConfig, Decoder, Loader
+from fastcnn.config.data import (
+    LAYOUT_FIELDS,
+    PRESETS,
+    STRENGTHS,
+    Augmentation,
+    DataConfig,
+    Decoder,
+    LayoutOptions,
+    Loader,
+)
 from fastcnn.config.model import MIN_IMAGE_SIZE, NUM_BLOCKS, Activation, ModelConfig, Tta
 from fastcnn.config.optimization import OptimizationConfig, Optimizer, Schedule
 from fastcnn.config.run import Engine, Export, Precision, RunConfig, Wandb

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -31,6 +33,25 @@ STRENGTHS: dict[Augmentation, tuple[float, float]] = {
 
 PRESETS: dict[str, tuple[str, ...]] = {"none": (), "light": ("flip", "shift"), "strong": ("flip", "crop", "colour")}
 """Named lists of augmentations."""
+
+LAYOUT_FIELDS = ("exclude", "train_dir", "val_dir", "test_dir", "path_column", "label_column")
+"""Options that say how DATA is read, where its folders and columns are not to be found by their names and content."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOptions:
+    """The options of `LAYOUT_FIELDS` that are given."""
+
+    exclude: tuple[str, ...] = ()
+    """Names of class or split folders, or classes of a table, that are left out."""
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Split -> its folder below DATA; "train" of a table -> the folder that its paths begin in."""
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """ "path" and "label" -> that column of a table."""
+
+    def __bool__(self) -> bool:
+        """Return whether any is given."""
+        return bool(self.exclude or self.folders or self.columns)
 
 
 def _with_strengths(items: tuple[str, ...]) -> tuple[str, ...]:
@@ -124,16 +145,15 @@ class DataConfig(Section):
         return self.cache_size or self.image_size
 
     @property
-    def split_dirs(self) -> dict[str, str]:
-        """Split -> the folder below DATA that is given for it."""
-        given = {"train": self.train_dir, "val": self.val_dir, "test": self.test_dir}
-        return {split: folder for split, folder in given.items() if folder}
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """ "path" and "label" -> the column of a CSV or Parquet file that is given for it."""
-        given = {"path": self.path_column, "label": self.label_column}
-        return {kind: name for kind, name in given.items() if name}
+    def layout(self) -> LayoutOptions:
+        """The options that say how DATA is read."""
+        folders = {"train": self.train_dir, "val": self.val_dir, "test": self.test_dir}
+        columns = {"path": self.path_column, "label": self.label_column}
+        return LayoutOptions(
+            self.exclude,
+            {split: folder for split, folder in folders.items() if folder},
+            {kind: name for kind, name in columns.items() if name},
+        )
 
     @property
     def augmentations(self) -> list[tuple[str, float]]:

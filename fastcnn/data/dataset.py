@@ -167,6 +167,8 @@ def of_run(
     """
     data = str(Path(moved_to).resolve()) if moved_to else config.data  # resolved, as it is in the cache's key
     own = dataclasses.replace(config, data=data, split=str(run_dir / NAME), max_bad=1.0, memory_limit=None)
+    if Path(data).is_dir():  # of a run of a table, whose photos were moved
+        own = dataclasses.replace(own, path_column=None, label_column=None)
     with missing_listed(run_dir, data, advice):
         return prepare(own, gpu=gpu, moved_from=config.data if data != config.data else "", progress=progress)
 
@@ -223,12 +225,11 @@ def _without_bad(
 def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note: Callable[[str], None]) -> Index:
     """Return the index of the folder, of its held-out photos where `classes` are given, as the first rank scans it."""
     memory = default_folder(config.cache_dir)
-    left_out = config.exclude
     index = ranks.broadcast(
         lambda: (
-            scan(config.data, memory, left_out, config.split_dirs, config.columns)
+            scan(config.data, memory, config.layout)
             if classes is None
-            else scan_held_out(config.data, classes, memory, left_out, config.columns)
+            else scan_held_out(config.data, classes, memory, config.layout)
         )
     )
     note(f"layout of {printable(str(index.root))}: {index.layout}")

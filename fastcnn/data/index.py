@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn.config import LayoutOptions
 from fastcnn.data import class_names, layout, manifest, shards
-from fastcnn.data.layout import SPLITS, Layout
+from fastcnn.data.layout import NO_OPTIONS, SPLITS, Layout
 from fastcnn.data.listing import COLUMNS, Listing, join, list_folder, list_rows, sort
 from fastcnn.data.manifest import Manifest
 from fastcnn.data.path_list import PathList
 from fastcnn.data.shards import Shards
 from fastcnn.data.walk import Skipped, Stamp, is_folder
-from fastcnn.errors import DataError, nearest, warn
+from fastcnn.errors import DataError, UsageError, nearest, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.verdict import Member
 
@@ -95,9 +96,7 @@ class Index:
 def scan(
     root: str | Path,
     memory: Path | None = None,
-    exclude: Iterable[str] = (),
-    chosen: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
+    options: LayoutOptions = NO_OPTIONS,
 ) -> Index:
     """Return the index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
@@ -107,22 +106,20 @@ def scan(
     Args:
         root: the folder, or the table.
         memory: a folder for remembered scans of archives.
-        exclude: names of class or split folders that are left out.
-        chosen: split -> its folder below root, where it is not to be found by its name.
-        columns: "path" and "label" -> their columns in a table, where they are not to be found by what they hold.
+        options: what is not to be found by names and content.
 
-    Raises DataError for a folder that is missing, empty, has fewer than two classes, or whose held-out folders
-    have a class that the training folder lacks.
+    Raises UsageError for columns of a folder, DataError for a folder that is missing, empty, has fewer than two
+    classes, or whose held-out folders have a class that the training folder lacks.
     """
     root = Path(root)
     if manifest.is_manifest(root):
-        index = _of_manifest(manifest.read(root, columns, exclude, chosen))
+        index = _of_manifest(manifest.read(root, options))
         if len(index.classes) < 2:
             raise DataError(f"fewer than two classes in {root} ({index.layout}): a classifier needs two or more")
         check_classes(index)
         return index
-    _check_folder(root)
-    read = layout.read(root, exclude, chosen)
+    _check_folder(root, options)
+    read = layout.read(root, options)
     train_folder = read.splits["train"]
     found = _read_shards(root, read, memory)
     if "train" in found:
@@ -145,8 +142,7 @@ def scan_held_out(
     root: str | Path,
     classes: Sequence[str],
     memory: Path | None = None,
-    exclude: Iterable[str] = (),
-    columns: Mapping[str, str] | None = None,
+    options: LayoutOptions = NO_OPTIONS,
 ) -> Index:
     """Return the index of the photos in a folder on which a model of these classes is scored.
 
@@ -159,10 +155,11 @@ def scan_held_out(
     """
     root = Path(root)
     if manifest.is_manifest(root):
-        return _held_out_of_manifest(manifest.read(root, columns, exclude), tuple(classes))
-    _check_folder(root)
+        return _held_out_of_manifest(manifest.read(root, options), tuple(classes))
+    _check_folder(root, options)
     names = class_names.positions(classes)
-    read = _held_out_layout(root, names, frozenset(exclude))
+    read = _held_out_layout(root, names, options)
+    layout.warn_of_unused(root, read)
     known = tuple(classes)
     for place in read.splits.values():
         for name in read.class_names(place):
@@ -175,37 +172,36 @@ def scan_held_out(
     return index
 
 
-def _held_out_layout(root: Path, names: Mapping[str, int], exclude: frozenset[str]) -> Layout:
+def _held_out_layout(root: Path, names: Mapping[str, int], options: LayoutOptions) -> Layout:
     """Return the layout of a folder to be scored on: its val and test folders, else train, else root/<class>."""
+    exclude = frozenset(options.exclude)
+    if chosen := options.folders:
+        held_out = {split: folder for split, folder in chosen.items() if split != "train"}
+        return layout.as_chosen(root, exclude, held_out or chosen)
     folders = [path for path in layout.visible_folders(root, exclude) if comparable(path.name) not in names]
     found = layout.by_split(root, ((path, path.name.casefold()) for path in folders))
     if not found and not any(comparable(path.name) in names for path in layout.visible_folders(root, exclude)):
-        read = layout.read(root, exclude)
+        read = layout.by_names(root, exclude)
         found = dict(read.splits) if len(read.splits) > 1 else {"all": read.splits["train"]}
     if len(found) > 1:
         found.pop("train", None)
     return Layout(found or {"all": root}, exclude, ", ".join(found) or "<class>/<photos>")
 
 
-def scan_loosely(
-    root: str | Path,
-    exclude: Iterable[str] = (),
-    chosen: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
-) -> tuple[Index, str]:
+def scan_loosely(root: str | Path, options: LayoutOptions = NO_OPTIONS) -> tuple[Index, str]:
     """Return the index of all photos in a folder of any layout, and why `scan` refuses it ("" where it does not).
 
     Without class folders all files below it are of one class without a name. Raises DataError for a folder that is
     missing, and for shards that `scan` refuses: their photos cannot be listed.
     """
     try:
-        return scan(root, exclude=exclude, chosen=chosen, columns=columns), ""
+        return scan(root, options=options), ""
     except DataError as error:
         problem = str(error)
     if manifest.is_manifest(root):
-        return _of_manifest(manifest.read(Path(root), columns, exclude, chosen)), problem
-    root, left_out = Path(root), frozenset(exclude)
-    _check_folder(root)
+        return _of_manifest(manifest.read(Path(root), options)), problem
+    root, left_out = Path(root), frozenset(options.exclude)
+    _check_folder(root, options)
     folders = layout.visible_folders(root, left_out)
     parts = {SPLITS[path.name.casefold()]: path for path in folders if path.name.casefold() in SPLITS}
     flat = Layout({"train": root}, left_out, "<class>/<photos>" if folders else "no folders, so no classes")
@@ -234,7 +230,8 @@ def check_classes(index: Index) -> None:
             warn(f"the {split} folder of {index.root} has no photos of: {', '.join(missing)}")
 
 
-def _check_folder(root: Path) -> None:
+def _check_folder(root: Path, options: LayoutOptions) -> None:
+    """Raise DataError where there is no such folder, UsageError where options name columns of it."""
     try:
         kind = root.stat().st_mode
     except OSError as error:
@@ -245,6 +242,11 @@ def _check_folder(root: Path) -> None:
         raise DataError(
             f"the data folder {printable(str(root))} is a file, not a folder: expected a folder with one folder of "
             "photos per class, a .csv or .parquet with path and class of each, on the command line also a .zip or .tar"
+        )
+    if kinds := [f"--{kind}-column" for kind in options.columns]:
+        raise UsageError(
+            f"{' and '.join(kinds)}: {printable(str(root))} is a folder, and columns are those of a CSV or Parquet "
+            "table: leave it out, or give the table as DATA"
         )
 
 
@@ -270,7 +272,7 @@ def _check_known(shown: str, name: str, classes: Sequence[str]) -> None:
     if comparable(name) not in class_names.positions(classes):
         raise DataError(
             f"{printable(shown)} is a class that the model does not know; "
-            f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+            f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}; leave it out with --exclude"
         )
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcnn.config import LayoutOptions
 from fastcnn.data import shards
 from fastcnn.data.walk import Skipped, files_below, folders_in, is_folder, is_ours
-from fastcnn.errors import DataError, warn
+from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
 
 SPLITS = {
@@ -36,6 +37,8 @@ OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "swee
 IMAGES = ("images", "image", "imgs", "img", "photos", "jpegimages")
 ANNOTATIONS = ("annotations", "annotation", "labels", "masks", "trimaps", "meta", "attributes")
 """Names in small letters of folders that stand beside each other where photos come with annotations: no classes."""
+
+NO_OPTIONS = LayoutOptions()
 
 FEW = 20
 """Folders in which split folders are looked for: listing those of a hundred classes would take as long as the scan."""
@@ -65,18 +68,22 @@ class Layout:
         return not self.class_names(folder) and bool(shards.archives(folder))
 
 
-def read(root: Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | None = None) -> Layout:
+def read(root: Path, options: LayoutOptions = NO_OPTIONS) -> Layout:
     """Return the layout of a folder that exists. What it finds beside the layout is named in a warning.
 
-    exclude: names of folders that are left out.
-    chosen: split -> its folder below the root, by --train-dir, --val-dir and --test-dir; nothing is guessed then.
-
-    Raises DataError where two folders are of one split, where held-out folders have no training folder, where there are
-    two ways to read it, or where a folder cannot be read.
+    Where the options name folders, nothing is guessed. Raises DataError where two folders are of one split, where
+    held-out folders have no training folder, where there are two ways to read it, or where a folder cannot be read.
     """
-    left_out = frozenset(exclude)
-    if chosen:
-        return _as_chosen(root, left_out, chosen)
+    left_out, chosen = frozenset(options.exclude), options.folders
+    if chosen and "train" not in chosen:
+        raise DataError("--val-dir and --test-dir need --train-dir: the folder of the training photos")
+    found = as_chosen(root, left_out, chosen) if chosen else by_names(root, left_out)
+    warn_of_unused(root, found)
+    return found
+
+
+def by_names(root: Path, left_out: frozenset[str]) -> Layout:
+    """Return the layout that the names of folders tell."""
     inner = _unwrapped(root, left_out)
     if inner != root:
         warn(f"{printable(str(root))} has one folder, {printable(str(inner.relative_to(root)))}: reading that")
@@ -107,15 +114,28 @@ def read(root: Path, exclude: Iterable[str] = (), chosen: Mapping[str, str] | No
     return Layout({"train": inner}, left_out, f"{where}<class>/<photos>")
 
 
-def _as_chosen(root: Path, exclude: frozenset[str], chosen: Mapping[str, str]) -> Layout:
-    if "train" not in chosen:
-        raise DataError("--val-dir and --test-dir need --train-dir: the folder of the training photos")
+def as_chosen(root: Path, exclude: frozenset[str], chosen: Mapping[str, str]) -> Layout:
+    """Return the layout of split -> folder below the root. Raises DataError where there is no such folder."""
     splits = {split: root / name for split, name in chosen.items()}
     for split, path in splits.items():
         if not path.is_dir():
             raise DataError(f"--{split}-dir {chosen[split]}: no such folder in {printable(str(root))}")
     names = ", ".join(f"{split} in {name}" for split, name in chosen.items())
     return Layout(splits, exclude, f"{printable(names)}, each with <class>/<photos>")
+
+
+def warn_of_unused(root: Path, read: Layout) -> None:
+    """Warn of names to leave out that no folder has where classes or splits stand."""
+    if not read.exclude:
+        return
+    places = {place for path in read.splits.values() for place in (path, *path.parents) if place.is_relative_to(root)}
+    names = {comparable(path.name): path.name for place in places for path in folders_in(place)}
+    for name in sorted(read.exclude):
+        if comparable(name) not in names:
+            there = printable(nearest(name, names.values()))
+            warn(
+                f"--exclude {printable(name)}: {printable(str(root))} has no class or split folder of that name{there}"
+            )
 
 
 def _check_annotated(root: Path, folder: Path, exclude: frozenset[str]) -> None:

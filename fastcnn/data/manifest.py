@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastcnn.config import read_yaml, resolve
-from fastcnn.data.layout import SPLITS, words_of
+from fastcnn.config import LayoutOptions, read_yaml, resolve
+from fastcnn.data.layout import NO_OPTIONS, SPLITS, words_of
 from fastcnn.data.tables import SUFFIXES, Table, read_table
 from fastcnn.data.walk import Stamp, folders_in, is_folder
-from fastcnn.errors import DataError, FastCNNError, UsageError, warn
+from fastcnn.errors import DataError, FastCNNError, UsageError, nearest, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.meant import NAMED_AS_PHOTOS
 
@@ -97,28 +97,17 @@ def is_manifest(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES and Path(path).is_file()
 
 
-def read(
-    path: Path,
-    columns: Mapping[str, str] | None = None,
-    exclude: Iterable[str] = (),
-    folders: Mapping[str, str] | None = None,
-) -> Manifest:
+def read(path: Path, options: LayoutOptions = NO_OPTIONS) -> Manifest:
     """Return the photos of a manifest. Those that are not there are rows all the same, and reported as unreadable.
-
-    Args:
-        path: the file.
-        columns: "path" and "label" -> name of that column, where it is not to be found by what it holds.
-        exclude: labels whose rows are left out.
-        folders: "train" -> the folder that the paths begin in, where it is not to be found.
 
     Raises DataError where the file is no table, a column is not found or not certain, or a photo has two labels;
     FastCNNError where Parquet cannot be read here.
     """
-    path, columns, folders = Path(os.path.abspath(path)), columns or {}, folders or {}  # noqa: PTH100
-    if set(folders) - {"train"}:
+    path, columns = Path(os.path.abspath(path)), options.columns  # noqa: PTH100
+    if set(options.folders) - {"train"}:
         raise UsageError(f"{path.name} names the splits in a column: leave out --val-dir and --test-dir")
     table, photos = read_table(path), _Photos()
-    base, paths = _located(table, photos, columns.get("path"), folders.get("train"))
+    base, paths = _located(table, photos, columns.get("path"), options.folders.get("train"))
     if photos.find(base, table.names[paths].strip())[0]:  # the first line is no header
         names = [str(number) for number in range(1, len(table.names) + 1)]
         table = Table(path, names, [table.names, *table.rows], 1)
@@ -130,7 +119,8 @@ def read(
         described += f", splits in '{table.names[split]}'"
     unread = [name for i, name in enumerate(table.names) if i not in (paths, label, split)]
     described += f"; not read: {', '.join(unread)}" if unread else ""
-    rows = _rows(table, photos, base, (paths, label, split), {comparable(name) for name in exclude})
+    _warn_of_unused(options.exclude, table, label)
+    rows = _rows(table, photos, base, (paths, label, split), {comparable(name) for name in options.exclude})
     root, rows = _below_one_folder(base, rows)
     return Manifest(root, sorted(rows, key=lambda row: row.path), split is not None, printable(described))
 
@@ -195,7 +185,7 @@ def _run_folder(path: Path) -> list[Path]:
     data = Path(config.data)
     if not is_manifest(data) or data.samefile(path):
         return [data]
-    return [read(data, config.columns, folders=config.split_dirs).root]
+    return [read(data, replace(config.layout, exclude=())).root]
 
 
 def _split_column(table: Table, taken: set[int | None]) -> int | None:
@@ -281,6 +271,14 @@ def _rows(
         if count:
             warn(f"{printable(table.path.name)}: {count:,} rows {what}")
     return list(rows.values())
+
+
+def _warn_of_unused(exclude: Sequence[str], table: Table, label: int) -> None:
+    labels = set(table.values(label)) if exclude else set()
+    for name in exclude:
+        if comparable(name) not in map(comparable, labels):
+            there = printable(nearest(name, labels))
+            warn(f"--exclude {printable(name)}: {printable(table.path.name)} has no class of that name{there}")
 
 
 def _facts(path: str) -> tuple[int, Stamp]:

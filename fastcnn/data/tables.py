@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -72,11 +73,21 @@ def _csv(path: Path) -> list[list[str]]:
 
 
 def _parquet(path: Path) -> list[list[str]]:
+    """Return the columns of plain values; lists and structures are not read."""
     try:
-        table: Mapping[str, Sequence[Any]] = import_module("pyarrow.parquet").read_table(path).to_pydict()
+        parquet = import_module("pyarrow.parquet")
     except ImportError:
-        raise FastCNNError(f"{printable(path.name)} is Parquet: pip install pyarrow, or save it as CSV") from None
+        raise FastCNNError(
+            f"{printable(path.name)} is Parquet: pip install 'fastcnn[parquet]', or save it as CSV"
+        ) from None
+    try:
+        plain = [field.name for field in parquet.read_schema(path) if not field.type.num_fields]
+        table: Mapping[str, Sequence[Any]] = parquet.read_table(path, columns=plain).to_pydict()
     except Exception as error:  # pyarrow's own errors
         raise DataError(f"cannot read the table {printable(str(path))}: {first_line(error)}") from None
-    texts = [["" if value is None else str(value) for value in column] for column in table.values()]
+    texts = [[_text(value) for value in column] for column in table.values()]
     return [list(table), *map(list, zip(*texts, strict=True))]
+
+
+def _text(value: Any) -> str:
+    return os.fsdecode(value) if isinstance(value, bytes) else "" if value is None else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 import pipelines
-from fastcnn.config import Decoder
+from fastcnn.config import Decoder, LayoutOptions
 from fastcnn.data import layout, shards
 from fastcnn.data.index import Index, scan_loosely
-from fastcnn.data.layout import SPLITS, Layout
+from fastcnn.data.layout import NO_OPTIONS, SPLITS, Layout
 from fastcnn.data.walk import is_folder
 from fastcnn.data_tools import duplicates
 from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
@@ -40,9 +40,7 @@ def check(
     max_bad: float = 0.05,
     max_pixels: int | None = None,
     timeout: float = DECODE_TIMEOUT,
-    exclude: Iterable[str] = (),
-    chosen: Mapping[str, str] | None = None,
-    columns: Mapping[str, str] | None = None,
+    options: LayoutOptions = NO_OPTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
     """Return the findings about a folder of photos, of any layout; nothing in it is changed.
@@ -54,14 +52,12 @@ def check(
         max_bad: fraction of unusable photos above which a run refuses the folder.
         max_pixels: a larger photo is unusable; None is `pipelines.MAX_PIXELS`.
         timeout: seconds that decoding one photo may take.
-        exclude: names of folders that are left out.
-        chosen: split -> its folder below root, where it is not to be found by its name.
-        columns: "path" and "label" -> their columns, where root is a table.
+        options: what is not to be found by names and content.
         progress: called with the number of photos decoded and to decode.
 
     Raises DataError where there is no such folder, FastCNNError where the decoder is missing.
     """
-    index, refusal = scan_loosely(root, exclude, chosen, columns)
+    index, refusal = scan_loosely(root, options)
     sources = index.sources()
     try:
         used, _ = pipelines.choose(decoder, gpu=False)
@@ -87,7 +83,7 @@ def check(
         verdicts=verdicts,
         exact=_groups(index, exact),
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
-        outside=[] if index.classes == ("",) else _outside(Path(root), exclude),
+        outside=[] if index.classes == ("",) else _outside(Path(root), options.exclude),
         decoder=used,
         max_pixels=limit,
     )

@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn.config import LayoutOptions
 from fastcnn.data import index, shards
 from fastcnn.data.index import Index
+from fastcnn.data.layout import NO_OPTIONS
 from fastcnn.errors import DataError, FastCNNError, UsageError
 from fastcnn.storage import files
 from fastcnn.system import signals
@@ -46,6 +48,7 @@ def write(
     photos_each: int | None = None,
     bytes_each: int = SHARD_BYTES,
     seed: int = 0,
+    options: LayoutOptions = NO_OPTIONS,
     console: Console | None = None,
 ) -> Written:
     """Write the photos of a folder as shards: OUT/000000.tar, or OUT/train/000000.tar where it has split folders.
@@ -54,18 +57,19 @@ def write(
     photos and seed give the same bytes. `out` is filled only once everything is written.
 
     Args:
-        root: a folder as `index.scan` takes it.
+        root: a folder or table as `index.scan` takes it.
         out: an empty folder, or one that does not exist.
         photos_each: largest number of photos in a shard; None leaves it to `bytes_each`.
         bytes_each: largest number of bytes of a shard's photos, except for a shard of one photo.
         seed: seed of the order.
+        options: see `index.scan`.
         console: prints progress.
 
     Raises DataError where the folder cannot be used or a photo cannot be read, FastCNNError where `out` is not empty or
     cannot be written.
     """
     out, console = Path(out), console or Console(quiet=True)
-    found = index.scan(root)
+    found = index.scan(root, options=options)
     for name in found.classes:
         if "\n" in name or "\r" in name or not name.strip():
             raise DataError(f"class '{printable(name)}' of {found.root} does not fit on a line of {shards.CLASSES}")

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 import pipelines
+from fastcnn.config import LayoutOptions
 from fastcnn.data.index import scan_held_out
+from fastcnn.data.layout import NO_OPTIONS
 from fastcnn.errors import DataError
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.system.text import table
@@ -87,22 +89,24 @@ def measure(
     *,
     gpu: int | None = None,
     workers: int | None = None,
+    options: LayoutOptions = NO_OPTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DecoderSensitivity:
     """Compare a model's probabilities for a folder of photos between decoders.
 
     Args:
         model: an exported model, opened.
-        data: a folder of photos in classes, see `index.scan_held_out`.
+        data: a folder or table of photos in classes, see `index.scan_held_out`.
         decoders: names of decoders to compare with the reference; the model's own resize of the full-size photo is
             always compared.
         gpu: index of the device on which DALI decodes too; None: on the CPU only.
         workers: decoding threads; None: one per core.
+        options: see `index.scan_held_out`.
         progress: called with the number of photos done and the total.
 
     Raises DataError if the folder does not fit the model or has no usable photo.
     """
-    index = scan_held_out(data, model.classes)
+    index = scan_held_out(data, model.classes, options=options)
     predictors, left_out = _predictors(decoders, gpu, workers)
     parts: dict[str, list[Probabilities]] = {name: [] for name in predictors}
     reasons: list[str] = []

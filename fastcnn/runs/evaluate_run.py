@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import Config, Decoder, resolve
+from fastcnn.config import LAYOUT_FIELDS, Config, Decoder, resolve
 from fastcnn.data import dataset, split_file
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
@@ -23,7 +23,7 @@ from fastcnn.system.switches import torch_settings
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
-_ELSEWHERE = {"path_column": None, "label_column": None, "max_bad": 1.0, "memory_limit": None}
+_ELSEWHERE = {**dict.fromkeys(LAYOUT_FIELDS), "exclude": (), "max_bad": 1.0, "memory_limit": None}
 """Options of a run that are not for the images of another folder or table."""
 
 
@@ -64,7 +64,7 @@ def evaluate_run(
     device: str = "auto",
     decoder: Decoder | None = None,
     timeout: float | None = None,
-    columns: Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
     """Return the scores of a run's best model; on the device of its training, exactly those that the run reported.
@@ -78,7 +78,7 @@ def evaluate_run(
         device: as for training.
         decoder: decodes images that are not in the cache; None is the run's.
         timeout: seconds that decoding one of them may take; None is the run's.
-        columns: "path_column" and "label_column" -> their names, where the images are in a table.
+        reading: options of `config.LAYOUT_FIELDS`, for `data` or `moved_to`.
         progress: called with the numbers of images decoded and to decode.
 
     Raises DataError if the images do not fit the run, FastCNNError if weights or losses are not finite numbers.
@@ -89,7 +89,7 @@ def evaluate_run(
         "cache_dir": cache_dir and str(cache_dir),
         "decoder": decoder,
         "decode_timeout": timeout,
-        **(columns or {}),
+        **(reading or {}),
     }
     earlier = saved["config"] if data is None else {**saved["config"], **_ELSEWHERE, "data": str(Path(data).resolve())}
     config = resolve(earlier, {name: value for name, value in given.items() if value})

@@ -33,6 +33,8 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
         return resolve(read_yaml(run_dir / "config.yaml"), changes)
     saved = checkpoint.load_of_run(run_dir, "last.pt")
     config = resolve(saved["config"], changes)
+    if Path(config.data).is_dir():  # of a run of a table, whose photos were moved
+        config = dataclasses.replace(config, path_column=None, label_column=None)
     if config.devices != saved["config"]["devices"]:
         config = dataclasses.replace(config, threads=None, workers=None)  # each was one rank's part of the cores
     if config.epochs <= saved["epoch"] and is_finished(run_dir):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fastcnn.config import LayoutOptions
 from fastcnn.data import layout
 from fastcnn.data.index import Index, scan, scan_held_out
 from fastcnn.errors import DataError, FastCNNWarning
@@ -26,11 +27,11 @@ def photos(root: Path, *folders: str) -> Path:
     return root
 
 
-def read(root: Path) -> tuple[Index, list[str]]:
+def read(root: Path, *exclude: str) -> tuple[Index, list[str]]:
     """Return the index and the warnings."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", FastCNNWarning)
-        index = scan(root)
+        index = scan(root, options=LayoutOptions(exclude))
     return index, [str(one.message) for one in told]
 
 
@@ -108,8 +109,8 @@ def test_train_may_be_a_class_among_others(beside: list[str], tmp_path: Path) ->
         (3, "plane, ship, train") if len({name.split("/")[0] for name in beside}) > 1 else (2, "plane, train")
     )
     assert f"in two ways: {number} classes, {names}, of 4 photos; or" in str(error.value)
-    assert scan(tmp_path, chosen={"train": "."}).classes == tuple(names.split(", "))
-    assert scan(tmp_path, chosen={"train": "train"}).classes == ("a", "b")
+    assert scan(tmp_path, options=LayoutOptions(folders={"train": "."})).classes == tuple(names.split(", "))
+    assert scan(tmp_path, options=LayoutOptions(folders={"train": "train"})).classes == ("a", "b")
     photos(tmp_path, "test/a", "test/b")  # now it is certain
     index, told = read(tmp_path)
     assert index.classes == ("a", "b")
@@ -123,20 +124,20 @@ def test_two_readings_are_shown_and_an_option_settles_it(tmp_path: Path) -> None
     assert "2 classes, seg_dev, seg_other, of 4 photos; or 2 classes, apple, pear, of 2 photos in seg_dev" in str(
         error.value
     )
-    assert scan(tmp_path, chosen={"train": "."}).classes == ("seg_dev", "seg_other")
-    index = scan(tmp_path, chosen={"train": "seg_other", "val": "seg_dev"})
+    assert scan(tmp_path, options=LayoutOptions(folders={"train": "."})).classes == ("seg_dev", "seg_other")
+    index = scan(tmp_path, options=LayoutOptions(folders={"train": "seg_other", "val": "seg_dev"}))
     assert (index.classes, list(index.folders)) == (("apple", "pear"), ["val", "val", "train", "train"])
     with pytest.raises(DataError, match="--test-dir nowhere: no such folder"):
-        scan(tmp_path, chosen={"train": "seg_dev", "test": "nowhere"})
+        scan(tmp_path, options=LayoutOptions(folders={"train": "seg_dev", "test": "nowhere"}))
     with pytest.raises(DataError, match="need --train-dir"):
-        scan(tmp_path, chosen={"val": "seg_dev"})
+        scan(tmp_path, options=LayoutOptions(folders={"val": "seg_dev"}))
 
 
 def test_two_folders_of_a_split_are_one_too_many(tmp_path: Path) -> None:
     photos(tmp_path, "train/cat", "train/dog", "Training/cat", "Training/dog")
     with pytest.raises(DataError, match=r"two training folders, Training and train: .* --exclude train"):
         scan(tmp_path)
-    assert scan(tmp_path, exclude=["Training"]).classes == ("cat", "dog")
+    assert scan(tmp_path, options=LayoutOptions(("Training",))).classes == ("cat", "dog")
 
 
 def test_our_own_folders_are_no_classes(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_splits_below_a_folder_that_is_not_alone(beside: str, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"in two ways.*--train-dir inat/train"):
         scan(tmp_path)
     with pytest.warns(FastCNNWarning, match="has one folder, inat"):
-        assert scan(tmp_path, exclude=[beside]).classes == ("cat", "dog")
+        assert scan(tmp_path, options=LayoutOptions((beside,))).classes == ("cat", "dog")
 
 
 def test_folders_of_other_tools_are_named_and_can_be_left_out(tmp_path: Path) -> None:
@@ -181,23 +182,35 @@ def test_folders_of_other_tools_are_named_and_can_be_left_out(tmp_path: Path) ->
     assert told == [
         f"{tmp_path / 'runs'} is read as a class: if another program made it, leave it out with --exclude runs"
     ]
-    assert scan(tmp_path, exclude=["runs"]).classes == ("cat", "dog")
+    assert scan(tmp_path, options=LayoutOptions(("runs",))).classes == ("cat", "dog")
+
+
+def test_a_name_that_leaves_nothing_out_is_told(tmp_path: Path) -> None:
+    photos(tmp_path, "wrap/Train/cat", "wrap/Train/dog", "wrap/Train/owl", "wrap/Test/cat", "wrap/Test/dog")
+    _, told = read(tmp_path, "olw", "owl", "1.jpg")
+    assert told[1:] == [
+        f"--exclude 1.jpg: {tmp_path} has no class or split folder of that name",
+        f"--exclude olw: {tmp_path} has no class or split folder of that name; did you mean 'owl'?",
+    ]
+    with pytest.warns(FastCNNWarning, match="--exclude catt: .*; did you mean 'cat'"):
+        scan_held_out(tmp_path / "wrap", ["cat", "dog", "owl"], options=LayoutOptions(("catt",)))
 
 
 def test_an_empty_class_is_refused_and_can_be_left_out(tmp_path: Path) -> None:
     photos(tmp_path, "cat", "dog", "owl/")
     with pytest.raises(DataError, match=r"class 'owl' .*--exclude owl"):
         scan(tmp_path)
-    assert scan(tmp_path, exclude=["owl"]).classes == ("cat", "dog")
+    assert scan(tmp_path, options=LayoutOptions(("owl",))).classes == ("cat", "dog")
     photos(tmp_path, "Cafe\u0301/")  # as a Mac writes what is typed as one letter
-    assert scan(tmp_path, exclude=["owl", "Caf\u00e9"]).classes == ("cat", "dog")
+    both = LayoutOptions(("owl", "Caf\u00e9"))
+    assert scan(tmp_path, options=both).classes == ("cat", "dog")
 
 
 def test_split_folders_without_classes_are_no_classes(tmp_path: Path) -> None:
     photos(tmp_path, "train", "test1")  # as Kaggle has it
     with pytest.raises(DataError, match=r"no class folders in test1, train of .* a table .* --train-dir [.]$"):
         scan(tmp_path)
-    assert scan(tmp_path, chosen={"train": "."}).classes == ("test1", "train")
+    assert scan(tmp_path, options=LayoutOptions(folders={"train": "."})).classes == ("test1", "train")
 
 
 @pytest.mark.parametrize("beside", ["Annotations", "masks"])
@@ -205,7 +218,7 @@ def test_photos_beside_annotations_are_no_classes(beside: str, tmp_path: Path) -
     photos(tmp_path, "images", beside)
     with pytest.raises(DataError, match=f"images beside {beside}: .*--train-dir images; .*--train-dir [.]$"):
         scan(tmp_path)
-    assert scan(tmp_path, chosen={"train": "."}).classes == tuple(sorted(["images", beside]))
+    assert scan(tmp_path, options=LayoutOptions(folders={"train": "."})).classes == tuple(sorted(["images", beside]))
 
 
 def test_scoring_finds_held_out_folders_by_the_same_names(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import shutil
 import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastcnn.config import LayoutOptions
 from fastcnn.data.index import Index, scan, scan_held_out, scan_loosely
 from fastcnn.data.split import draw_split, explain_split
 from fastcnn.data.split_file import read_split
@@ -98,7 +100,7 @@ def test_splits_are_those_of_the_column(tmp_path: Path) -> None:
     assert set(held_out.folders) == {"val"}
     with pytest.raises(DataError, match="'EMU' is a class that the model does not know; it knows OWL"):
         scan_held_out(data, ["OWL", "JAY"])
-    assert scan(data, columns={"label": "scientific name"}).classes == ("Dromaius", "Strix")
+    assert scan(data, options=LayoutOptions(columns={"label": "scientific name"})).classes == ("Dromaius", "Strix")
     test = table(tmp_path / "test.csv", "file,label,split", "train/OWL/1.jpg,OWL,train", "train/EMU/2.jpg,EMU,Testing")
     with pytest.raises(DataError, match="no usable photos of class 'EMU'"):
         scan(test)
@@ -114,7 +116,7 @@ def test_the_split_of_a_run_is_a_manifest(run_dir: Path, photos: Path, tmp_path:
     alone = Path(shutil.copy(run_dir / "split.csv", tmp_path / "mine.csv"))
     with pytest.raises(DataError, match=r"no column of .*\('path', 'label', 'split', .*\) has paths.*--train-dir DIR"):
         scan(alone)
-    assert scan(alone, chosen={"train": str(photos)}).paths == flat.paths
+    assert scan(alone, options=LayoutOptions(folders={"train": str(photos)})).paths == flat.paths
 
 
 def test_classes_are_compared_in_one_form_and_numbers_sorted_by_value(tmp_path: Path) -> None:
@@ -137,7 +139,10 @@ def test_rows_that_name_no_photo(tmp_path: Path) -> None:
     ]
     assert dict(zip(index.paths, index.sizes.tolist(), strict=True)) == {"1.jpg": 1, "2.jpg": 1, "3.jpg": 0, "two": 0}
     with pytest.warns(FastCNNWarning):
-        assert scan_loosely(tmp_path / "x.csv", exclude=["cat"])[1].startswith("fewer than two classes in")
+        refusal = scan_loosely(tmp_path / "x.csv", options=LayoutOptions(("cat",)))[1]
+    assert refusal.startswith("fewer than two classes in")
+    with pytest.warns(FastCNNWarning, match=r"--exclude doge: x.csv has no class of that name; did you mean 'dog'\?"):
+        scan(tmp_path / "x.csv", options=LayoutOptions(("doge",)))
 
 
 @pytest.mark.parametrize(
@@ -154,14 +159,14 @@ def test_rows_that_name_no_photo(tmp_path: Path) -> None:
         (["file,label", "1.jpg,cat", "2.jpg,dog"], {"columns": {"path": "x"}}, "--path-column x: x.csv has"),
         (["file,label", "1.jpg,cat", "2.jpg,cat"], {}, "fewer than two classes"),
         (["file,label,set", "1.jpg,cat,train", "2.jpg,dog,trian"], {}, "'trian' in column 'set' is no split"),
-        (["file,label", "1.jpg,cat", "2.jpg,dog"], {"chosen": {"val": "v"}}, "leave out --val-dir"),
-        (["file,label", "1.jpg,cat", "2.jpg,dog"], {"chosen": {"train": "v"}}, "has paths of photos that are in v"),
+        (["file,label", "1.jpg,cat", "2.jpg,dog"], {"folders": {"val": "v"}}, "leave out --val-dir"),
+        (["file,label", "1.jpg,cat", "2.jpg,dog"], {"folders": {"train": "v"}}, "has paths of photos that are in v"),
     ],
 )
-def test_errors(lines: list[str], options: dict[str, dict[str, str]], message: str, tmp_path: Path) -> None:
+def test_errors(lines: list[str], options: dict[str, Any], message: str, tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     with pytest.raises((DataError, UsageError), match=message):
-        scan(table(tmp_path / "x.csv", *lines), **options)
+        scan(table(tmp_path / "x.csv", *lines), options=LayoutOptions(**options))
 
 
 def test_two_folders_with_the_same_names(tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_two_folders_with_the_same_names(tmp_path: Path) -> None:
     data = table(tmp_path / "x.csv", "file,label", "1.jpg,cat", "2.jpg,dog")
     with pytest.raises(DataError, match="are in left and in right: say which with --train-dir left or --train-dir"):
         scan(data)
-    assert scan(data, chosen={"train": "right"}).root == tmp_path / "right"
+    assert scan(data, options=LayoutOptions(folders={"train": "right"})).root == tmp_path / "right"
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +183,9 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.write_bytes(b"PAR1")
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "pyarrow", None)
-        with pytest.raises(FastCNNError, match=r"x.parquet is Parquet: pip install pyarrow, or save it as CSV"):
+        with pytest.raises(
+            FastCNNError, match=r"x.parquet is Parquet: pip install 'fastcnn\[parquet\]', or save it as CSV"
+        ):
             scan(data)
     if not find_spec("pyarrow"):
         pytest.skip("reading Parquet needs pyarrow")
@@ -187,9 +194,13 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(DataError, match="cannot read the table"):
         scan(data)
-    columns = {"image": list(CATS), "label": [0, 1, 0], "weight": [0.5, None, 1]}
+    columns = {"image": list(CATS), "label": [0, 1, 0], "weight": [0.5, None, 1], "box": [[0, 1], [2, 3], None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), data)
     assert labelled(scan(data)) == {"1.jpg": "0", "2.jpg": "1", "3.jpg": "0"}
+    kinds = pyarrow.array(list(CATS.values()), pyarrow.binary())
+    categories = pyarrow.array(list(CATS)).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"id": categories, "kind": kinds}), data)
+    assert labelled(scan(data)) == CATS
 
 
 def test_the_check_of_a_manifest(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastcnn.config import LayoutOptions
 from fastcnn.data.index import scan
 from fastcnn.data.path_list import PathList
 
@@ -41,7 +42,7 @@ def test_folders_that_sort_otherwise_than_their_paths_and_one_within_another(tmp
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list(scan(tmp_path).paths) == sorted(names)
-    index = scan(tmp_path, exclude=["a b", "a.b"], chosen={"train": ".", "test": "held"})
+    index = scan(tmp_path, options=LayoutOptions(("a b", "a.b"), {"train": ".", "test": "held"}))
     assert list(zip(index.paths, index.folders, strict=True)) == [
         ("a/1.jpg", "train"),
         ("c/2.jpg", "train"),
