@@ -84,7 +84,6 @@ class Workers:
         self._options = (math.ceil(threads / num), gpu, max_pixels)
         self._workers: list[_Worker | None] = [None] * num
         self._num_decoded = self._num_failed = 0
-        self._interrupted = False
 
     def __enter__(self) -> Workers:
         return self
@@ -136,7 +135,7 @@ class Workers:
                 try:
                     verdicts = list(pool.map(lambda i: self._decode(i, parts[i], out), range(len(parts))))
                 except KeyboardInterrupt:  # else it would wait for the batches
-                    self._interrupted = True
+                    self._server.given_up = True
                     self.close()
                     raise
         return [verdict for part in verdicts for verdict in part]
@@ -184,8 +183,6 @@ class Workers:
     def _ask(self, lane: int, batch: Batch, out: np.ndarray) -> list[Verdict]:
         assert self._server is not None
         worker = self._workers[lane]
-        if self._interrupted:
-            raise Unavailable("interrupted")
         if worker is None:
             worker = self._workers[lane] = self._server.fork()
         answer = worker.ask((batch, self._options), _memory(out).fd, self._timeout)
@@ -303,6 +300,8 @@ class _Server:
         self._module, self._preload = module, gpu is None
         self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._lock = threading.Lock()  # several threads ask for workers
+        self.given_up = False
+        """Whether an interruption ends it: threads that still ask for workers get none, and start it no more."""
         self._start()
 
     def _start(self) -> None:
@@ -322,17 +321,25 @@ class _Server:
         self._ready = self._fork_first = False  # started again, it would be a fork of a process with threads
 
     def fork(self) -> _Worker:
-        """Return a new worker. A server that died is started again, once."""
+        """Return a new worker. A server that died is started again, once, unless it is given up."""
         with self._lock:
             try:
                 return self._fork()
             except (EOFError, OSError):
-                self.close()
-                self._start()
+                self._restart()
             try:
                 return self._fork()
             except (EOFError, OSError) as error:
                 raise Unavailable("the process that starts workers ends at once") from error
+
+    def _restart(self) -> None:
+        """Start it again. Raises Unavailable where it is given up, also meanwhile; nothing then runs."""
+        self.close()
+        if not self.given_up:
+            self._start()
+        if self.given_up:
+            self._finish()
+            raise Unavailable("interrupted")
 
     def _fork(self) -> _Worker:
         if not self._ready:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -270,6 +271,58 @@ def test_an_interruption_in_the_middle_of_a_batch_leaves_no_process(
         _, told = caller.communicate()
     assert "StopSignal" in told
     assert [process.name for process in processes if process.exists()] == [], "nor as a zombie"
+
+
+@pytest.mark.parametrize("when", ["before", "during the start"])
+def test_a_server_that_is_given_up_is_not_started_again(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that start when an interruption comes still ask for workers, after those that run were ended."""
+    server, started = workers._Server("pipelines.pillow", gpu=None), []
+    start, server.given_up = server._start, when == "before"
+
+    def interrupted_start() -> None:
+        start()
+        started.append(server._process)
+        server.given_up, server._process = True, None  # as the thread that was interrupted leaves it
+
+    monkeypatch.setattr(server, "_start", interrupted_start)
+    server.close()
+    with pytest.raises(workers.Unavailable, match="interrupted"):
+        server.fork()
+    assert [process.returncode for process in started] == ([] if when == "before" else [0])
+
+
+INTERRUPTED_AFTER = """
+import os, signal, sys, threading; sys.path[:0] = {path!r}
+import pipelines
+from fastcnn.system import signals
+from pipelines import workers
+from pipelines.workers import Workers, shared
+pipelines.BACKENDS["planted"] = "planted_decoder"
+workers.THREADS = 1
+photo = open("photo.jpg", "rb").read()
+out = shared((12, {size}, {size}, 3))
+with signals.raising(), Workers("planted", threads=12) as decoding:
+    decoding.decode([photo], {size}, out[:1])
+    threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    decoding.decode([photo + b"slow"] * 12, {size}, out)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("milliseconds", [*range(0, 40, 2), *range(40, 200, 20)])
+def test_an_interruption_while_threads_start_leaves_no_process(
+    planted: str, photos: list[bytes], milliseconds: int
+) -> None:
+    Path("photo.jpg").write_bytes(photos[0])
+    code = INTERRUPTED_AFTER.format(path=sys.path, size=SIZE, seconds=milliseconds / 1000)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "StopSignal" in ended.stderr
+    mine, commands = str(Path("modules").resolve()), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # another that ends meanwhile
+            commands.append((process / "cmdline").read_text(errors="replace"))
+    assert [command for command in commands if mine in command] == []
 
 
 def test_an_interruption_while_a_server_ends_does_not_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
