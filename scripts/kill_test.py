@@ -82,7 +82,7 @@ def run(num_kills: int, seed: int, num_photos: int, *, moved: bool = False) -> t
         longest = finish(work, whole, work / "whole-cache")
         expected = outcome(whole)
         for number in itertools.count():
-            if sum(kills.values()) >= num_kills and (moved or min(kills[stage] for stage in STAGES) >= num_kills // 10):
+            if sum(kills.values()) >= num_kills and min(kills[stage] for stage in STAGES) >= num_kills // 10:
                 break
             cut, cache = work / f"cut-{number}", work / f"cache-{number}"
             for target in TARGETS:

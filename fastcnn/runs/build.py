@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastcnn.config import Config
 from fastcnn.config import Engine as EngineName
+from fastcnn.data import class_names
 from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed
@@ -163,7 +165,7 @@ def start(
         generator=own.cpu,
     )
     if config.init_from and fresh:
-        load_initial_weights(model, config.init_from)
+        load_initial_weights(model, classes, config.init_from)
     sync_layers.convert(model, ranks, batch_norm=config.sync_batch_norm)
     step = _make_step(config, model.to(feed.images.device), feed, labels, ranks, own.device)
     sampling = sampling_weights(labels, len(classes)) if config.balance == "sampling" else None
@@ -237,26 +239,34 @@ def sampling_weights(labels: npt.NDArray[np.int64], num_classes: int) -> npt.NDA
     return sampling
 
 
-def load_initial_weights(model: SmallCNN, source: str) -> None:
-    """Load the weights of a run or checkpoint; the output layer keeps its own if the number of classes differs.
+def load_initial_weights(model: SmallCNN, classes: Sequence[str], source: str) -> None:
+    """Load the weights of a run or checkpoint.
 
-    Raises FastCNNError, naming the first, if another weight has another shape, or if one is not finite.
+    Rows of the output layer go by the names of the classes; the layer keeps its own weights, with a warning, where the
+    classes are others. Raises FastCNNError, naming the first, if another weight has another shape, or if one is not
+    finite.
     """
     path = Path(source) if Path(source).is_file() else run_folder.find(source) / "best.pt"
-    found, own = checkpoint.load(path)["model"], model.state_dict()
+    saved, own = checkpoint.load(path), model.state_dict()
+    found = saved["model"]
     if not all_finite(found.values()):
         raise FastCNNError(f"--init-from {source}: its weights are not finite numbers: give another run")
-    kept = {name for name in ("output.weight", "output.bias") if found[name].shape != own[name].shape}
+    output = ("output.weight", "output.bias")
     for name, value in own.items():
-        if name not in found or (name not in kept and found[name].shape != value.shape):
+        if name not in found or (name not in output and found[name].shape != value.shape):
             shape = tuple(found[name].shape) if name in found else "nothing"
             raise FastCNNError(
                 f"--init-from {source}: {name} is {shape} there and {tuple(value.shape)} here: "
                 "give the options of that network (its config.yaml has them)"
             )
-    model.load_state_dict({name: own[name] if name in kept else found[name] for name in own})
-    if kept:
-        warn(f"--init-from {source} has another number of classes: the output layer starts from random weights")
+    places, names = class_names.positions(saved["classes"]), list(class_names.positions(classes))
+    if places.keys() == set(names):
+        order = [places[name] for name in names]
+        found |= {name: found[name][order] for name in output}
+    else:
+        found |= {name: own[name] for name in output}
+        warn(f"--init-from {source} has other classes: the output layer starts from random weights")
+    model.load_state_dict({name: found[name] for name in own})
 
 
 def make_engine(state: RunState) -> Engine:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import Config, option_name, read_yaml, resolve
+from fastcnn.config import OPTIONS, Config, option_name, read_yaml, resolve
 from fastcnn.data import class_names
 from fastcnn.errors import FastCNNError, UsageError, warn
 from fastcnn.runs.state import RunState
@@ -17,9 +17,13 @@ from fastcnn.system.console import Console
 RESUMABLE = ("data", "cache_dir", "epochs", "device", "devices", "wandb", "loader", "on_nan", "checkpoint_every")
 """Options that may change when a run is resumed; DATA and the cache where the same photos were moved."""
 
+_FOUND = ("engine", "precision", "threads", "workers", "path_column", "label_column")  # a run writes down what it took
+
 
 def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
     """Return the configuration of an earlier run, with changes to what is in `RESUMABLE`.
+
+    The run's config.yaml may have been edited: what is in `RESUMABLE` counts.
 
     Raises UsageError for any other change, and if the run is finished; FastCNNError if there is no such run.
     """
@@ -32,7 +36,7 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
     if not (run_dir / "last.pt").is_file():  # killed before its first step was saved
         return resolve(read_yaml(run_dir / "config.yaml"), changes)
     saved = checkpoint.load_of_run(run_dir, "last.pt")
-    config = resolve(saved["config"], changes)
+    config = resolve(saved["config"], _edited(run_dir, saved["config"]), changes)
     if Path(config.data).is_dir():  # of a run of a table, whose photos were moved
         config = dataclasses.replace(config, path_column=None, label_column=None)
     if config.devices != saved["config"]["devices"]:
@@ -40,6 +44,21 @@ def resumed_config(run: str | Path, changes: dict[str, Any]) -> Config:
     if config.epochs <= saved["epoch"] and is_finished(run_dir):
         raise UsageError(f"--resume: {run} has its {saved['epoch']} epochs: give more with --epochs")
     return config
+
+
+def _edited(run_dir: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.yaml has for options that may change. Raises UsageError where another one was edited."""
+    path = run_dir / run_folder.CONFIG
+    stated = {name: value for name, value in read_yaml(path).items() if name in OPTIONS and value != begun.get(name)}
+    now = resolve(begun, stated).to_dict()  # the same value may be written in several ways
+    edited = [name for name in stated if now[name] != begun.get(name) and name not in (*RESUMABLE, *_FOUND)]
+    if edited:
+        name = edited[0]
+        raise UsageError(
+            f"--resume: {path} has been edited, and {option_name(name)} cannot change: put back {name}: {begun[name]}, "
+            f"or begin another run with --config {path}"
+        )
+    return {name: stated[name] for name in RESUMABLE if name in stated and name != "cache_dir"}
 
 
 def is_finished(run_dir: Path) -> bool:

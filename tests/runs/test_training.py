@@ -16,8 +16,9 @@ import torch
 from fastcnn import Config, fit
 from fastcnn.data.feeds import shuffled
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
+from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.runs import loop
-from fastcnn.runs.build import class_weights
+from fastcnn.runs.build import class_weights, load_initial_weights
 from fastcnn.runs.failures import RunInterrupted
 from fastcnn.runs.resume import resumed_config
 from fastcnn.storage import checkpoint
@@ -90,6 +91,23 @@ def test_a_resumed_run_changes_nothing_else(run_dir: Path) -> None:
         resumed_config("nothing", {})
 
 
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_an_edited_configuration_is_heeded_or_refused(run_dir: Path, has_checkpoint: bool, tmp_path: Path) -> None:
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    if not has_checkpoint:
+        (run / "last.pt").unlink()
+    (run / "config.yaml").write_text(text.replace("epochs: 2\n", "epochs: 3\n").replace("lr: 0.001\n", "lr: 1.0e-3\n"))
+    assert resumed_config("run", {}).epochs == 3
+    assert resumed_config("run", {"epochs": 4}).epochs == 4
+    (run / "config.yaml").write_text(text.replace("lr: 0.001\n", "lr: 0.5\n"))
+    if has_checkpoint:
+        with pytest.raises(UsageError, match="has been edited, and --lr cannot change: put back lr: "):
+            resumed_config("run", {"epochs": 3})
+    else:  # it begins again
+        assert resumed_config("run", {}).lr == 0.5
+
+
 def test_patience_ends_a_run_early(photos: Path) -> None:
     run = fit(Config(data=str(photos), epochs=50, patience=1, lr=0.3, optimizer="sgd", limit_train_batches=1, **SMALL))
     best = run.summary["best_epoch"]
@@ -128,6 +146,20 @@ def test_init_from_takes_the_weights_and_another_output_layer(photos: Path, run_
 
     with pytest.raises(FastCNNError, match=r"blocks\.0\.conv\.weight is \(8, 3, 3, 3\) there and \(4, 3, 3, 3\) here"):
         fit(Config(data=str(photos), init_from=str(run_dir), **{**plain, "filters": (4,)}))
+
+
+def test_the_output_layer_of_init_from_goes_by_the_names_of_the_classes(run_dir: Path) -> None:
+    saved = checkpoint.load(run_dir / "best.pt")
+    model, classes = SmallCNN(**saved["network"]), saved["classes"]
+    load_initial_weights(model, classes[::-1], str(run_dir))
+    assert torch.equal(model.output.weight, saved["model"]["output.weight"].flip(0))
+    assert torch.equal(model.output.bias, saved["model"]["output.bias"].flip(0))
+    own = torch.randn_like(model.output.weight)
+    model.output.weight.data = own.clone()
+    with pytest.warns(FastCNNWarning, match="has other classes: the output layer starts from random weights"):
+        load_initial_weights(model, [*classes[:-1], "another"], str(run_dir))
+    assert torch.equal(model.output.weight, own)
+    assert torch.equal(model.state_dict()["blocks.0.conv.weight"], saved["model"]["blocks.0.conv.weight"])
 
 
 def test_balanced_sampling_draws_classes_alike() -> None:
