@@ -16,6 +16,7 @@ from pipelines.meant import meant_as_photo, of_the_system
 OWN_FILES = [
     ("config.yaml", "split.csv"),
     ("config.yaml", "last.pt"),
+    ("config.yaml", ".lock"),
     ("cache.json", "photos.jsonl"),
     ("sweep.csv", "config.yaml"),
     ("sweep.csv", "journal.log"),

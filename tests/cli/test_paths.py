@@ -44,6 +44,20 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
+def test_runs_and_caches_among_the_photos(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run leaves itself out, from its first moment on, and so does the next one."""
+    for folder in filter(Path.is_dir, photos.iterdir()):
+        shutil.copytree(folder, tmp_path / "all" / folder.name)
+    monkeypatch.chdir(tmp_path / "all")
+    here = ["--device", "cpu", "--no-report", "--cache-dir", "my cache"]
+    for place in ([], [], ["--run-dir", "mine"]):
+        code, out, err = run(capsys, "train", ".", *SMALL, "--batch-size", 8, *here, *place)
+        assert (code, err) == (0, ""), out
+        assert f"photos of {sum(map(Path.is_dir, photos.iterdir()))} classes in" in out
+
+
 @pytest.fixture(scope="module")
 def world(
     photos: Path, run_dir: Path, exports: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
