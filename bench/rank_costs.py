@@ -22,7 +22,8 @@ from torch.multiprocessing.spawn import spawn
 
 from bench.scale.rates import PHOTO_BYTES
 from bench.scale.step import GRADIENT_BYTES, STATISTICS_BYTES
-from fastcnn.data.cache_files import CHUNK, journal_line, read_journal, read_row
+from fastcnn.data import journal_files
+from fastcnn.data.cache_files import CHUNK, read_row
 
 ROWS, ROWS_A_READ = 16384, 256
 LINES = 50_000
@@ -86,10 +87,10 @@ def _appending(folder: Path) -> None:
 def _journal(folder: Path) -> None:
     stamp = {"size": 100_000, "mtime": 1_700_000_000_000_000_000, "ctime": 1_700_000_000_000_000_000, "inode": 10**7}
     entry = {**stamp, "digest": "0" * 32, "crc": 4_000_000_000, "reason": ""}
-    lines = [journal_line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
+    lines = [journal_files.line({"path": f"train/class/{i:09}.jpg", "row": i, **entry}) for i in range(LINES)]
     (folder / "photos.jsonl").write_bytes(b"".join(lines))
-    assert len(read_journal(folder)) == LINES
-    _report(f"{LINES:,} lines of a journal", _timed(lambda: read_journal(folder), 10), LINES, "photos/s")
+    assert len(journal_files.read(folder)) == LINES
+    _report(f"{LINES:,} lines of a journal", _timed(lambda: journal_files.read(folder), 10), LINES, "photos/s")
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:

@@ -22,7 +22,7 @@ _BEGINNING = 128  # bytes, all that `image_format` looks at
 def meant_as_photo(path: str | os.PathLike[str]) -> bool:
     """Return whether a file has the name of a photo, or begins like one; one that cannot be read may be one."""
     name = os.fspath(path)
-    if name.rpartition(".")[2].lower() in NAMED_AS_PHOTOS:
+    if named_as_photo(name):
         return True
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):  # noqa: PTH116 - a named pipe would block for ever
@@ -34,6 +34,11 @@ def meant_as_photo(path: str | os.PathLike[str]) -> bool:
     except OSError:
         return True
     return True
+
+
+def named_as_photo(name: str) -> bool:
+    """Return whether a file has the name of a photo."""
+    return name.rpartition(".")[2].lower() in NAMED_AS_PHOTOS
 
 
 def of_the_system(folder: str) -> bool:

@@ -111,7 +111,7 @@ def cache() -> None:
 @config_options("cache_dir")
 def cache_list(cache_dir: str | None) -> None:
     """List the caches: key, images, size, decoder and data folder."""
-    from fastcnn.data.cache import list_caches
+    from fastcnn.data.cache_folders import list_caches
     from fastcnn.system.text import printable, table
 
     rows = [
@@ -134,7 +134,7 @@ def cache_list(cache_dir: str | None) -> None:
 @config_options("cache_dir")
 def cache_info(cache_dir: str | None) -> None:
     """Print the folder of the caches, their number and their size."""
-    from fastcnn.data.cache import default_folder, list_caches
+    from fastcnn.data.cache_folders import default_folder, list_caches
 
     caches = list_caches(cache_dir)
     click.echo(f"folder  {default_folder(cache_dir)}")
@@ -152,7 +152,7 @@ def cache_clear(key: str | None, force: bool, cache_dir: str | None) -> None:
 
     A cache that a run is reading is left alone.
     """
-    from fastcnn.data.cache import clear, list_caches
+    from fastcnn.data.cache_folders import clear, list_caches
 
     keys = [entry["key"] for entry in list_caches(cache_dir)]
     if key and key not in keys:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 import pipelines
-from fastcnn.data.cache import default_folder
+from fastcnn.data.cache_folders import default_folder
 from fastcnn.errors import first_line
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.runs.wandb_server import in_netrc

@@ -80,7 +80,7 @@ def train(
 
 def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, start: float) -> None:
     """Train, with the processes of the cache started before torch is imported."""
-    from fastcnn.data.cache import start_early
+    from fastcnn.data.cache_folders import start_early
     from fastcnn.system.console import Console
     from pipelines.workers import end_early
 

@@ -16,7 +16,9 @@ import torch
 import pipelines
 from fastcnn.config import DataConfig, Decoder, Loader
 from fastcnn.data import class_names, loaders
-from fastcnn.data.cache import Cache, build, default_folder, fits_on_disk
+from fastcnn.data.cache import build, fits_on_disk
+from fastcnn.data.cache_folders import default_folder
+from fastcnn.data.cached_photos import Cache
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
 from fastcnn.data.recognise import known_sizes
 from fastcnn.data.split import check_fraction, draw_split, explain_split
@@ -29,6 +31,8 @@ from fastcnn.system.text import comparable, printable
 
 NUM_NAMED = 10  # bad photos that an error names
 
+SPLITS = ("train", "val", "test", "all")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -36,8 +40,8 @@ class Dataset:
 
     index: Index
     cache: Cache
-    splits: npt.NDArray[np.str_]
-    """(N,) train, val or test for each photo of the index."""
+    split_numbers: npt.NDArray[np.uint8]
+    """(N,) position in `SPLITS` of the split of each photo of the index."""
     bad: dict[str, str]
     """Path -> reason of every photo that was left out."""
     damaged: dict[str, str]
@@ -51,9 +55,14 @@ class Dataset:
     max_pixels: int
     """Pixels above which photos were left out."""
 
+    @property
+    def splits(self) -> npt.NDArray[np.str_]:
+        """(N,) train, val or test for each photo of the index, or the folder of those of `scan_held_out`."""
+        return np.array(SPLITS)[self.split_numbers]
+
     def photos(self, split: str) -> npt.NDArray[np.intp]:
         """Return the positions in the index of a split's photos."""
-        return np.flatnonzero(self.splits == split)
+        return np.flatnonzero(self.split_numbers == SPLITS.index(split))
 
     def pixels(self, photos: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
         """Return a copy (n, size, size, 3) of the pixels of photos, given by their positions in the index."""
@@ -127,14 +136,14 @@ def prepare(
     index, cache, bad, damaged = _without_bad(index, cache, config.max_bad, scoring=classes is not None)
     splits = index.folders
     if classes is None:
-        photos, splits = _split(index, cache, config, seed, ranks, moved_from)
-        index, cache = index.take(photos), cache.take(photos)
+        cache, splits = _split(cache, config, seed, ranks, moved_from)
+        index = cache.index
         if not config.split and (reading := explain_split(index, config.val_fraction)):
             note(reading)
     return Dataset(
         index=index,
         cache=cache,
-        splits=splits,
+        split_numbers=split_numbers(splits),
         bad=bad,
         damaged=damaged,
         decoder=config.decoder,
@@ -142,6 +151,14 @@ def prepare(
         loader_reason=why,
         max_pixels=config.max_pixels,
     )
+
+
+def split_numbers(splits: npt.NDArray[np.str_]) -> npt.NDArray[np.uint8]:
+    """Return (N,) the position in `SPLITS` of each of some names of splits."""
+    numbers = np.zeros(len(splits), np.uint8)
+    for number, name in enumerate(SPLITS):
+        numbers[splits == name] = number
+    return numbers
 
 
 def of_run(
@@ -209,14 +226,15 @@ def _without_bad(
     index: Index, cache: Cache, max_bad: float, *, scoring: bool
 ) -> tuple[Index, Cache, dict[str, str], dict[str, str]]:
     """Return index and cache of the usable photos, path -> reason of the others, and path -> damage of those kept."""
-    bad = {path: reason for path, reason in zip(index.paths, cache.reasons, strict=True) if reason}
+    bad = {index.paths[photo]: reason for photo, reason in cache.reasons.items()}
     if bad:
         _report_bad(bad, len(index), max_bad, "" if scoring else "; see bad_images.csv")
         usable = cache.usable
-        index, cache = index.take(usable), cache.take(usable)
+        cache = cache.take(usable)
+        index = cache.index
         if not scoring:
             check_classes(index)
-    damaged = {path: damage for path, damage in zip(index.paths, cache.damage, strict=True) if damage}
+    damaged = {index.paths[photo]: damage for photo, damage in cache.damage.items()}
     if damaged:
         _report_damaged(damaged, len(index))
     return index, cache, bad, damaged
@@ -242,11 +260,12 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
 
 
 def _split(
-    index: Index, cache: Cache, config: DataConfig, seed: int, ranks: Ranks, moved_from: str
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.str_]]:
-    """Return the positions (M,) of the photos that are used, those that `config.split` lists, and their splits (M,)."""
+    cache: Cache, config: DataConfig, seed: int, ranks: Ranks, moved_from: str
+) -> tuple[Cache, npt.NDArray[np.str_]]:
+    """Return the cache of the photos that are used, those that `config.split` lists, and their splits (M,)."""
+    index = cache.index
     if not config.split:
-        return np.arange(len(index)), draw_split(index, config.val_fraction, seed)
+        return cache, draw_split(index, config.val_fraction, seed)
     path, caches = Path(config.split), default_folder(config.cache_dir)
     photos, splits = ranks.broadcast(
         lambda: read_split(
@@ -259,7 +278,7 @@ def _split(
     )
     if left_out := len(index) - len(photos):
         warn(f"{left_out:,} photos are not listed in {config.split} and are left out")
-    return photos, splits
+    return cache.take(photos), splits
 
 
 def _report_bad(bad: dict[str, str], count: int, max_bad: float, where: str) -> None:

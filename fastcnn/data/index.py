@@ -279,12 +279,13 @@ def _check_known(shown: str, name: str, classes: Sequence[str]) -> None:
 def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
     skipped = Skipped()
-    folders = [
-        list_folder(root, split_folder / name, label, split, skipped)
+    places = [
+        (split_folder / name, label, split)
         for split, split_folder in read.splits.items()
         if split not in found
         for label, name in ([(0, "")] if classes == ("",) else _labelled(read, split, classes))
     ]
+    files = sort([list_folder(root, folder, label, split, skipped) for folder, label, split in places])
     archives = []
     for split, part in found.items():
         labels = part.labels(root, classes)
@@ -294,15 +295,14 @@ def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str
     if num := skipped.unreadable:
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
     facts = {"num_hidden": skipped.hidden, "others": skipped.others, "layout": read.described}
-    return _index(root, classes, join([sort(folders), *archives]), **facts)
+    return _index(root, classes, join([files, *archives]), **facts)
 
 
 def _index(root: Path, classes: tuple[str, ...], listed: Listing, **facts: Any) -> Index:
     """Return the index of listed photos; `facts` are the fields of no photo."""
-    columns = dict(zip(COLUMNS, listed.facts, strict=True))
-    return Index(
-        root=root, classes=classes, paths=listed.paths, labels=listed.labels, folders=listed.splits, **columns, **facts
-    )
+    columns: dict[str, Any] = {"labels": listed.labels, "folders": listed.splits, "offsets": listed.offsets}
+    columns |= dict(zip(COLUMNS, listed.facts, strict=True))
+    return Index(root=root, classes=classes, paths=listed.paths, **columns, **facts)
 
 
 def _read_shards(root: Path, read: Layout, memory: Path | None) -> dict[str, Shards]:

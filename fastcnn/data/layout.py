@@ -192,7 +192,7 @@ def _in_two_ways(root: Path, outer: Path, inner: Path, exclude: frozenset[str]) 
     for folder in (outer, inner):
         classes = visible_folders(folder, exclude)
         names = printable(", ".join(path.name for path in classes[:3]) + (", ..." if len(classes) > 3 else ""))
-        count = sum(1 for path in classes for _ in files_below(root, path, Skipped()))
+        count = sum(len(paths) for path in classes for paths, _ in files_below(root, path, Skipped()))
         readings.append(f"{len(classes)} classes, {names}, of {count:,} photos")
     here, name = (printable(folder.relative_to(root).as_posix()) for folder in (outer, inner))
     return DataError(

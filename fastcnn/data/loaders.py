@@ -12,7 +12,7 @@ import torch
 import pipelines
 from fastcnn.config import Loader
 from fastcnn.data.buffered_feed import BufferedFeed
-from fastcnn.data.cache import Cache
+from fastcnn.data.cached_photos import Cache
 from fastcnn.data.crops import crop_boxes
 from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, Labels, Pixels, Positions, RankSlice, ShardedFeed
 from fastcnn.data.index import Index
@@ -64,11 +64,14 @@ def shared(index: Index, cache: Cache, photos: Positions, options: Options) -> F
     """
     if options.device.type != "cpu" or not len(cache.images):
         return resident(index, cache, photos, options)
+    pages = cache.pages(photos)
+    if pages is None:  # a cache that is damaged, and that cannot be written
+        return resident(index, cache, photos, options)
     labels = torch.zeros(len(cache.images), dtype=torch.int64)
     rows = cache.rows[photos]
     labels[rows] = torch.from_numpy(index.labels[photos])
     return Feed(
-        images=torch.from_numpy(cache.pages()),
+        images=torch.from_numpy(pages),
         labels=labels,
         permutation=torch.from_numpy(rows.copy()),
         cursor=torch.zeros(1, dtype=torch.int64),

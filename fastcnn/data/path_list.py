@@ -29,6 +29,9 @@ class PathList(Sequence[str]):
     @classmethod
     def of(cls, paths: Iterable[str]) -> PathList:
         """Return the list of paths given as strings."""
+        paths = list(paths)
+        if (joined := "".join(paths)).isascii():
+            return cls(joined.encode(), np.fromiter(accumulate(map(len, paths)), np.int64, len(paths)))
         encoded = [path.encode(errors=_ANY_NAME) for path in paths]
         return cls(b"".join(encoded), np.fromiter(accumulate(map(len, encoded)), np.int64, len(encoded)))
 
@@ -57,10 +60,15 @@ class PathList(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield the paths."""
+        for path in self.encoded():
+            yield path.decode(errors=_ANY_NAME)
+
+    def encoded(self) -> Iterator[bytes]:
+        """Yield the paths in UTF-8."""
         start = 0
         for first in range(0, len(self), CHUNK):
             for end in self.ends[first : first + CHUNK].tolist():
-                yield self.letters[start:end].decode(errors=_ANY_NAME)
+                yield self.letters[start:end]
                 start = end
 
     def __eq__(self, other: object) -> bool:
@@ -74,6 +82,27 @@ class PathList(Sequence[str]):
     def __repr__(self) -> str:
         """Return the paths as Python writes a tuple of them."""
         return repr(tuple(self))
+
+    def find(self, paths: PathList) -> npt.NDArray[np.intp]:
+        """Return (n,) the position here of each of n paths, the last one of a path that is here twice; -1 without.
+
+        By sorted hashes, in a fraction of the memory of a dict.
+        """
+        if not len(self):
+            return np.full(len(paths), -1)
+        own, wanted = self._hashes(), paths._hashes()
+        order = np.argsort(own, kind="stable")
+        at = order[np.searchsorted(own[order], wanted, side="right") - 1]
+        at[own[at] != wanted] = -1
+        for first in range(0, len(paths), CHUNK):
+            known = first + np.flatnonzero(at[first : first + CHUNK] >= 0)
+            here, there = self.take(at[known]), paths.take(known)
+            if here != there:  # two paths of one hash
+                at[known[[a != b for a, b in zip(here.encoded(), there.encoded(), strict=True)]]] = -1
+        return at
+
+    def _hashes(self) -> npt.NDArray[np.int64]:
+        return np.fromiter(map(hash, self.encoded()), np.int64, len(self))
 
     def take(self, positions: npt.NDArray[np.intp]) -> PathList:
         """Return the paths at some positions, in that order."""

@@ -12,28 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fastcnn.data.cache_files import (
-    CacheFiles,
-    Journal,
-    chunks_of,
-    facts,
-    folders_in,
-    is_current,
-    read_header,
-    read_journal,
-    read_row,
-    read_sizes,
-)
+from fastcnn.data import journal_files
+from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header, read_row
 from fastcnn.data.feeds import Positions
 from fastcnn.data.index import Index
+from fastcnn.data.journal import Journal, facts, of_entries
 from pipelines.verdict import Unusable, read
 
 CHUNK = 512  # photos between two writes
 
 
-def recognise(index: Index, files: CacheFiles, journal: Journal, others: Iterable[Path], *, read_all: bool) -> None:
-    """Enter the photos that are in this cache, or in one of `others`, under another path or stamp; forget the outdated.
+def recognise(index: Index, files: CacheFiles, known: Journal, others: Iterable[Path], *, read_all: bool) -> Journal:
+    """Return a cache's journal with the photos that are in it, or in one of `others`, under another path or stamp.
 
     A photo of which an entry has the size is read once, and its digest decides. Pixels that are another cache's are
     copied. Where the cache cannot be written, a photo that kept its row is entered in memory alone.
@@ -41,27 +33,30 @@ def recognise(index: Index, files: CacheFiles, journal: Journal, others: Iterabl
     Args:
         index: the photos.
         files: the files of this cache.
-        journal: of this cache; changed in place.
+        known: the journal of this cache.
         others: folders of caches; those that differ in the data folder alone are looked at.
-        read_all: whether to read the photos whose stamp is the same, too.
+        read_all: whether to read the photos whose stamp is the same, too, and to forget those that are others.
     """
-    changed = [
-        i for i, path in enumerate(index.paths) if read_all or not is_current(journal.get(path), index, i)
-    ]  # fmt: skip
-    if not changed:
-        return
-    known: dict[str, tuple[Path, dict[str, Any]]] = {}
-    others = [folder for folder in others if folder != files.folder and _differs_in_root(folder, files)]
-    for folder in (*others, files.folder):  # this cache last: its rows need no copy
-        entries = journal if folder == files.folder else read_journal(folder)
-        known |= {entry["digest"]: (folder, entry) for entry in entries.values() if entry["digest"]}
-    sizes = {entry["size"] for _, entry in known.values()}
-    for part in chunks_of(np.array(changed, np.intp), CHUNK):
-        found = _found(index, part, sizes, known)
-        _enter(index, files, journal, found)
-        for i in part:
-            if not is_current(journal.get(index.paths[i]), index, i) or (read_all and i not in found):
-                journal.pop(index.paths[i], None)
+    current = known.find_current(index)
+    changed = np.arange(len(index)) if read_all else np.flatnonzero(current < 0)
+    if not len(changed):
+        return known
+    folders = [folder for folder in others if folder != files.folder and _differs_in_root(folder, files)]
+    holders = {folder: journal_files.read(folder) for folder in folders} | {files.folder: known}
+    places: dict[bytes, tuple[Path, int]] = {}
+    for folder, holder in holders.items():  # this cache last: its rows need no copy
+        packed = holder.digests.packed
+        places |= {digest: (folder, at) for at, digest in enumerate(map(bytes, packed)) if any(digest)}
+    placed = known.find(index)
+    sizes = np.unique(np.concatenate([holder.facts[0] for holder in holders.values()]))
+    entered: list[dict[str, Any]] = []
+    unknown: list[int] = []
+    for part in chunks_of(changed, CHUNK):
+        found = _found(index, part, sizes, places)
+        entries = {i: (folder, holders[folder].entry(at)) for i, (folder, at) in found.items()}
+        entered += _enter(index, files, known, placed, entries)
+        unknown += [i for i in part.tolist() if i not in found and current[i] >= 0]
+    return known.without(current[unknown]).followed_by(of_entries(entered))
 
 
 def digests(index: Index, photos: Positions) -> list[str]:
@@ -73,7 +68,7 @@ def digests(index: Index, photos: Positions) -> list[str]:
 def known_sizes(root: str, parent: Path) -> dict[str, int]:
     """Return path -> size in bytes of the photos that a folder held, as far as a cache in `parent` knows them."""
     folders = [folder for folder in folders_in(parent) if read_header(folder).get("root") == root]
-    return {path: size for folder in folders for path, size in read_sizes(folder).items()}
+    return {path: size for folder in folders for path, size in journal_files.read_sizes(folder).items()}
 
 
 def _differs_in_root(folder: Path, files: CacheFiles) -> bool:
@@ -91,37 +86,35 @@ def _digest(index: Index, photo: int) -> str:
 
 
 def _found(
-    index: Index, part: Positions, sizes: set[int], known: dict[str, tuple[Path, dict[str, Any]]]
-) -> dict[int, tuple[Path, dict[str, Any]]]:
-    """Return position -> folder and entry of the cache that holds it, after reading the photos of a known size."""
-    candidates = np.array([i for i in part if int(index.sizes[i]) in sizes], np.intp)
-    named = zip(candidates.tolist(), digests(index, candidates), strict=True)
-    return {i: known[digest] for i, digest in named if digest in known}
+    index: Index, part: Positions, sizes: npt.NDArray[np.int64], places: dict[bytes, tuple[Path, int]]
+) -> dict[int, tuple[Path, int]]:
+    """Return position -> folder and place in the journal of the cache that holds it, for the photos of a known size."""
+    candidates = part[np.isin(index.sizes[part], sizes)]
+    named = zip(candidates.tolist(), map(bytes.fromhex, digests(index, candidates)), strict=True)
+    return {i: places[digest] for i, digest in named if digest in places}
 
 
-def _enter(index: Index, files: CacheFiles, journal: Journal, found: dict[int, tuple[Path, dict[str, Any]]]) -> None:
-    """Write the entries of the photos that were found, and copy the pixels that other caches hold."""
-    entered: Journal = {}
+def _enter(
+    index: Index, files: CacheFiles, known: Journal, placed: Positions, found: dict[int, tuple[Path, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Write the entries of the photos that were found, copy the pixels that other caches hold; return what is new."""
+    entered: dict[int, dict[str, Any]] = {}
     for folder in {folder for folder, _ in found.values()}:
         mine = {i: entry for i, (where, entry) in found.items() if where == folder}
         rows = {i: entry["row"] for i, entry in mine.items()}
         try:
             if folder != files.folder:
                 rows = _copied(files, folder, mine)
-            entered |= {
-                index.paths[i]: {**entry, **facts(index, i), "row": rows[i]}
-                for i, entry in mine.items()
-                if i in rows
-            }  # fmt: skip
+            entered |= {i: {**mine[i], **facts(index, i), "row": row} for i, row in rows.items()}
         except OSError:
             continue
-    entered = {path: entry for path, entry in entered.items() if journal.get(path) != entry}
-    unknown = [path for path, entry in entered.items() if journal.get(path, {}).get("row") != entry["row"]]
+    before = {i: known.entry(int(placed[i])) if placed[i] >= 0 else {} for i in entered}
+    entered = {i: entry for i, entry in entered.items() if before[i] != entry}
     try:
-        files.append_entries(entered.values())
+        journal_files.append(files.folder, entered.values())
     except OSError:  # a cache that cannot be written: other ranks read the rows of its journal
-        entered = {path: entry for path, entry in entered.items() if path not in unknown}
-    journal |= entered
+        return [entry for i, entry in entered.items() if before[i].get("row") == entry["row"]]
+    return [*entered.values()]
 
 
 def _copied(files: CacheFiles, folder: Path, entries: dict[int, dict[str, Any]]) -> dict[int, int]:

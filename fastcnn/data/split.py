@@ -19,16 +19,18 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
     photos.
     """
     check_fraction(index, val_fraction)
+    held_out = {split for split in ("val", "test") if (index.folders == split).any()}
     splits = index.folders.astype("<U5")
-    held_out = set(splits) - {"train"}
     if held_out == {"val", "test"} or (index.splits_given and "val" in held_out):
         return splits
     if val_fraction == 0:
         splits[splits == "test"] = "val"
         return splits
     splits[splits == "val"] = "test"
-    for label in range(len(index.classes)):
-        mine = np.flatnonzero((index.labels == label) & (splits == "train"))
+    train = np.flatnonzero(splits == "train")
+    by_class = train[np.argsort(index.labels[train], kind="stable")]
+    ends = np.bincount(index.labels[train], minlength=len(index.classes)).cumsum()
+    for label, mine in enumerate(np.split(by_class, ends[:-1])):
         if len(mine) < 2:
             raise DataError(
                 f"class '{index.classes[label]}' has {len(mine)} usable training photo: add photos, two are needed"
@@ -47,7 +49,7 @@ def check_fraction(index: Index, val_fraction: float) -> None:
 
 def explain_split(index: Index, val_fraction: float) -> str:
     """Return how a split folder that is there alone was read, and how to get the other reading; "" without one."""
-    held_out = sorted(set(index.folders.tolist()) - {"train"})
+    held_out = [split for split in ("test", "val") if (index.folders == split).any()]
     if len(held_out) != 1 or (index.splits_given and held_out == ["val"]):
         return ""
     if val_fraction == 0:

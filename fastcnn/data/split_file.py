@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fastcnn.data.feeds import Positions
 from fastcnn.data.index import Index
+from fastcnn.data.path_list import CHUNK
 from fastcnn.errors import DataError, warn
 from fastcnn.storage import files
 from fastcnn.system.text import comparable, printable
@@ -46,9 +47,14 @@ class Listed(NamedTuple):
 
 def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_], digests: Sequence[str] = ()) -> None:
     """Write path, label, split and checksum ("" without `digests`) of every photo as CSV."""
-    labels = (index.classes[label] for label in index.labels)
-    rows = zip(index.paths, labels, splits, digests or [""] * len(index), strict=True)
-    files.write_csv(path, [Listed._fields, *rows])
+    with files.writing(path) as file:
+        file.write(files.csv_lines([Listed._fields]))
+        for start in range(0, len(index), CHUNK):
+            part = slice(start, start + CHUNK)
+            labels = map(index.classes.__getitem__, index.labels[part].tolist())
+            checksums = digests[part] if digests else [""] * len(index.labels[part])
+            rows = zip(index.paths[part], labels, splits[part].tolist(), checksums, strict=True)
+            file.write(files.csv_lines(rows))
 
 
 def read_split(

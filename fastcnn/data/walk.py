@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from fastcnn.errors import DataError
 from fastcnn.system.text import printable
-from pipelines.meant import meant_as_photo, of_the_system
+from pipelines.meant import meant_as_photo, named_as_photo, of_the_system
 
 OWN_FILES = [
     ("config.yaml", "split.csv"),
@@ -81,11 +82,13 @@ def is_ours(folder: str | Path) -> bool:
     return any(all(os.path.exists(os.path.join(folder, name)) for name in names) for names in OWN_FILES)  # noqa: PTH110, PTH118
 
 
-def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[str, int, Stamp]]:
-    """Yield path below root, bytes and stamp of each file below a folder that may be a photo; count the rest.
+def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[list[str], array[int]]]:
+    """Yield the files that may be photos of a folder, then of each folder below it; count the rest.
 
-    Plain strings and DirEntry instead of pathlib: 100,000 files are indexed three times as fast. A broken link is
-    yielded, so that it is reported with the photos that cannot be read.
+    Of each file its path below root, and its bytes, mtime, ctime and inode one behind the other. A broken link is
+    yielded with zeros, so that it is reported with the photos that cannot be read.
+
+    Plain strings, DirEntry and numbers instead of pathlib and tuples: a fourth of the time of a million files.
     """
     start = len(os.path.join(root, ""))  # noqa: PTH118
     below = folder.relative_to(root)  # root / "a" is "a" where root is "."
@@ -101,20 +104,25 @@ def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[st
         inode = (info.st_dev, info.st_ino)
         if inode in above:
             continue
+        prefix = os.path.join(here, "")[start:].replace(os.sep, "/")  # noqa: PTH118
+        paths, numbers = list[str](), array("q")
         for entry in entries:
-            if entry.name.startswith("."):
+            name = entry.name
+            if name.startswith("."):
                 skipped.hidden += 1
             elif is_folder(entry):
-                if of_the_system(entry.name) or is_ours(entry.path):
+                if of_the_system(name) or is_ours(entry.path):
                     skipped.hidden += 1
                 else:
                     stack.append((entry.path, above | {inode}))
-            elif not meant_as_photo(entry.path):
-                skipped.others[PurePosixPath(entry.name).suffix.lower()] += 1
+            elif not (named_as_photo(name) or meant_as_photo(entry.path)):
+                skipped.others[PurePosixPath(name).suffix.lower()] += 1
             else:
-                path = entry.path[start:].replace(os.sep, "/")
+                paths.append(prefix + name)
                 try:
                     info = entry.stat()
-                    yield path, info.st_size, Stamp.of(info)
+                    numbers.extend((info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & _LARGEST))
                 except OSError:
-                    yield path, 0, Stamp(0, 0, 0)
+                    numbers.extend((0, 0, 0, 0))
+        if paths:
+            yield paths, numbers

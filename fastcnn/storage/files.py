@@ -44,9 +44,14 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write rows, the column names first, as `write` does."""
+    write(path, csv_lines(rows))
+
+
+def csv_lines(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as CSV in UTF-8; surrogate escapes become the bytes that they stand for."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    write(path, text.getvalue())
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def is_partial(path: Path) -> bool:

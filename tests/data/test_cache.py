@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import pytest
+import torch
 
 import pipelines
 from fastcnn.config import Config, DataConfig
-from fastcnn.data import cache, cache_files, dataset, recognise
+from fastcnn.data import cache, cache_files, cache_folders, dataset, journal_files, loaders, recognise
+from fastcnn.data.cached_photos import Cache
 from fastcnn.data.index import Index, scan
+from fastcnn.data.journal import facts
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from pipelines.workers import Workers
 
@@ -40,7 +44,7 @@ def data(photos: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def build(index: Index, tmp_path: Path, *, progress: Any = print, note: Any = print, **options: Any) -> cache.Cache:
+def build(index: Index, tmp_path: Path, *, progress: Any = print, note: Any = print, **options: Any) -> Cache:
     options = {"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache", **options}
     return cache.build(index, DataConfig(**options), progress=progress, note=note)
 
@@ -56,12 +60,12 @@ def expected(index: Index) -> np.ndarray:
     return expected_pixels(index.root, tuple(index.paths))
 
 
-def assert_right(built: cache.Cache, index: Index) -> None:
+def assert_right(built: Cache, index: Index) -> None:
     pixels = expected(index)
     for i in range(len(index)):
         assert (built.rows[i] < 0) == index.paths[i].endswith("page.jpg")
-        if built.rows[i] >= 0:
-            assert (built.images[built.rows[i]] == pixels[i]).all()
+    usable = np.flatnonzero(built.usable)
+    assert (built.pixels(usable) == pixels[usable]).all()
 
 
 def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     built = build(index, tmp_path, progress=lambda *now: done.append(now))
     assert_right(built, index)
-    assert [reason for reason in built.reasons if reason] == ["not an image"]
+    assert [*built.reasons.values()] == ["not an image"]
     assert built.num_decoded == len(index) == done[-1][0] == done[-1][1]
 
 
@@ -167,11 +171,11 @@ def test_verify_cache_finds_bytes_that_changed_under_the_same_facts(data: Path, 
     """As a disk does that loses writes; here the journal is given the facts of the new file."""
     index = scan(data)
     folder = build(index, tmp_path).folder
-    journal = cache_files.read_journal(folder)
+    entry = journal_files.read(folder).entry(0)
     (data / index.paths[0]).write_bytes((data / index.paths[3]).read_bytes() + b"\0")
     index = scan(data)
     with (folder / "photos.jsonl").open("ab") as file:
-        file.write(cache_files.journal_line({**journal[index.paths[0]], **cache_files.facts(index, 0)}))
+        file.write(journal_files.line({**entry, **facts(index, 0)}))
     assert build(index, tmp_path).num_decoded == 0
     expected_pixels.cache_clear()
     built = build(index, tmp_path, verify_cache=True)
@@ -242,9 +246,9 @@ def test_pixels_are_those_of_the_files_whatever_happened_to_them(data: Path, tmp
         built = build(index, tmp_path)
         pixels = np.zeros((len(index), SIZE, SIZE, 3), np.uint8)
         verdicts = pipelines.decode(index.sources(), SIZE, pixels, decoder="pillow")
-        assert built.reasons == tuple(verdict.reason for verdict in verdicts)
-        for i, row in enumerate(built.rows):
-            assert row < 0 or (built.images[row] == pixels[i]).all()
+        assert built.reasons == {i: verdict.reason for i, verdict in enumerate(verdicts) if verdict.reason}
+        usable = np.flatnonzero(built.usable)
+        assert (built.pixels(usable) == pixels[usable]).all()
 
 
 def test_another_size_or_decoder_is_another_cache(data: Path, tmp_path: Path) -> None:
@@ -299,7 +303,7 @@ def test_damage_is_told_and_kept(data: Path, tmp_path: Path) -> None:
     for _ in range(2):
         built = build(scan(data), tmp_path)
         assert built.damage[0].startswith("Corrupt JPEG data: 3 extraneous bytes")
-        assert not any(built.damage[1:])
+        assert len(built.damage) == 1
         assert built.usable[0]
 
 
@@ -335,7 +339,7 @@ def test_max_pixels_is_part_of_the_key(data: Path, tmp_path: Path) -> None:
     built = build(index, tmp_path)
     assert build(index, tmp_path, max_pixels=pipelines.MAX_PIXELS).folder == built.folder
     small = build(index, tmp_path, max_pixels=100)
-    assert set(small.reasons) == {"too large", "not an image"}
+    assert set(small.reasons.values()) == {"too large", "not an image"}
     assert small.folder != built.folder
 
 
@@ -380,17 +384,83 @@ def test_a_flipped_bit_never_gives_a_wrong_pixel(data: Path, tmp_path: Path, nam
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastCNNWarning)  # "damaged: decoding them again"
             built = build(index, tmp_path)
-        assert_right(built, index)
-        noticed += built.num_decoded > 0
+            assert_right(built, index)
+        noticed += built.num_decoded > 0 or bool(built.damaged)
     print(f"{name}: {count} bits, {noticed} noticed, the others harmless")
 
 
-def test_damaged_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("loader", ["resident", "shared", "mapped"])
+def test_damaged_pixels_are_decoded_again_when_they_are_read(
+    data: Path, tmp_path: Path, loader: str, writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run finds them whole, where the cache can be written."""
     index = scan(data)
-    flip(build(index, tmp_path).folder / "pixels.bin", 5000, 3)
-    with pytest.warns(FastCNNWarning, match=r"the pixels of 1 photo in the cache .* are damaged: decoding them again"):
+    file = build(index, tmp_path).folder / "pixels.bin"
+    whole = file.read_bytes()
+    for row in (1, 3):
+        flip(file, row * SIZE**2 * 3 + 100, 3)
+    damaged = file.read_bytes()
+    built = build(index, tmp_path)
+    assert built.num_decoded == 0
+    photos = np.flatnonzero(built.usable)
+    options = loaders.Options(device=torch.device("cpu"), batch_size=len(photos))
+    if not writable:
+        monkeypatch.setattr(Path, "open", forbidden(file, Path.open))
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            feed = loaders.LOADERS[loader](index, built, photos, options)
+            with feed.start_in_order():
+                feed.drive(lambda steps: None, 1)
+                seen = feed.images[feed.permutation[: len(photos)]].numpy()
+            assert (seen == expected(index)[photos]).all()
+        assert [str(one.message) for one in said] == [
+            f"the cache {file.parent} has damaged pixels, first those of {index.paths[photos[1]]}: decoding them again"
+        ][: len(said)]
+    assert file.read_bytes() == (whole if writable else damaged)
+    assert len(built.damaged) == 2
+
+
+def forbidden(file: Path, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a Path.open that refuses to write one file, as a read-only disk does."""
+
+    def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if path == file and "+" in mode:
+            raise PermissionError
+        return plain(path, mode, *arguments, **options)
+
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "unreadable"), (slice(400), "truncated"), (slice(None), "other pixels")]
+)
+def test_damaged_pixels_of_a_photo_that_changed_are_an_error(
+    data: Path, tmp_path: Path, content: slice | None, why: str
+) -> None:
+    """After the scan: before it, the photo is another one and decoded."""
+    index = scan(data)
+    folder = build(index, tmp_path).folder
+    flip(folder / "pixels.bin", 5000, 3)
+    built = build(index, tmp_path)
+    photo = int(np.flatnonzero(built.rows == 5000 // SIZE**2 // 3)[0])
+    path = data / index.paths[photo]
+    path.unlink()
+    if content:
+        path.write_bytes((data / index.paths[-1]).read_bytes()[content])
+    with pytest.warns(FastCNNWarning, match="damaged pixels"), pytest.raises(FastCNNError) as caught:
+        built.pixels(np.flatnonzero(built.usable))
+    assert why in str(caught.value)
+    assert f"run: fastcnn cache clear {folder.name}" in str(caught.value)
+
+
+def test_lost_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    os.truncate(build(index, tmp_path).folder / "pixels.bin", 18 * SIZE**2 * 3 + 7)
+    with pytest.warns(FastCNNWarning, match=r"has lost the pixels of 2 photos: decoding them again"):
         built = build(index, tmp_path)
-    assert built.num_decoded == 1
+    assert built.num_decoded == 2
     assert_right(built, index)
 
 
@@ -429,7 +499,7 @@ def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: 
     """`fastcnn cache clear` and a new build, while a run still reads: its rows mean other photos by then."""
     index = scan(data)
     old = build(index, tmp_path)
-    cache.clear(tmp_path / "cache", force=True)
+    cache_folders.clear(tmp_path / "cache", force=True)
     with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
         old.pixels(np.arange(3))
     build(index.take(np.arange(len(index)) > 2), tmp_path)
@@ -442,20 +512,20 @@ def test_a_cache_that_a_run_reads_is_left_alone(data: Path, tmp_path: Path) -> N
     held = build(index, tmp_path)
     build(index, tmp_path, image_size=40)
     with pytest.warns(FastCNNWarning, match=f"a run reads the cache {held.folder}: it is left alone; --force"):
-        assert cache.clear(tmp_path / "cache") > 0
-    assert [entry["key"] for entry in cache.list_caches(tmp_path / "cache")] == [held.folder.name]
+        assert cache_folders.clear(tmp_path / "cache") > 0
+    assert [entry["key"] for entry in cache_folders.list_caches(tmp_path / "cache")] == [held.folder.name]
     with pytest.raises(FastCNNError, match="a run reads the cache"):
-        cache.clear(tmp_path / "cache", held.folder.name)
+        cache_folders.clear(tmp_path / "cache", held.folder.name)
     assert_right(held, index)
     del held
-    assert cache.clear(tmp_path / "cache") > 0
-    assert not cache.list_caches(tmp_path / "cache")
+    assert cache_folders.clear(tmp_path / "cache") > 0
+    assert not cache_folders.list_caches(tmp_path / "cache")
 
 
 def test_a_cache_that_is_being_built_is_not_cleared(data: Path, tmp_path: Path) -> None:
     folder = build(scan(data), tmp_path).folder
     with filelock.FileLock(folder / "lock"), pytest.raises(FastCNNError, match="another run is decoding"):
-        cache.clear(tmp_path / "cache")
+        cache_folders.clear(tmp_path / "cache")
     assert build(scan(data), tmp_path).num_decoded == 0
 
 
@@ -511,12 +581,12 @@ def test_list_and_clear(data: Path, tmp_path: Path) -> None:
     build(index, tmp_path, image_size=40)
     (tmp_path / "cache" / "not-ours").mkdir()
     (tmp_path / "cache" / "not-ours" / "photo.jpg").touch()
-    first, second = cache.list_caches(tmp_path / "cache")
+    first, second = cache_folders.list_caches(tmp_path / "cache")
     assert {first["image_size"], second["image_size"]} == {SIZE, 40}
     assert first["photos"] == second["photos"] == 20
-    assert cache.clear(tmp_path / "cache", first["key"]) == first["bytes"]
-    assert [entry["key"] for entry in cache.list_caches(tmp_path / "cache")] == [second["key"]]
-    cache.clear(tmp_path / "cache")
+    assert cache_folders.clear(tmp_path / "cache", first["key"]) == first["bytes"]
+    assert [entry["key"] for entry in cache_folders.list_caches(tmp_path / "cache")] == [second["key"]]
+    cache_folders.clear(tmp_path / "cache")
     assert (tmp_path / "cache" / "not-ours" / "photo.jpg").exists()
 
 
@@ -524,4 +594,4 @@ def test_the_journal_is_plain_data(data: Path, tmp_path: Path) -> None:
     folder = build(scan(data), tmp_path).folder
     lines = (folder / "photos.jsonl").read_text().split("\n")
     assert all(json.loads(line)["path"] for line in lines if line)
-    assert time.time() - cache.list_caches(tmp_path / "cache")[0]["modified"] < 3600
+    assert time.time() - cache_folders.list_caches(tmp_path / "cache")[0]["modified"] < 3600

@@ -20,8 +20,9 @@ from torch import Tensor
 import pipelines
 from fastcnn import Config, fit
 from fastcnn.config import DataConfig, Loader, resolve
-from fastcnn.data import buffered_feed, cache, dataset
+from fastcnn.data import buffered_feed, cache, cache_folders, dataset
 from fastcnn.data.buffered_feed import BatchBuffer, BufferedFeed
+from fastcnn.data.cached_photos import Cache
 from fastcnn.data.crops import RATIO, SCALE, crop_boxes
 from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.data.index import Index, scan
@@ -56,13 +57,13 @@ def index(photos: Path) -> Index:
 
 
 @pytest.fixture(scope="module")
-def decoded(index: Index, tmp_path_factory: pytest.TempPathFactory) -> cache.Cache:
+def decoded(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return cache.build(
         index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path_factory.mktemp("cache")))
     )
 
 
-def make_feed(loader: str, index: Index, decoded: cache.Cache, count: int = 37, **options: Any) -> Feed:
+def make_feed(loader: str, index: Index, decoded: Cache, count: int = 37, **options: Any) -> Feed:
     """A feed of `count` photos in no order of the index."""
     chosen = np.random.default_rng(0).permutation(len(index))[:count]
     return LOADERS[loader](index, decoded, chosen, Options(**{"device": CPU, "batch_size": BATCH, **options}))
@@ -100,7 +101,7 @@ def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> boo
 
 @pytest.mark.parametrize("count", [16, 37, 64])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_loader_gives_the_same_batches(loader: str, count: int, index: Index, decoded: cache.Cache) -> None:
+def test_every_loader_gives_the_same_batches(loader: str, count: int, index: Index, decoded: Cache) -> None:
     expected = two_epochs(make_feed("resident", index, decoded, count))
     assert len(expected) == 2 * (count // BATCH)
     assert equal(two_epochs(make_feed(loader, index, decoded, count)), expected)
@@ -108,7 +109,7 @@ def test_every_loader_gives_the_same_batches(loader: str, count: int, index: Ind
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 37])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_evaluation_sees_every_photo_once(loader: str, count: int, index: Index, decoded: cache.Cache) -> None:
+def test_an_evaluation_sees_every_photo_once(loader: str, count: int, index: Index, decoded: Cache) -> None:
     feed, chosen = make_feed(loader, index, decoded, count), np.random.default_rng(0).permutation(len(index))[:count]
     for _ in range(2):
         seen, places = [], torch.arange(min(BATCH, count))
@@ -125,7 +126,7 @@ def test_an_evaluation_sees_every_photo_once(loader: str, count: int, index: Ind
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_epoch_goes_on_where_it_was(loader: str, index: Index, decoded: cache.Cache) -> None:
+def test_an_epoch_goes_on_where_it_was(loader: str, index: Index, decoded: Cache) -> None:
     feed = make_feed(loader, index, decoded, 64)
     with feed.start_epoch(7, 1):
         whole = batches(feed, 4)
@@ -134,7 +135,7 @@ def test_an_epoch_goes_on_where_it_was(loader: str, index: Index, decoded: cache
 
 
 @pytest.mark.parametrize("slow", ["thread", "step"])
-def test_who_is_slow_changes_nothing(slow: str, index: Index, decoded: cache.Cache) -> None:
+def test_who_is_slow_changes_nothing(slow: str, index: Index, decoded: Cache) -> None:
     expected = two_epochs(make_feed("resident", index, decoded))
     feed = make_feed("mapped", index, decoded)
     assert isinstance(feed, BufferedFeed)
@@ -159,7 +160,7 @@ def test_who_is_slow_changes_nothing(slow: str, index: Index, decoded: cache.Cac
     assert equal(two_epochs(feed), expected)
 
 
-def test_a_copy_between_host_and_device(index: Index, decoded: cache.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_between_host_and_device(index: Index, decoded: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the step cannot read what the thread writes. Here both are on the CPU."""
 
     class Apart(BatchBuffer):
@@ -174,7 +175,7 @@ def test_a_copy_between_host_and_device(index: Index, decoded: cache.Cache, monk
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("loader", BUFFERED)
-def test_the_buffer_on_a_gpu(loader: str, index: Index, decoded: cache.Cache) -> None:
+def test_the_buffer_on_a_gpu(loader: str, index: Index, decoded: Cache) -> None:
     """Hundreds of batches: a copy that did not wait for the step, or a step that did not for its copy, would show."""
     device = torch.device("cuda", 0)
     expected = make_feed("resident", index, decoded, 120)
@@ -187,7 +188,7 @@ def test_the_buffer_on_a_gpu(loader: str, index: Index, decoded: cache.Cache) ->
             assert equal(batches(ours, 7), batches(expected, 7))
 
 
-def test_an_error_in_the_thread_is_raised_as_it_is(index: Index, decoded: cache.Cache) -> None:
+def test_an_error_in_the_thread_is_raised_as_it_is(index: Index, decoded: Cache) -> None:
     feed = make_feed("mapped", index, decoded)
 
     def broken(*args: Any) -> dict[str, str]:
@@ -203,7 +204,7 @@ def test_an_error_in_the_thread_is_raised_as_it_is(index: Index, decoded: cache.
                 batches(feed, 1)
 
 
-def test_more_steps_than_batches_is_an_error(index: Index, decoded: cache.Cache) -> None:
+def test_more_steps_than_batches_is_an_error(index: Index, decoded: Cache) -> None:
     feed = make_feed("mapped", index, decoded)
     with feed.start_epoch(7, 1), pytest.raises(AssertionError, match="no more batches"):
         batches(feed, 3)
@@ -211,7 +212,7 @@ def test_more_steps_than_batches_is_an_error(index: Index, decoded: cache.Cache)
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 @pytest.mark.parametrize("loader", BUFFERED)
-def test_an_interrupted_epoch_leaves_no_thread(loader: str, done: int, index: Index, decoded: cache.Cache) -> None:
+def test_an_interrupted_epoch_leaves_no_thread(loader: str, done: int, index: Index, decoded: Cache) -> None:
     feed, before = make_feed(loader, index, decoded, 64), threading.active_count()
     left = [None] * done
 
@@ -234,7 +235,7 @@ def test_a_cache_that_vanishes_is_one_line(index: Index, tmp_path: Path) -> None
         file.truncate(1000)
     with pytest.raises(FastCNNError, match="became shorter") as caught, feed.start_epoch(7, 1):
         batches(feed, 2)
-    cache.clear(tmp_path / "cache", force=True)
+    cache_folders.clear(tmp_path / "cache", force=True)
     with pytest.raises(FastCNNError, match="No such file") as caught, feed.start_epoch(7, 1):
         batches(feed, 2)
     assert "\n" not in str(caught.value)
@@ -244,7 +245,7 @@ def test_a_cache_that_vanishes_is_one_line(index: Index, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def fragile(photos: Path, tmp_path: Path) -> tuple[Index, cache.Cache]:
+def fragile(photos: Path, tmp_path: Path) -> tuple[Index, Cache]:
     """Photos that a test may damage, checked and not stored."""
     shutil.copytree(photos, tmp_path / "fragile", ignore=shutil.ignore_patterns(".*"))
     index = scan(tmp_path / "fragile")
@@ -253,7 +254,7 @@ def fragile(photos: Path, tmp_path: Path) -> tuple[Index, cache.Cache]:
     )
 
 
-def test_photos_are_checked_and_not_stored(fragile: tuple[Index, cache.Cache], tmp_path: Path) -> None:
+def test_photos_are_checked_and_not_stored(fragile: tuple[Index, Cache], tmp_path: Path) -> None:
     index, checked = fragile
     assert checked.usable.all()
     assert not (checked.folder / "pixels.bin").exists()
@@ -261,13 +262,13 @@ def test_photos_are_checked_and_not_stored(fragile: tuple[Index, cache.Cache], t
         index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "c")), keep_pixels=False
     )
     assert (checked.num_decoded, again.num_decoded) == (120, 0)
-    assert cache.list_caches(tmp_path / "c")[0]["photos"] == 120
+    assert cache_folders.list_caches(tmp_path / "c")[0]["photos"] == 120
     stored = cache.build(index, DataConfig(image_size=SIZE, decoder=DECODER, cache_dir=str(tmp_path / "c")))
     assert stored.folder != checked.folder
     assert stored.num_decoded == 120
 
 
-def test_a_photo_that_vanishes_is_replaced_in_training(fragile: tuple[Index, cache.Cache]) -> None:
+def test_a_photo_that_vanishes_is_replaced_in_training(fragile: tuple[Index, Cache]) -> None:
     index, checked = fragile
     feed = LOADERS["stream"](index, checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
     order = shuffled(40, (7, 1))
@@ -288,7 +289,7 @@ def test_a_photo_that_vanishes_is_replaced_in_training(fragile: tuple[Index, cac
         batches(feed, 2)
 
 
-def test_a_photo_that_vanishes_is_an_error_in_evaluation(fragile: tuple[Index, cache.Cache]) -> None:
+def test_a_photo_that_vanishes_is_an_error_in_evaluation(fragile: tuple[Index, Cache]) -> None:
     index, checked = fragile
     feed = LOADERS["stream"](index, checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
     (index.root / index.paths[33]).unlink()
@@ -296,7 +297,7 @@ def test_a_photo_that_vanishes_is_an_error_in_evaluation(fragile: tuple[Index, c
         batches(feed, 3)
 
 
-def test_a_batch_without_any_photo_is_an_error(fragile: tuple[Index, cache.Cache]) -> None:
+def test_a_batch_without_any_photo_is_an_error(fragile: tuple[Index, Cache]) -> None:
     index, checked = fragile
     feed = LOADERS["stream"](index, checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
     shutil.rmtree(index.root)
@@ -305,7 +306,7 @@ def test_a_batch_without_any_photo_is_an_error(fragile: tuple[Index, cache.Cache
 
 
 @pytest.mark.parametrize("decoder", pipelines.BACKENDS)
-def test_training_photos_are_cropped_and_no_others(decoder: str, index: Index, decoded: cache.Cache) -> None:
+def test_training_photos_are_cropped_and_no_others(decoder: str, index: Index, decoded: Cache) -> None:
     try:
         pipelines.choose(decoder, gpu=False)
     except pipelines.DecoderUnavailable as error:

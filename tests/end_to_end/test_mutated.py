@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fastcnn import Config
 from fastcnn.config import DataConfig, read_yaml, resolve
-from fastcnn.data import cache, index, split, split_file
+from fastcnn.data import cache, cache_folders, index, split, split_file
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.network.small_cnn import SmallCNN, restore
 from fastcnn.storage import checkpoint
@@ -162,7 +162,7 @@ def cache_file(name: str) -> Callable[[Path, Path], tuple[bytes, Read]]:
 
         def read(data: bytes) -> None:
             path.write_bytes(data)
-            cache.list_caches(folder / "cache")
+            cache_folders.list_caches(folder / "cache")
             again = cache.build(some, config)
             assert (again.pixels(everything) == right).all()
 

@@ -21,7 +21,8 @@ import pytest
 from fastcnn import Config, fit
 from fastcnn.cli import main
 from fastcnn.config import DataConfig
-from fastcnn.data import cache, cache_files, index
+from fastcnn.data import cache, index, journal_files
+from fastcnn.data.journal import facts
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from fastcnn.runs.evaluate_run import evaluate_run
 from fastcnn.storage import checkpoint
@@ -100,7 +101,7 @@ def test_a_malicious_split_file(mine: Path, tmp_path: Path, name: str) -> None:
 
 
 def journal_line(entry: dict[str, object]) -> bytes:
-    return cache_files.journal_line({"digest": "", "row": 0, "crc": 0, "reason": "", **entry})
+    return journal_files.line({"digest": "", "row": 0, "crc": 0, "reason": "", **entry})
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,8 @@ def test_a_malicious_cache(mine: Path, tmp_path: Path, entry: dict[str, object])
     found = index.scan(mine)
     built = cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache"))
     right, journal = built.pixels(found.labels * 0), built.folder / "photos.jsonl"
-    facts = {**cache_files.facts(found, 0), "crc": zlib.crc32(b"")}
-    journal.write_bytes(journal.read_bytes() + journal_line({**facts, **entry}))
+    known = {**facts(found, 0), "crc": zlib.crc32(b"")}
+    journal.write_bytes(journal.read_bytes() + journal_line({**known, **entry}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastCNNWarning)
         again = cache.build(found, DataConfig(image_size=32, decoder="turbo", cache_dir="cache"))
@@ -166,7 +167,7 @@ def test_a_malicious_image(mine: Path, tmp_path: Path, what: str, decoder: str) 
     before = tree(tmp_path)
     found = index.scan(mine)
     built = cache.build(found, DataConfig(image_size=32, decoder=decoder, cache_dir="cache"))
-    (reason,) = [reason for reason in built.reasons if reason]
+    (reason,) = built.reasons.values()
     assert reason in ("not an image", "unsupported format")
     assert tree(tmp_path) - before == {tmp_path / "cache"} | tree(tmp_path / "cache")
 

@@ -14,6 +14,7 @@ import pipelines
 from fastcnn.cli import main
 from fastcnn.config import Config, DataConfig
 from fastcnn.data import cache
+from fastcnn.data.cached_photos import Cache
 from fastcnn.data.index import scan
 from pipelines import Verdict, workers
 from pipelines.workers import Workers, shared
@@ -71,12 +72,12 @@ def test_a_photo_that_hung_is_asked_again_by_a_run_that_gives_it_more_time(
     data = write(tmp_path / "data", [PHOTOS[0], PHOTOS[1] + b"slow"])
     monkeypatch.setitem(pipelines.BACKENDS, "pillow", "planted_decoder")
 
-    def build(seconds: float) -> cache.Cache:
+    def build(seconds: float) -> Cache:
         config = DataConfig(image_size=SIZE, decoder="pillow", cache_dir="cache", decode_timeout=seconds)
         return cache.build(scan(data), config)
 
     built = build(1)
-    assert built.reasons == ("", "decoder hung")
+    assert built.reasons == {1: "decoder hung"}
     assert build(1).num_decoded == 0
     again = build(1.5)
     assert again.num_decoded == 1

@@ -1,0 +1,81 @@
+"""Folders of caches: where they are, which there are, and how they are deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pipelines
+from fastcnn.data import cache_files, journal_files
+from fastcnn.data.cache_files import folders_in, read_header
+from fastcnn.data.shards import forget
+from fastcnn.errors import FastCNNError, warn
+from fastcnn.storage.locks import locked
+from fastcnn.storage.paths import user_cache_folder
+from pipelines import workers
+
+
+def default_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of all caches."""
+    return Path(cache_dir) if cache_dir else user_cache_folder()
+
+
+def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None) -> None:
+    """Begin to import the CPU decoder in its own process where a folder has no cache; `workers.end_early` ends it.
+
+    That takes a second, as does importing torch in this process: on two cores they take it together.
+    """
+    with contextlib.suppress(OSError):
+        here = str(Path(root).resolve(strict=True))
+        known = [read_header(folder).get("root") for folder in folders_in(default_folder(cache_dir))]
+        if pipelines.num_cores() > 1 and here not in known and not Path("/proc/driver/nvidia").exists():
+            workers.start_early({"auto": "turbo"}.get(decoder, decoder))
+
+
+def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
+    """Return a mapping a cache: key, root, image_size, decoder, photos, bytes, modified (seconds since the epoch)."""
+    caches = []
+    for folder in folders_in(default_folder(cache_dir)):
+        header = read_header(folder)
+        stats = [path.stat() for path in folder.iterdir()]
+        caches.append(
+            {
+                "key": folder.name,
+                **{name: header.get(name, "?") for name in ("root", "image_size", "decoder")},
+                "photos": journal_files.read(folder).num_usable(),
+                "bytes": sum(stat.st_size for stat in stats),
+                "modified": max(stat.st_mtime for stat in stats),
+            }
+        )
+    return caches
+
+
+def clear(cache_dir: str | Path | None = None, key: str | None = None, *, force: bool = False) -> int:
+    """Delete one cache, or all; return the bytes freed. Only folders that hold a cache are touched.
+
+    A cache that a run reads is left alone, with a warning, unless `force`; where it is the `key`, that is an error.
+
+    Raises FastCNNError where a run is building one of them, or it cannot be deleted.
+    """
+
+    def refuse() -> None:
+        raise FastCNNError("another run is decoding photos into this cache: clear it when that is done")
+
+    freed = 0
+    for folder in folders_in(default_folder(cache_dir)):
+        if key is None or folder.name == key:
+            if not force and cache_files.is_read(folder):
+                problem = f"a run reads the cache {folder}: it is left alone; --force deletes it all the same"
+                if key is not None:
+                    raise FastCNNError(problem)
+                warn(problem)
+                continue
+            try:
+                with locked(folder / "lock", refuse):
+                    freed += sum(path.stat().st_size for path in folder.iterdir())
+                    shutil.rmtree(folder)
+            except OSError as error:
+                raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
+    return freed + (forget(default_folder(cache_dir)) if key is None else 0)
