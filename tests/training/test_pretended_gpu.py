@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastcnn.config import STRENGTHS
 from fastcnn.data.feeds import Feed
+from fastcnn.network import small_cnn
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.training import engines
@@ -32,7 +33,10 @@ EVERYTHING = {"clip_norm": 1.0, "label_smoothing": 0.1, "skip_nan": True}
 
 @pytest.fixture(autouse=True)
 def _no_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Autograd's engine and the fused optimizers ask for a device that is there: gradients are zeros instead."""
+    """Autograd's engine and the fused optimizers ask for a device that is there: gradients are zeros instead.
+
+    Nor can weights of the kind be moved or emptied, as a layer that is made without weights is.
+    """
     from fastcnn.network.kernels import launch
 
     def gradients(losses: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -41,6 +45,7 @@ def _no_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch.autograd, "grad", gradients)
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **options: self)
+    monkeypatch.setattr(small_cnn, "_undrawn", lambda kind, *sizes, **options: kind(*sizes, **options))
     monkeypatch.setattr(engines, "unavailable", lambda device: "")
     monkeypatch.setattr(engines, "on_gpu", lambda step: False)  # nothing is compiled
     for optimizer in OPTIMIZERS.values():
