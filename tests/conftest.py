@@ -112,12 +112,19 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def compiler() -> Iterator[None]:
-    """Have inductor find a compiler, and forget what was compiled before and in the test."""
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have inductor find a compiler, and forget what was compiled before and in the test.
+
+    But in the long form it writes loops without vector instructions: trying those out takes it ten seconds.
+    """
+    import torch._inductor.config
+
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("needs a C++ compiler")
     torch._dynamo.reset()
-    yield
+    vectors = None if request.node.get_closest_marker("long") else False
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": vectors, "compile_threads": 1}):
+        yield
     torch._dynamo.reset()
 
 

@@ -207,7 +207,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
 )
 def test_a_signal_saves_and_stops(photos: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
-    command = [sys.executable, "-m", "fastcnn.cli", "train", str(photos), *SMALL[2:], "--epochs", "100000"]
+    options = [*SMALL[2:], "--epochs", "100000", "--no-report"]
+    command = [sys.executable, "-m", "fastcnn.cli", "train", str(photos), *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

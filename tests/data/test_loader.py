@@ -42,6 +42,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 16,
     "threads": 1,
     "deterministic": True,
+    "report": False,
 }
 
 

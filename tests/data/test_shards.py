@@ -198,6 +198,7 @@ def test_every_loader_gives_the_files_batches(loader: str, folder: Path, sharded
 @pytest.mark.parametrize("loader", [pytest.param("resident", marks=pytest.mark.long), "stream"])
 def test_a_run_and_its_evaluation(sharded: Path, loader: str, tmp_path: Path) -> None:
     options = {"epochs": 1, "image_size": 32, "filters": (4,), "batch_size": 8, "loader": loader, "max_bad": 0.5}
+    options["report"] = False
     with pytest.warns(FastCNNWarning, match="3 of 93 photos cannot be used"):
         run = fit(Config(data=str(sharded), **options), run_dir=tmp_path / "run").run_dir  # type: ignore[arg-type]
     bad = (run / "bad_images.csv").read_text().splitlines()[1:]

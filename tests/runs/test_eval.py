@@ -75,7 +75,7 @@ def test_the_test_set_and_the_moving_average(photos: Path, tmp_path: Path) -> No
     data = tmp_path / "data"
     shutil.copytree(photos, data / "train", ignore=shutil.ignore_patterns(".*"))
     shutil.copytree(data / "train", data / "test")
-    config = Config(data=str(data), epochs=1, image_size=32, filters=(8,), batch_size=16, ema=0.9, device="cpu")
+    config = Config(data=str(data), epochs=1, image_size=32, filters=(8,), batch_size=16, ema=0.9, report=False)
     trained = fit(config)
     scores = evaluate_run(trained.run_dir, device="cpu").by_split
     assert scores["val"].score.accuracy == trained.summary["val_accuracy"]

@@ -562,7 +562,8 @@ def test_what_a_compiler_makes_graphs_of_updates_as_the_plain_step(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_parts_captured_uncaptured(compiler: None) -> None:
+@pytest.mark.parametrize("form", ["plain loops", pytest.param("vectors", marks=pytest.mark.long)])
+def test_compiled_parts_captured_uncaptured(compiler: None, form: str) -> None:
     """Ten steps in float64, three a replay, by inductor's kernels but for the forward's, against the plain ones."""
     results = []
     for name in ("plain", "compiled"):
@@ -737,7 +738,7 @@ def test_augmentations() -> None:
 def test_the_average_is_what_is_evaluated_and_kept(photos: Path) -> None:
     config = Config(
         data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, ema=0.9, schedule="cosine",
-        augment=("flip", "shift"), clip_norm=1.0, precision="fp32",
+        augment=("flip", "shift"), clip_norm=1.0, precision="fp32", report=False,
     )  # fmt: skip
     run = fit(config)
     last, best = (checkpoint.load(run.run_dir / name) for name in ("last.pt", "best.pt"))
@@ -749,14 +750,18 @@ def test_the_average_is_what_is_evaluated_and_kept(photos: Path) -> None:
 
 
 def test_runs_in_one_process_do_not_touch_each_other(photos: Path) -> None:
-    config = Config(data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, deterministic=True)
+    config = Config(
+        data=str(photos), epochs=2, image_size=32, filters=(8,), batch_size=16, deterministic=True, report=False
+    )
     first = checkpoint.load(fit(config).run_dir / "last.pt")["model"]
-    fit(Config(data=str(photos), epochs=1, image_size=48, filters=(4,), batch_size=24, activation="gelu", dropout=0.2))
+    other = {"image_size": 48, "filters": (4,), "batch_size": 24, "activation": "gelu", "dropout": 0.2}
+    fit(Config(data=str(photos), epochs=1, report=False, **other))  # type: ignore[arg-type]
     again = checkpoint.load(fit(config).run_dir / "last.pt")["model"]
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_memory_over_runs_is_flat(photos: Path) -> None:
+def test_memory_over_runs_is_flat(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcnn.reporting.plots.png", lambda *_: b"")  # seconds a run, and no tensors
     config = Config(data=str(photos), epochs=1, image_size=32, filters=(8,), batch_size=16)
 
     def tensors() -> int:
