@@ -312,6 +312,8 @@ class Study:
             self.optuna.set_user_attr("definition", wanted)
             self.optuna.set_user_attr("identity", secrets.token_hex(8))
         begun, identity = self.optuna.user_attrs["definition"], self.optuna.user_attrs["identity"]
+        if "photos" not in begun:  # of 0.1.0
+            wanted.pop("photos", None)
         other = sorted(key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key))
         mark = self._locks / "study"
         if not mark.exists():
@@ -319,7 +321,7 @@ class Study:
         elif mark.read_text(encoding="utf-8") != identity:
             other = ["--storage"]
         if other:
-            named = ", ".join("other parameters" if key == "parameters" else f"another {key}" for key in other)
+            named = ", ".join(f"{'other' if key in ('parameters', 'photos') else 'another'} {key}" for key in other)
             raise UsageError(
                 f"{folder} holds another sweep, begun with {named}: give the same to resume it, "
                 "or choose another folder with --dir"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import option_name, resolve
+from fastcnn.config import Config, option_name, resolve
+from fastcnn.data import index
 from fastcnn.errors import DataError, FastCNNError, UsageError, first_line, warn
 from fastcnn.sweeps import summary
 from fastcnn.sweeps.search_space import Sweep
@@ -18,6 +21,7 @@ from fastcnn.sweeps.study import ClaimedTrial, Study, TrialRecord
 from fastcnn.sweeps.trial_process import Ending, Epoch, Job, TrialProcess
 from fastcnn.system import signals
 from fastcnn.system.console import Console
+from fastcnn.system.text import comparable
 
 SWEEPS = Path("sweeps")
 SAME_FAILURES = 3  # a sweep ends when its first trials fail this often in a row for the same reason
@@ -65,8 +69,8 @@ def run(
         pack: trials at once, on a CPU, each with its part of the cores.
         console: where progress is shown; None shows nothing.
 
-    Raises UsageError for wrong options, DataError where the photos are missing, SweepStopped on a signal,
-    FastCNNError where the first trials all fail for one reason, or no trial finished and none still runs.
+    Raises UsageError for wrong options or photos that changed, DataError where they are missing, SweepStopped on a
+    signal, FastCNNError where the first trials all fail for one reason, or no trial finished and none still runs.
     """
     console, folder = console or Console(quiet=True), folder or SWEEPS / sweep.name
     options = {**options, **sweep.fixed}
@@ -76,7 +80,7 @@ def run(
     if pack > 1:
         _check_pack(base.device)
     options = {"wandb": "disabled", **options, "data": str(Path(base.data).resolve())}
-    same = _definition(sweep, options, seeds)
+    same = {**_definition(sweep, options, seeds), "photos": _photos(base)}
     study = Study(folder, sweep, storage=storage, seed=base.seed, seeds=seeds, definition=same)
     begun = len(study.records())
     console.line(
@@ -129,6 +133,13 @@ def _check_data(data: str) -> None:
         raise UsageError("which photos? fastcnn sweep DATA, where DATA is a folder of photos")
     if not Path(data).is_dir():
         raise DataError(f"no folder {data}: expected a folder of photos")
+
+
+def _photos(base: Config) -> str:
+    """Return a digest of the photos' paths and sizes, wherever their folder is: trials on others do not compare."""
+    found = index.scan(base.data, None, base.exclude, base.split_dirs, base.columns)
+    listed = sorted(zip(map(comparable, found.paths), found.sizes.tolist(), strict=True))
+    return hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
 
 
 def _num_trials(sweep: Sweep, trials: int | None) -> int:

@@ -142,7 +142,9 @@ CASES = {
 @pytest.fixture
 def _scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trials end by a script, which is used up, and nothing is drawn, as that takes a second."""
-    Path("photos").mkdir()
+    for name in ("a", "b"):
+        Path("photos", name).mkdir(parents=True)
+        Path("photos", name, "1.jpg").touch()
     Scripted.script = []
     monkeypatch.setattr(sweep, "TrialProcess", Scripted)
     monkeypatch.setattr(summary, "_draw", lambda study, folder, records: None)
@@ -252,6 +254,23 @@ def test_a_sweep_that_cannot_begin(
     assert found[0] == code
     assert last in found[1]
     assert not list(Path().glob("**/sweep.csv"))
+
+
+@pytest.mark.usefixtures("_scripted")
+def test_a_sweep_goes_on_with_the_same_photos_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Elsewhere, too; its trials do not compare with those on others."""
+    Scripted.script = [0.5]
+    assert run(capsys, {}, "--trials=1")[0] == 0
+    Path("photos/b/2.jpg").touch()
+    code, last = run(capsys, {})
+    assert (code, states()) == (2, "finished")
+    assert last.startswith("fastcnn: error: sweeps/s holds another sweep, begun with other photos: give the same ")
+    Path("photos/b/2.jpg").unlink()
+    Path("photos").rename("moved")
+    Path("photos").symlink_to("moved")
+    Scripted.script = [0.6, 0.7]
+    assert run(capsys, {})[0] == 0
+    assert states() == "finished finished finished"
 
 
 @pytest.mark.usefixtures("_scripted")
