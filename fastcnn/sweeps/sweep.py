@@ -137,7 +137,7 @@ def _check_data(data: str) -> None:
 
 def _photos(base: Config) -> str:
     """Return a digest of the photos' paths and sizes, wherever their folder is: trials on others do not compare."""
-    found = index.scan(base.data, None, base.exclude, base.split_dirs, base.columns)
+    found = index.scan(base.data, None, base.layout)
     listed = sorted(zip(map(comparable, found.paths), found.sizes.tolist(), strict=True))
     return hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
 
