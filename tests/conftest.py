@@ -20,9 +20,11 @@ from pipelines import workers
 hypothesis.settings.register_profile("fastcnn", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastcnn")
 
-# A shell's background jobs ignore SIGINT, and what they start inherits that; the commands under test must not.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background jobs ignore SIGINT, what nohup starts SIGHUP, and what they start inherits that; commands under
+# test must not.
+for ignored, usual in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, usual)
 
 # Without a GPU the kernels are run by Triton's interpreter, which has to be asked for before triton is imported.
 if not torch.cuda.is_available():

@@ -339,12 +339,15 @@ def test_a_run_whose_terminal_is_closed_is_saved(photos: Path) -> None:
         stderr=terminal,
         start_new_session=True,
     )
-    os.close(terminal)
-    while not Path("run/last.pt").exists():
-        assert process.poll() is None
-        os.read(master, 1 << 16)
-    os.close(master)
-    assert process.wait(60) == 129
+    try:
+        os.close(terminal)
+        while not Path("run/last.pt").exists():
+            assert process.poll() is None
+            os.read(master, 1 << 16)
+        os.close(master)
+        assert process.wait(60) == 129
+    finally:
+        process.kill()
     state = checkpoint.load(Path("run/last.pt"))
     assert resumed_config("run", {}).epochs == 10000
     assert len(state["rows"]) == len(figures(Path("run")))
