@@ -39,8 +39,25 @@ _paths = [str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", ""
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *_paths]))
 
 
+# Files that take longest. They are begun first: one that is begun last leaves the other cores waiting for its end.
+LONGEST = (
+    "end_to_end/test_docs.py",
+    "training/test_engines.py",
+    "runs/test_faults.py",
+    "pipelines/test_pipelines.py",
+    "system/test_ranks.py",
+    "runs/test_tracker.py",
+    "runs/test_moved.py",
+    "bench/test_kernels.py",
+    "bench/test_bench.py",
+    "bench/test_parity.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, visibly, what this machine lacks."""
+    """Put the longest files first; skip, visibly, what this machine lacks."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
