@@ -19,16 +19,16 @@ from torch import Tensor
 
 from fastcnn.errors import CheckError, FastCNNError, UsageError, ignoring_warnings, nearest
 from fastcnn.export import model_card
-from fastcnn.export.script_process import script
+from fastcnn.export.script_process import deployed, script
 from fastcnn.export.verify import verify
 from fastcnn.export.verify_process import verify_in_new_process
 from fastcnn.inference import artefact, file_formats
 from fastcnn.inference.artefact import Artefact, Images
-from fastcnn.network.inference_network import Deployed, Inference
+from fastcnn.network.inference_network import Deployed, chunk
 from fastcnn.network.pixels import Normalise, resized
 from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint, files, run_folder
-from fastcnn.system.device import DTYPES, versions
+from fastcnn.system.device import versions
 from fastcnn.system.switches import one_thread, tracing
 from fastcnn.system.text import as_utf8
 
@@ -150,15 +150,6 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
     config, network, classes = state["config"], restore(state), list(map(as_utf8, state["classes"]))
     # onnxruntime has no bf16 convolution on a CPU.
     precision = "fp32" if half is None else half if half != "auto" else "fp16" if format == "onnx" else "bf16"
-    model = Deployed(
-        Inference(network),
-        config["image_size"],
-        config["mean"],
-        config["std"],
-        classes,
-        DTYPES[precision],
-        always_resize=format != "torchscript",
-    ).eval()
     metadata = {
         "format": artefact.FORMAT,
         "classes": classes,
@@ -168,7 +159,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "tta": config.get("tta", "none"),
         "input": "uint8 (N, H, W, 3), any N, H and W",
         "output": f"float32 (N, {len(classes)}) probabilities",
-        "chunk": model.chunk,
+        "chunk": chunk(network, config["image_size"]),
         "precision": precision,
         "tolerance": TOLERANCES[precision],
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
@@ -177,7 +168,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "golden": golden_inputs(network, config),
     }
     with tracing():
-        parts = EXPORTERS[format](model)
+        parts = EXPORTERS[format](state, precision)
     metadata["sha256"] = file_formats.digest(parts, metadata)
     path.write_bytes(file_formats.FORMATS[path.suffix].pack(file_formats.Contents(parts, metadata)))
 
@@ -228,8 +219,8 @@ def golden_images(size: int) -> list[Images]:
     ]
 
 
-def _export_torchscript(model: Deployed) -> dict[str, bytes]:
-    parts = file_formats.read_archive(script(model)).parts
+def _export_torchscript(state: dict[str, Any], precision: str) -> dict[str, bytes]:
+    parts = file_formats.read_archive(script(state, precision)).parts
     # These hold source lines and paths of this machine, which only tracebacks need.
     parts = {name: part for name, part in parts.items() if not name.endswith(".debug_pkl")}
     return {name: _ordered(part) if name.endswith(".py") else part for name, part in parts.items()}
@@ -242,8 +233,9 @@ def _ordered(code: bytes) -> bytes:
     return b"".join(line for constants, group in groups for line in (sorted(group) if constants else group))
 
 
-def _export_pt2(model: Deployed) -> dict[str, bytes]:
+def _export_pt2(state: dict[str, Any], precision: str) -> dict[str, bytes]:
     file = io.BytesIO()
+    model = deployed(state, precision, always_resize=True)
     model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch.export.save supports no other
     program = torch.export.export(model, (_example(model),), dynamic_shapes=(_any_size(),))
     for node in program.graph.nodes:  # source lines and paths of this machine
@@ -258,7 +250,7 @@ def _export_pt2(model: Deployed) -> dict[str, bytes]:
     return parts
 
 
-def _export_onnx(model: Deployed) -> dict[str, bytes]:
+def _export_onnx(state: dict[str, Any], precision: str) -> dict[str, bytes]:
     try:
         import onnx
         import onnxruntime  # noqa: F401  (needed to verify the file)
@@ -266,6 +258,7 @@ def _export_onnx(model: Deployed) -> dict[str, bytes]:
     except ImportError as error:
         raise FastCNNError(f"--format onnx needs {error.name}: pip install 'fastcnn[export]'") from None
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it asks for torchvision, which is not needed
+    model = deployed(state, precision, always_resize=True)
     with ignoring_warnings():  # torch's exporter uses deprecated parts of torch
         program = torch.onnx.export(
             model,
@@ -287,11 +280,12 @@ def _export_onnx(model: Deployed) -> dict[str, bytes]:
     return file_formats.read_onnx(proto.SerializeToString(deterministic=True)).parts
 
 
-EXPORTERS: dict[str, Callable[[Deployed], dict[str, bytes]]] = {
+EXPORTERS: dict[str, Callable[[dict[str, Any], str], dict[str, bytes]]] = {
     "torchscript": _export_torchscript,
     "onnx": _export_onnx,
     "pt2": _export_pt2,
 }
+"""Format -> function from a checkpoint and a name in `DTYPES` to the file's parts but for the metadata."""
 
 
 def _example(model: Deployed) -> Tensor:

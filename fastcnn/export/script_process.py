@@ -1,20 +1,41 @@
-"""TorchScript of a network, made where nothing was scripted before."""
+"""TorchScript of a trained network, made where nothing was scripted before."""
 
 from __future__ import annotations
 
 import io
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
 from fastcnn.errors import FastCNNError, ignoring_warnings
-from fastcnn.network.inference_network import Deployed
+from fastcnn.network.inference_network import Deployed, Inference
+from fastcnn.network.small_cnn import restore
 from fastcnn.system import own_module
+from fastcnn.system.device import DTYPES
+from fastcnn.system.text import as_utf8
+
+NEEDED = ("config", "classes", "network", "model")
+"""Fields of a checkpoint from which the network is made."""
 
 
-def script(model: Deployed) -> bytes:
-    """Return the TorchScript archive of a model: the same for a model whatever this process scripted before.
+def deployed(state: dict[str, Any], precision: str, *, always_resize: bool) -> Deployed:
+    """Return the network of a checkpoint as it is exported; see `Deployed`. precision: a name in `DTYPES`."""
+    config = state["config"]
+    return Deployed(
+        Inference(restore(state)),
+        config["image_size"],
+        config["mean"],
+        config["std"],
+        list(map(as_utf8, state["classes"])),
+        DTYPES[precision],
+        always_resize=always_resize,
+    ).eval()
+
+
+def script(state: dict[str, Any], precision: str) -> bytes:
+    """Return the TorchScript archive of a checkpoint's network: the same whatever this process scripted before.
 
     A process gives the second class of a name another one, `___torch_mangle_7`, by a counter of its own, so that
     networks scripted before would change the file and its hash. Where there were any, a new process scripts.
@@ -22,30 +43,31 @@ def script(model: Deployed) -> bytes:
     Raises FastCNNError if that process ends without one.
     """
     if not torch.jit._state._python_cu.get_functions():  # type: ignore[func-returns-value]
-        return _script(model)
-    pickled = io.BytesIO()
-    torch.save(model, pickled)
-    command = own_module.command("fastcnn.export.script_process")
-    done = subprocess.run(command, input=pickled.getvalue(), capture_output=True, env=own_module.environment())
+        return script_here(state, precision)
+    needed = io.BytesIO()
+    torch.save({name: state[name] for name in NEEDED}, needed)
+    command = own_module.command("fastcnn.export.script_process", precision)
+    done = subprocess.run(command, input=needed.getvalue(), capture_output=True, env=own_module.environment())
     if done.returncode:
         why = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise FastCNNError(f"the process that writes TorchScript ended with code {done.returncode}: {why}")
     return done.stdout
 
 
-def _script(model: Deployed) -> bytes:
+def script_here(state: dict[str, Any], precision: str) -> bytes:
+    """Return the archive with the names that this process gives."""
     file = io.BytesIO()
     with ignoring_warnings(DeprecationWarning):  # torch.jit is deprecated upstream
         # Not frozen: a frozen module has no parameters left, so .to("cuda") would not move it.
-        torch.jit.save(torch.jit.script(model), file)
+        torch.jit.save(torch.jit.script(deployed(state, precision, always_resize=False)), file)
     return file.getvalue()
 
 
-def main() -> None:
-    """Write the archive of the model on standard input, which the process above pickled, to standard output."""
-    model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
-    sys.stdout.buffer.write(_script(model))
+def main(precision: str) -> None:
+    """Write the archive to standard output. Standard input has the checkpoint's fields in `NEEDED`."""
+    state = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=True)
+    sys.stdout.buffer.write(script_here(state, precision))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

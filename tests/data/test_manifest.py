@@ -141,8 +141,9 @@ def test_rows_that_name_no_photo(tmp_path: Path) -> None:
     with pytest.warns(FastCNNWarning):
         refusal = scan_loosely(tmp_path / "x.csv", options=LayoutOptions(("cat",)))[1]
     assert refusal.startswith("fewer than two classes in")
-    with pytest.warns(FastCNNWarning, match=r"--exclude doge: x.csv has no class of that name; did you mean 'dog'\?"):
+    with pytest.warns(FastCNNWarning) as told:
         scan(tmp_path / "x.csv", options=LayoutOptions(("doge",)))
+    assert "--exclude doge: x.csv has no class of that name; did you mean 'dog'?" in map(str, [w.message for w in told])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from PIL import Image
 from fastcnn import cli, export_run, predict_photos
 from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError
-from fastcnn.export import exporters, model_card
+from fastcnn.export import exporters, model_card, script_process
 from fastcnn.export.exporters import EXPORTERS, Half, golden_images, write
 from fastcnn.export.verify import verify_file
 from fastcnn.export.verify_process import verify_in_new_process
@@ -412,27 +412,34 @@ def test_nothing_is_unpickled_or_evaluated_in_a_pt2(exports: Callable[[str], Pat
         assert not Path("trapped").exists()
 
 
-@pytest.mark.parametrize("kept", LONG, indirect=True)
-def test_the_same_run_gives_the_same_file(kept: Path, run_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", LONG)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated upstream
+def test_the_same_run_gives_the_same_file(
+    format: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this process did before, and however many threads another one has."""
+    monkeypatch.setattr(exporters, "script", script_process.script)
+    torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(7, 7)))
+    here, there = tmp_path / f"here.{format}", tmp_path / f"there.{format}"
+    write(checkpoint.load(run_dir / "best.pt"), here, format)
     write_it = (
         "import sys; from pathlib import Path; from fastcnn.export.exporters import write; "
         "from fastcnn.storage import checkpoint\n"
         "import torch; torch.set_num_threads(3)\n"
         "write(checkpoint.load(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[2]).suffix[1:])"
     )
-    again = tmp_path / f"again{kept.suffix}"
-    command = [sys.executable, "-W", "ignore", "-c", write_it, run_dir / "best.pt", again]
+    command = [sys.executable, "-W", "ignore", "-c", write_it, run_dir / "best.pt", there]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"})  # the order of sets of strings
-    assert artefact.open(again).metadata["sha256"] == artefact.open(kept).metadata["sha256"]
+    assert artefact.open(there).metadata["sha256"] == artefact.open(here).metadata["sha256"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated upstream
-def test_what_was_scripted_before_does_not_change_the_file(run_dir: Path, tmp_path: Path) -> None:
-    kept, after = tmp_path / "kept.torchscript", tmp_path / "after.torchscript"
-    write(checkpoint.load(run_dir / "best.pt"), kept, "torchscript")
-    torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(7, 7)))
-    write(checkpoint.load(run_dir / "best.pt"), after, "torchscript")
-    assert kept.read_bytes() == after.read_bytes()
+def test_a_process_that_cannot_script_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script_process, "NEEDED", ("config", "classes", "network"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
+        torch.jit.script(torch.nn.Flatten())
+    with pytest.raises(FastCNNError, match="the process that writes TorchScript ended with code 1: KeyError: 'model'"):
+        script_process.script(checkpoint.load(run_dir / "best.pt"), "fp32")
 
 
 def test_nothing_of_this_machine_is_inside(exported: Path) -> None:
