@@ -72,9 +72,10 @@ def test_baselines_know_nothing_of_ours() -> None:
         assert not any(name.partition(".")[0] in ("fastcnn", "pipelines") for name in imported(path)), path
 
 
-@pytest.mark.parametrize("what", ["import fastcnn", "import fastcnn.cli", "import pipelines"])
+# The last starts decoding processes, which import while torch is imported here.
+@pytest.mark.parametrize("what", ["fastcnn", "fastcnn.cli", "pipelines", "fastcnn.data.cache_folders"])
 def test_light_imports(what: str) -> None:
-    code = f"{what}; import sys; sys.exit(bool({{'torch', 'wandb', 'matplotlib', 'nvidia', 'PIL'}} & set(sys.modules)))"
+    code = f"import {what}, sys; sys.exit(bool({{'torch', 'wandb', 'matplotlib', 'nvidia', 'PIL'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -93,3 +94,10 @@ def test_what_tests_start_in_another_folder_finds_the_package(tmp_path: Path) ->
     command = [sys.executable, "-S", "-c", script]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()).is_relative_to(ROOT)
+
+
+def test_a_run_imports_no_sympy(photos: Path) -> None:
+    """Some of torch's functions do, which takes a third of a second."""
+    words = ["train", str(photos), "--epochs=1", "--image-size=32", "--filters=4", "--no-report", "--quiet"]
+    code = f"import sys; from fastcnn.cli import main; main({words}); sys.exit('sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

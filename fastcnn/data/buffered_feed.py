@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcnn.data.feeds import Epoch, Feed, Fill, Positions, RankSlice
+from fastcnn.data.arrays import Positions
+from fastcnn.data.feeds import Epoch, Feed, Fill, RankSlice
 from fastcnn.errors import warn
 
 NUM_BUFFERS = 2  # batches in memory: the step uses one while the other is filled

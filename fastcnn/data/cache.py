@@ -34,10 +34,10 @@ import numpy as np
 import pipelines
 from fastcnn.config import DataConfig
 from fastcnn.data import cache_files, journal_files
+from fastcnn.data.arrays import Pixels, Positions
 from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header
 from fastcnn.data.cache_folders import default_folder
 from fastcnn.data.cached_photos import Cache, Decode
-from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.journal import Digests, Journal
 from fastcnn.data.recognise import digests, recognise

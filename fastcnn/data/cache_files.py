@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 import pipelines
 from fastcnn.data import journal_files
-from fastcnn.data.feeds import Pixels, Positions
+from fastcnn.data.arrays import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.journal import Journal, facts
 from fastcnn.errors import warn

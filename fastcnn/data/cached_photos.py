@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn.data.arrays import Pixels, Positions
 from fastcnn.data.cache_files import CHUNK, chunks_of, read_rows
-from fastcnn.data.feeds import Pixels, Positions
 from fastcnn.data.index import Index
 from fastcnn.data.journal import Digests
 from fastcnn.errors import FastCNNError, warn

@@ -10,19 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastcnn.data.arrays import Labels, Pixels, Positions
+
 CHUNK = 256  # images copied to a device at once, which bounds the host memory that takes
 
 Epoch = tuple[int, int]
 """(seed, epoch): determines the order of the training images and everything random about each."""
-
-Positions = npt.NDArray[np.intp]
-"""(n,) positions of images in a split, or of photos in an index."""
-
-Pixels = npt.NDArray[np.uint8]
-"""(n, H, W, 3) pixels of images."""
-
-Labels = npt.NDArray[np.int64]
-"""(n,) labels of images."""
 
 SamplingWeights = npt.NDArray[np.float64] | None
 """(N,) probability of drawing each training image; they sum to 1. None: every image once per epoch."""

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data.feeds import Positions
+from fastcnn.data.arrays import Positions
 from fastcnn.data.index import Index
 from fastcnn.data.path_list import PathList
 

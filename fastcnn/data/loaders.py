@@ -11,10 +11,11 @@ import torch
 
 import pipelines
 from fastcnn.config import Loader
+from fastcnn.data.arrays import Labels, Pixels, Positions
 from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.cached_photos import Cache
 from fastcnn.data.crops import crop_boxes
-from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, Labels, Pixels, Positions, RankSlice, ShardedFeed
+from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, RankSlice, ShardedFeed
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system.device import free_memory_bytes

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data import journal_files
+from fastcnn.data.arrays import Positions
 from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header, read_row
-from fastcnn.data.feeds import Positions
 from fastcnn.data.index import Index
 from fastcnn.data.journal import Journal, facts, of_entries
 from pipelines.verdict import Unusable, read

@@ -199,7 +199,10 @@ class SmallCNN(nn.Module):
 
 def _undrawn(kind: type[Layer], *sizes: int, **options: int) -> Layer:
     """Return a layer whose weights are not drawn yet, on the device that is the default."""
-    return kind(*sizes, device="meta", **options).to_empty(device=torch.get_default_device())
+    layer = kind(*sizes, device="meta", **options)
+    for name, parameter in layer.named_parameters():  # `to_empty` imports sympy, which takes a third of a second
+        setattr(layer, name, nn.Parameter(torch.empty(parameter.shape)))
+    return layer
 
 
 def _draw_weights(model: nn.Module, generator: torch.Generator | None) -> None:
