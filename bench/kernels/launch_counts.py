@@ -21,6 +21,7 @@ from bench.kernels.pretended_gpu import pretended_gpu
 from fastcnn.config import STRENGTHS
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.training import engines
+from fastcnn.training import step as training_step
 from fastcnn.training.step import StepFunctions, TrainingStep
 
 OWN = "own kernels"
@@ -35,7 +36,12 @@ def count_launches(
     strengths = [(name, STRENGTHS[name][0]) for name in augment]  # type: ignore[index]
     step = make_step(random_feed(torch.device("cpu"), 2 * batch, size), REFERENCE, batch, precision, strengths)
     counting = Counting()
-    with pretended_gpu(), mock.patch.object(cpu_max_pool, "usable", return_value=False), recorded_hybrid() as own:
+    with (
+        pretended_gpu(),
+        mock.patch.object(cpu_max_pool, "usable", return_value=False),
+        mock.patch.object(training_step, "takes_weights", return_value=True),
+        recorded_hybrid() as own,
+    ):
         functions = _functions(engine, step, counting.backend)
         counted: dict[str, Any] = {name: counting.under(name, getattr(functions, name)) for name in engines.FUNCTIONS}
         functions = dataclasses.replace(functions, **counted)

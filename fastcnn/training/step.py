@@ -54,6 +54,15 @@ class StepFunctions:
     """Losses, predictions and labels (N,), and buffers before the batch: updates weights and sums."""
 
 
+def takes_weights(losses: Tensor) -> bool:
+    """Whether the gradient of losses is taken with given weights, for which a GPU has no kernel more.
+
+    On a CPU it is that of their dot product, the same to the bit: given weights, torch first imports sympy, which takes
+    a third of a second.
+    """
+    return losses.is_cuda
+
+
 class TrainingStep:
     """One optimizer step over a Feed. Calling it does no host work and returns nothing: results are in `sums`.
 
@@ -152,9 +161,9 @@ class TrainingStep:
         )
         # Weighted losses instead of their mean: its derivative would take two more kernels, in fp16 three.
         loss_weights = self.loss_weights if self.loss_scale is None else self.loss_weights * self.loss_scale.scale
-        if losses.is_cuda:
+        if takes_weights(losses):
             gradients = torch.autograd.grad(losses, self.parameters.inputs, loss_weights)
-        else:  # the same to the bit; where it is given weights, torch first imports sympy: a third of a second
+        else:
             gradients = torch.autograd.grad(torch.dot(losses, loss_weights), self.parameters.inputs)
         functions.collect(gradients, losses.detach())
         self.ranks.sum_(self.parameters.reduced)
