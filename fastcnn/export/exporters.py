@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastcnn.errors import CheckError, FastCNNError, UsageError, ignoring_warnings, nearest
 from fastcnn.export import model_card
-from fastcnn.export.script_process import deployed, script
+from fastcnn.export.exported_network import deployed
+from fastcnn.export.script_process import script
 from fastcnn.export.verify import verify
 from fastcnn.export.verify_process import verify_in_new_process
 from fastcnn.inference import artefact, file_formats

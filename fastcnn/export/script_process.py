@@ -10,28 +10,11 @@ from typing import Any
 import torch
 
 from fastcnn.errors import FastCNNError, ignoring_warnings
-from fastcnn.network.inference_network import Deployed, Inference
-from fastcnn.network.small_cnn import restore
+from fastcnn.export.exported_network import deployed
 from fastcnn.system import own_module
-from fastcnn.system.device import DTYPES
-from fastcnn.system.text import as_utf8
 
 NEEDED = ("config", "classes", "network", "model")
 """Fields of a checkpoint from which the network is made."""
-
-
-def deployed(state: dict[str, Any], precision: str, *, always_resize: bool) -> Deployed:
-    """Return the network of a checkpoint as it is exported; see `Deployed`. precision: a name in `DTYPES`."""
-    config = state["config"]
-    return Deployed(
-        Inference(restore(state)),
-        config["image_size"],
-        config["mean"],
-        config["std"],
-        list(map(as_utf8, state["classes"])),
-        DTYPES[precision],
-        always_resize=always_resize,
-    ).eval()
 
 
 def script(state: dict[str, Any], precision: str) -> bytes:
