@@ -84,7 +84,7 @@ def _no_wandb() -> Iterator[None]:
         yield
 
 
-class KeptServer(workers._Server):
+class KeptServer(workers.Server):
     """Decoder server that waits for its next user instead of ending: importing torch anew takes a second."""
 
     idle: ClassVar[dict[Any, KeptServer]] = {}
@@ -120,10 +120,10 @@ class KeptServer(workers._Server):
 def _kept_decoders() -> Iterator[None]:
     """Share decoder servers between tests; tests/pipelines/test_workers.py has each start its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "_Server", KeptServer.take)
+        patch.setattr(workers, "Server", KeptServer.take)
         yield
     while KeptServer.idle:
-        workers._Server.close(KeptServer.idle.popitem()[1])
+        workers.Server.close(KeptServer.idle.popitem()[1])
 
 
 @pytest.fixture(scope="session", autouse=True)

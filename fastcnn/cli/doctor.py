@@ -24,7 +24,8 @@ from fastcnn.runs.wandb_server import in_netrc
 from fastcnn.storage.files import free_bytes
 from fastcnn.system import text
 from fastcnn.system.device import describe_hardware, free_memory_bytes, has_bf16
-from pipelines.workers import Workers, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers
 
 LOW_DISK, LOW_MEMORY = 5 * 2**30, 2 * 2**30  # bytes; even a small data set may not fit in less
 

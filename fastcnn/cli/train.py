@@ -12,7 +12,7 @@ import click
 
 from fastcnn.cli.group import SETTINGS
 from fastcnn.cli.options import ConfigCommand, config_options, given, photos_in, quiet_option
-from fastcnn.config import OPTIONS, Config, read_recipe, read_yaml, recipe_names, resolve
+from fastcnn.config import OPTIONS, Config, read_recipe, read_yaml, recipe_names, require_data, resolve
 from fastcnn.errors import UsageError
 from fastcnn.system import launch, signals
 
@@ -69,6 +69,7 @@ def train(
 
         click.echo(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), nl=False)
         return
+    require_data(config.data, "train")  # before torch is imported
     config = dataclasses.replace(config, data=photos_in(config.data, quiet=quiet))
     if ranks is not None and config.devices != ranks:
         raise UsageError(f"--devices {config.devices} differs from the {ranks} processes of torchrun: leave it out")

@@ -10,6 +10,7 @@ from fastcnn.config.data import (
     Decoder,
     LayoutOptions,
     Loader,
+    require_data,
 )
 from fastcnn.config.model import MIN_IMAGE_SIZE, NUM_BLOCKS, Activation, ModelConfig, Tta
 from fastcnn.config.optimization import OptimizationConfig, Optimizer, Schedule

@@ -159,3 +159,9 @@ class DataConfig(Section):
     def augmentations(self) -> list[tuple[str, float]]:
         """Name and strength of each augmentation."""
         return [(name, float(strength)) for name, _, strength in (item.partition("=") for item in self.augment)]
+
+
+def require_data(data: str, command: str) -> None:
+    """Raise UsageError where a command was given no DATA."""
+    if not data:
+        raise UsageError(f"which photos? fastcnn {command} DATA, where DATA is a folder of photos")

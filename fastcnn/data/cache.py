@@ -46,7 +46,8 @@ from fastcnn.storage.files import check_space, free_bytes
 from fastcnn.storage.locks import locked
 from fastcnn.storage.paths import usual_cache_folder
 from fastcnn.system.ranks import ALONE, Ranks
-from pipelines.workers import Workers, end_early, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers, end_early
 
 _Progress = Callable[[int, int], None]
 

@@ -267,9 +267,13 @@ def _rows(
                     f"({made.split}): keep one"
                 )
         rows[path] = made
-    for count, what in ((num_without, "have no path or no class, and are left out"), (num_twice, "are repeated")):
+    for count, one, more in (
+        (num_without, "has no path or no class, and is left out", "have no path or no class, and are left out"),
+        (num_twice, "is repeated", "are repeated"),
+    ):
         if count:
-            warn(f"{printable(table.path.name)}: {count:,} rows {what}")
+            rows_are = f"1 row {one}" if count == 1 else f"{count:,} rows {more}"
+            warn(f"{printable(table.path.name)}: {rows_are}")
     return list(rows.values())
 
 

@@ -25,8 +25,9 @@ from fastcnn.system import text
 from fastcnn.system.text import printable
 from pipelines.facts import facts
 from pipelines.meant import meant_as_photo
+from pipelines.shared_memory import shared
 from pipelines.verdict import Source, Unusable, Verdict, read
-from pipelines.workers import DECODE_TIMEOUT, Workers, shared
+from pipelines.workers import DECODE_TIMEOUT, Workers
 
 CHUNK = 512  # photos decoded at once
 NUM_NAMED = 10  # photos and groups that the table names

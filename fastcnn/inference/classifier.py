@@ -14,8 +14,9 @@ from PIL import Image
 
 import pipelines
 from fastcnn.inference.artefact import Artefact, Images, Probabilities
+from pipelines.shared_memory import shared
 from pipelines.verdict import MAX_PIXELS, Source, Verdict
-from pipelines.workers import DECODE_TIMEOUT, Workers, end_early, shared, start_early
+from pipelines.workers import DECODE_TIMEOUT, Workers, end_early, start_early
 
 NO_PROBABILITIES = np.zeros(0, np.float32)
 

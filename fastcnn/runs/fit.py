@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fastcnn.config import Config, read_yaml
+from fastcnn.config import Config, read_yaml, require_data
 from fastcnn.data import dataset, split_file
 from fastcnn.data.dataset import Dataset
 from fastcnn.errors import DataError, FastCNNError, UsageError, first_line
@@ -149,8 +149,7 @@ def resolve_machine(config: Config, group: Ranks) -> Config:
 
     "auto" is left for the decoder, the loader and the engine.
     """
-    if not config.data:
-        raise UsageError("which photos? fastcnn train DATA, where DATA is a folder of photos")
+    require_data(config.data, "train")
     device = pick_device(config.device, group.local_rank)
     if group.count > 1 and ":" in config.device:
         raise UsageError(

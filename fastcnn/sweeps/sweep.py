@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from fastcnn.config import Config, option_name, resolve
+from fastcnn.config import Config, option_name, require_data, resolve
 from fastcnn.data import index
 from fastcnn.errors import DataError, FastCNNError, UsageError, first_line, warn
 from fastcnn.sweeps import summary
@@ -129,8 +129,7 @@ def _raise_if_none_finished(runner: Runner, records: list[TrialRecord]) -> None:
 
 
 def _check_data(data: str) -> None:
-    if not data:
-        raise UsageError("which photos? fastcnn sweep DATA, where DATA is a folder of photos")
+    require_data(data, "sweep")
     if not Path(data).is_dir():
         raise DataError(f"no folder {data}: expected a folder of photos")
 

@@ -135,7 +135,7 @@ def test_rows_that_name_no_photo(tmp_path: Path) -> None:
         index = scan(table(tmp_path / "x.csv", "file,label", *lines))
     assert [str(one.message) for one in told] == [
         "x.csv: 2 rows have no path or no class, and are left out",
-        "x.csv: 1 rows are repeated",
+        "x.csv: 1 row is repeated",
     ]
     assert dict(zip(index.paths, index.sizes.tolist(), strict=True)) == {"1.jpg": 1, "2.jpg": 1, "3.jpg": 0, "two": 0}
     with pytest.warns(FastCNNWarning):

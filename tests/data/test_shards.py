@@ -24,8 +24,9 @@ from fastcnn.data.feeds import Feed
 from fastcnn.data.loaders import LOADERS, Options
 from fastcnn.data_tools import check, write_shards
 from fastcnn.errors import DataError, FastCNNWarning
+from pipelines.shared_memory import shared
 from pipelines.verdict import Member
-from pipelines.workers import Workers, shared
+from pipelines.workers import Workers
 
 SIZE = 32
 BAD = {

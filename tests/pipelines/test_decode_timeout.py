@@ -17,7 +17,8 @@ from fastcnn.data import cache
 from fastcnn.data.cached_photos import Cache
 from fastcnn.data.index import scan
 from pipelines import Verdict, workers
-from pipelines.workers import Workers, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers
 from tests.pipelines.test_pipelines import camera, encoded
 
 SIZE = 32

@@ -25,7 +25,8 @@ from PIL import Image
 import pipelines
 from pipelines import workers
 from pipelines.server_process import ForkedProcess
-from pipelines.workers import Workers, end_early, shared, start_early
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers, end_early, start_early
 
 pipelines.BACKENDS["planted"] = "planted_decoder"
 file = io.BytesIO()

@@ -20,19 +20,20 @@ from fastcnn.data.cached_photos import Cache
 from fastcnn.data.index import scan
 from fastcnn.errors import FastCNNError, FastCNNWarning
 from pipelines import Verdict, workers
-from pipelines.workers import Workers, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers
 from tests.conftest import SHARED_DATA
 from tests.pipelines.test_pipelines import camera, encoded
 
 SIZE = 32
 
-SERVER = workers._Server
+SERVER = workers.Server
 
 
 @pytest.fixture(autouse=True)
 def _own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start and end servers as a run does: tests/conftest.py keeps them elsewhere."""
-    monkeypatch.setattr(workers, "_Server", SERVER)
+    monkeypatch.setattr(workers, "Server", SERVER)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_a_server_outlives_its_caller_neither_in_an_import_nor_with_workers(
 ) -> None:
     (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(60)")
     monkeypatch.syspath_prepend(tmp_path)
-    importing = workers._Server("slow_to_import", gpu=None)
+    importing = workers.Server("slow_to_import", gpu=None)
     with Workers("pillow") as decoding:
         decode(decoding, photos)
         server, worker = decoding._server, decoding._workers[0]
@@ -214,7 +215,8 @@ def test_workers_end_with_their_caller(planted: str, photos: list[bytes], tmp_pa
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
 import pipelines
-from pipelines.workers import Workers, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers
 pipelines.BACKENDS["planted"] = "planted_decoder"
 decoding = Workers("planted")
 photo = open("photo.jpg", "rb").read()
@@ -241,7 +243,8 @@ import sys; sys.path[:0] = {path!r}
 import pipelines
 from fastcnn.system import signals
 from pipelines import workers
-from pipelines.workers import Workers, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers
 pipelines.BACKENDS["planted"] = "planted_decoder"
 workers.THREADS = 1
 photo = open("photo.jpg", "rb").read()
@@ -277,7 +280,7 @@ def test_an_interruption_in_the_middle_of_a_batch_leaves_no_process(
 @pytest.mark.parametrize("when", ["before", "during the start"])
 def test_a_server_that_is_given_up_is_not_started_again(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that start when an interruption comes still ask for workers, after those that run were ended."""
-    server, started = workers._Server("pipelines.pillow", gpu=None), []
+    server, started = workers.Server("pipelines.pillow", gpu=None), []
     start, server.given_up = server._start, when == "before"
 
     def interrupted_start() -> None:
@@ -297,7 +300,8 @@ import os, signal, sys, threading; sys.path[:0] = {path!r}
 import pipelines
 from fastcnn.system import signals
 from pipelines import workers
-from pipelines.workers import Workers, shared
+from pipelines.shared_memory import shared
+from pipelines.workers import Workers
 pipelines.BACKENDS["planted"] = "planted_decoder"
 workers.THREADS = 1
 photo = open("photo.jpg", "rb").read()
@@ -327,7 +331,7 @@ def test_an_interruption_while_threads_start_leaves_no_process(
 
 
 def test_an_interruption_while_a_server_ends_does_not_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = workers._Server("pipelines.pillow", gpu=None)
+    server = workers.Server("pipelines.pillow", gpu=None)
     process = server._process
     assert process is not None
     wait, interruptions = process.wait, iter([KeyboardInterrupt])
@@ -473,13 +477,13 @@ def test_dali_itself_dies_of_text_and_the_build_goes_on(
 ) -> None:
     deaths: list[str] = []
 
-    def autopsy(server: workers._Server, worker: workers._Worker) -> Verdict:
+    def autopsy(server: workers.Server, worker: workers.Worker) -> Verdict:
         verdict = examine(server, worker)
         deaths.append(verdict.detail)
         return verdict
 
-    examine = workers._Server.autopsy
-    monkeypatch.setattr(workers._Server, "autopsy", autopsy)
+    examine = workers.Server.autopsy
+    monkeypatch.setattr(workers.Server, "autopsy", autopsy)
     data = write(tmp_path / "data", mixed(photos, num_photos, num_pages))
     built = build(data, unfiltered)
     assert len(built.images) == num_photos
