@@ -20,6 +20,7 @@ from fastcnn.cli.options import (
     parse_size,
     photos_in,
     reading_of,
+    say_opening,
     sha256_option,
 )
 from fastcnn.config import Export, as_choice, resolve
@@ -51,6 +52,7 @@ def evaluate(
     Without DATA: on the run's own validation and test images. With DATA: on its val and test folders; if it has none,
     on its train folder; else on all of DATA/<class>/...
     """
+    say_opening(run)
     from fastcnn.runs.evaluate_run import evaluate_run
     from fastcnn.system.console import Console
 
@@ -113,6 +115,7 @@ def export(
     if triton and names[0] == "pt2":
         raise UsageError("--triton: expected --format torchscript or onnx, got pt2")
     console, moved_to = Console(), moved_to and photos_in(moved_to)
+    say_opening(run)
     for name in names:
         with console.progress(f"exporting {name}", "images") as progress:
             from fastcnn.export.exporters import export_run  # takes seconds
@@ -220,8 +223,7 @@ def predict(
     config = resolve(given(options))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads, which nothing here uses, prevent a fork
     path = _find(model)
-    if not quiet:
-        click.echo(f"opening {printable(str(path))}", err=True)  # importing torch takes seconds
+    say_opening(str(path), quiet=quiet)
     from fastcnn.inference.classifier import decoder_forked
     from fastcnn.inference.predict import predict_photos, writer
     from fastcnn.system.console import Console

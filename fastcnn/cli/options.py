@@ -11,6 +11,8 @@ import click
 
 from fastcnn.config import LAYOUT_FIELDS, OPTIONS, SECTIONS, Bytes, Interval, base_type, option_name, parse_bytes
 from fastcnn.errors import UsageError
+from fastcnn.system import launch
+from fastcnn.system.text import printable
 
 _METAVARS: dict[Any, str] = {
     **{"split": "FILE", "cache_dir": "DIR", "init_from": "RUN", "device": "DEVICE", "wandb_project": "NAME"},
@@ -155,6 +157,12 @@ def photos_in(data: str, *, quiet: bool = False) -> str:
     from fastcnn.system.console import Console
 
     return unpacked(data, Console(quiet=quiet))
+
+
+def say_opening(what: str, *, quiet: bool = False) -> None:
+    """Say, before torch is imported, which takes seconds, what a command begins with."""
+    if not quiet and launch.is_first_on_machine():
+        click.echo(f"opening {printable(what)}", err=True)
 
 
 def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:

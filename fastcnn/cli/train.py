@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from fastcnn.cli.group import SETTINGS
-from fastcnn.cli.options import ConfigCommand, config_options, given, photos_in, quiet_option
+from fastcnn.cli.options import ConfigCommand, config_options, given, photos_in, quiet_option, say_opening
 from fastcnn.config import OPTIONS, Config, read_recipe, read_yaml, recipe_names, require_data, resolve
 from fastcnn.errors import UsageError
 from fastcnn.system import launch, signals
@@ -81,6 +81,7 @@ def train(
 
 def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, start: float) -> None:
     """Train, with the processes of the cache started before torch is imported."""
+    say_opening(config.data, quiet=quiet)
     from fastcnn.data.cache_folders import start_early
     from fastcnn.system.console import Console
     from pipelines.workers import end_early
@@ -148,6 +149,8 @@ def sweep(
     plan = files.read(Path(sweep_file) if sweep_file else None).without(fixed)
     fixed = {**(read_recipe(recipe) if recipe else {}), **_command_options(plan.command), **fixed}
     where = Path(folder) if folder else None
+    if fixed.get("data"):
+        say_opening(fixed["data"], quiet=quiet)
     from fastcnn.system.console import Console
 
     console = Console(quiet=quiet)
