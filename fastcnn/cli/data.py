@@ -111,7 +111,7 @@ def cache() -> None:
 @config_options("cache_dir")
 def cache_list(cache_dir: str | None) -> None:
     """List the caches: key, images, size, decoder and data folder."""
-    from fastcnn.data.cache_folders import list_caches
+    from fastcnn.data.cache_folders import default_folder, list_caches
     from fastcnn.system.text import printable, table
 
     rows = [
@@ -125,9 +125,12 @@ def cache_list(cache_dir: str | None) -> None:
         ]
         for entry in list_caches(cache_dir)
     ]
-    if rows:
-        columns = ["key", "images", "size", "MiB", "decoder", "data folder"]
-        click.echo(table(columns, rows, right=["images", "size", "MiB"]))
+    columns = ["key", "images", "size", "MiB", "decoder", "data folder"]
+    click.echo(
+        table(columns, rows, right=["images", "size", "MiB"])
+        if rows
+        else f"no caches in {printable(str(default_folder(cache_dir)))}"
+    )
 
 
 @cache.command("info", **SETTINGS)

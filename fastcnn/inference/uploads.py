@@ -197,7 +197,8 @@ def from_json(body: bytes, limits: Limits) -> Upload:
 
 def _problem(kind: str, place: tuple[int | str, ...], message: str) -> str:
     if kind == "extra_forbidden":
-        return f"no field {place[-1]!r}{nearest(str(place[-1]), JsonUpload.model_fields)}"
+        known = list(JsonUpload.model_fields)
+        return f"no field {place[-1]!r}{nearest(str(place[-1]), known) or '; expected ' + ', '.join(known)}"
     return f"{'.'.join(map(str, place))}: {message}" if place else message
 
 

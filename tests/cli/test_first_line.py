@@ -19,7 +19,13 @@ with contextlib.suppress(ImportError):
 
 @pytest.mark.parametrize(
     "command",
-    [["train", "photos"], ["sweep", "photos"], ["eval", "runs/x"], ["export", "runs/x"], ["predict", "x.onnx", "y.jpg"]],
+    [
+        ["train", "photos"],
+        ["sweep", "photos"],
+        ["eval", "runs/x"],
+        ["export", "runs/x"],
+        ["predict", "x.onnx", "y.jpg"],
+    ],
     ids=lambda command: command[0],
 )
 def test_the_first_line_comes_before_torch(command: list[str], tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ BASE64 = base64.b64encode(PHOTO).decode()
         (as_json(photos=[3]), AS_JSON, 422, "photos.0: Input should be a valid string"),
         (as_json(photo=BASE64, top_k=0), AS_JSON, 422, "top_k: Input should be greater than or equal to 1"),
         (as_json(foto=BASE64), AS_JSON, 422, "no field 'foto'; did you mean 'photo'?"),
+        (as_json(image=BASE64), AS_JSON, 422, "no field 'image'; expected photo, photos, top_k"),
         (as_json(photos=[BASE64[:8]] * 6), AS_JSON, 413, "more than 5 photos in a request: send them in several"),
         (as_json(photo=PHOTO * 10), AS_JSON, 413, "more than 2,000 bytes"),
     ],
