@@ -180,8 +180,15 @@ def run_dir(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exports(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return the exported file of `run_dir` for a format, all in one folder with their card. Read-only."""
+    """Return the exported file of `run_dir` for a format, all in one folder with their card. Read-only.
+
+    They are verified in this process: another one has to import torch anew. tests/end_to_end/test_docs.py and
+    tests/export/test_export.py export with a process that verifies.
+    """
     from fastcnn import export_run
+    from fastcnn.export import exporters
+    from fastcnn.export.verify import verify_file
+    from fastcnn.inference import artefact
 
     folder = tmp_path_factory.mktemp("exports")
 
@@ -190,6 +197,14 @@ def exports(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             pytest.importorskip("onnxruntime")
             pytest.importorskip("onnxscript")
         path = folder / f"model.{format}"
-        return path if path.is_file() else export_run(run_dir, format=format, output=path)
+        if not path.is_file():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    exporters,
+                    "verify_in_new_process",
+                    lambda path, *run, **how: verify_file(artefact.open(path), *run, **how),
+                )
+                export_run(run_dir, format=format, output=path)
+        return path
 
     return exported

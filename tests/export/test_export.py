@@ -52,7 +52,7 @@ def exported(kept: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have exports checked in this process: starting another, as those of `kept` do, takes 1.5 s."""
+    """Have exports checked in this process: starting another takes 1.5 s."""
     monkeypatch.setattr(
         exporters, "verify_in_new_process", lambda path, *run, **how: verify_file(artefact.open(path), *run, **how)
     )
@@ -120,7 +120,9 @@ def test_torchscript_computes_in_another_type(kept: Path, dtype: str, tolerance:
         torch.testing.assert_close(probabilities, module(images), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("format", EXPORTERS)
+@pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=[pytest.mark.long] * (name == "onnx")) for name in EXPORTERS]
+)
 def test_mirror_images_are_averaged_inside_the_file(run_dir: Path, tmp_path: Path, format: str) -> None:
     """The golden inputs are the trained network's, so verification compares the mean of both images."""
     if format == "onnx":
@@ -434,7 +436,8 @@ def test_the_same_run_gives_the_same_file(
 
 
 def test_a_process_that_cannot_script_is_named(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script_process, "NEEDED", ("config", "classes", "network"))
+    failing = [sys.executable, "-I", "-c", "raise KeyError('model')"]
+    monkeypatch.setattr(script_process.own_module, "command", lambda *names: failing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated upstream
         torch.jit.script(torch.nn.Flatten())

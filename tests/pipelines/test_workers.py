@@ -508,10 +508,10 @@ def test_odd_images_among_good_ones(tmp_path: Path) -> None:
     """With each decoder: every good photo is cached, and each odd one has the verdict that README.tsv implies."""
     odd, reasons, damage = SHARED_DATA / "odd-images", {}, {}
     rows = [line.split("\t") for line in (odd / "README.tsv").read_text().splitlines()[1:]]
-    good = sorted((SHARED_DATA / "animals-8" / "dog").iterdir())[:78]
+    good = sorted((SHARED_DATA / "animals-8" / "dog").iterdir())[:26]
     for i, photo in enumerate(good):
         (tmp_path / "data" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / f"class {i % 2}" / f"{i:03} good.jpg").symlink_to(photo)
+        (tmp_path / "data" / f"class {i % 2}" / f"{3 * i:03} good.jpg").symlink_to(photo)
     for i, row in enumerate(rows):
         (tmp_path / "data" / "class 0" / f"{2 * i:03} odd {row[0]}").symlink_to(odd / row[0])
     index = scan(tmp_path / "data")
