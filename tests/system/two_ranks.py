@@ -10,6 +10,7 @@ from typing import Any
 
 SMALL: dict[str, Any] = {
     "image_size": 32,
+    "cache_size": 40,  # of all cases, so that photos are decoded once
     "filters": (8,),
     "batch_size": 16,
     "precision": "fp64",
@@ -30,7 +31,6 @@ EVERYTHING: dict[str, Any] = {
     "on_nan": "skip",
     "balance": "sampling",
     "activation": "gelu",
-    "cache_size": 40,
 }
 CASES: dict[str, dict[str, Any]] = {
     "norm": {},
