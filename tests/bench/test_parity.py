@@ -90,14 +90,14 @@ def make_gratings(folder: Path, *, classes: int = 4, photos: int = 480, seed: in
     return folder
 
 
-OPTIONS = ["--seeds", "4", "--epochs", "4", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3"]
-OPTIONS += ["--val-fraction", "0.6", "--threads", "1"]
+OPTIONS = ["--seeds", "4", "--epochs", "3", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3"]
+OPTIONS += ["--val-fraction", "0.4", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def gratings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 640 striped photos."""
-    return make_gratings(tmp_path_factory.mktemp("data") / "gratings", photos=640)
+    """A folder of 480 striped photos."""
+    return make_gratings(tmp_path_factory.mktemp("data") / "gratings")
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,11 @@ def test_the_fast_path_is_not_different(healthy: tuple[int, Path, str]) -> None:
     assert (code, info["verdict"] == "different") == (0, False), printed
     assert (theirs["name"], ours["name"], ours["n"]) == ("seed.py", "fast path", 4)
     assert theirs["extra_info"]["mean_accuracy"] > 0.5
-    assert [len(found["train_losses"]) for found in info["runs"].values()] == [4] * 4
+    assert [len(found["train_losses"]) for found in info["runs"].values()] == [3] * 4
     assert set(info["measures"]) == {"accuracy", "held_out_losses", "train_losses"}
     assert path.with_suffix(".png").stat().st_size > 10_000
     (line,) = [line for line in printed.splitlines() if line.startswith(info["verdict"])]
-    assert "4 seeds, 384 held-out photos" in line
+    assert "4 seeds, 192 held-out photos" in line
     assert ("would do" in line) == (info["verdict"] == "undecided")
 
 
@@ -151,7 +151,7 @@ def test_a_broken_fast_path_is_different(
     assert record["settings"]["verdict"] == "different"
     info = record["rows"][1]["extra_info"]
     assert "different" in [one["verdict"] for one in info["measures"].values()]
-    assert info["wrong_labels"] == (160 if fault is shifted_labels else 0)
+    assert info["wrong_labels"] == (120 if fault is shifted_labels else 0)
 
 
 def with_baseline_only(path: Path, folder: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_same_command_goes_on_where_it_stopped(
         trained.append(seed)
         if seed == 2 and trained == [0, 1, 2]:
             raise KeyboardInterrupt
-        return {"accuracy": 0.9, "train_losses": [0.1] * 4, "held_out_losses": [0.2] * 4, "seconds": 1.0}
+        return {"accuracy": 0.9, "train_losses": [0.1] * 3, "held_out_losses": [0.2] * 3, "seconds": 1.0}
 
     def stopped(*_: Any) -> arms.Found:
         raise RunInterrupted(signal.SIGTERM, tmp_path)
@@ -253,10 +253,10 @@ def test_held_out_is_every_photo_of_the_held_out_folders(gratings: Path, tmp_pat
             shutil.copytree(gratings / f"class{label}", tmp_path / split / f"class{label}")
     classes, train, held_out = listing(tmp_path, 0.2)
     assert classes == ["class0", "class1"]
-    assert (len(train), len(held_out)) == (320, 480)
+    assert (len(train), len(held_out)) == (240, 360)
     assert {path.relative_to(tmp_path).parts[0] for path, _ in held_out} == {"validation", "test"}
     _, train, held_out = listing(gratings, 0.25)
-    assert (len(train), len(held_out)) == (480, 160)
+    assert (len(train), len(held_out)) == (360, 120)
 
 
 def test_verdicts_of_a_hand_worked_case() -> None:
@@ -282,11 +282,13 @@ def test_verdicts_of_a_hand_worked_case() -> None:
     assert overall(["equivalent", "equivalent"]) == "equivalent"
 
 
-def test_noise_alone_is_hardly_ever_called_different() -> None:
+def test_noise_alone_is_hardly_ever_called_different(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
+    from bench.parity import equivalence
     from bench.parity.equivalence import compare
 
+    monkeypatch.setattr(equivalence, "needed", lambda *_: None)  # most of the time, and no part of a verdict
     rng = np.random.default_rng(0)
     verdicts = [compare(list(rng.normal(0, 2, 4)), 1.0).verdict for _ in range(100)]
     assert verdicts.count("different") <= 3
