@@ -106,7 +106,6 @@ def run_epochs(step: TrainingStep, engine: Engine, num_steps: int) -> None:
 @pytest.mark.parametrize(
     ("augmentations", "dropout", "steps_per_replay"),
     [
-        ((), 0.4, 1),
         (tuple(AUGMENTATIONS), 0.4, 3),
         *(
             pytest.param(augmentations, dropout, steps, marks=pytest.mark.long)
@@ -525,7 +524,9 @@ PARTS = ("read", "collect", "update")
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "options"),
     [
-        ("adam", torch.float32, {"augmentations": ("flip", "shift"), "clip_norm": 1.0}),
+        pytest.param(
+            *("adam", torch.float32, {"augmentations": ("flip", "shift"), "clip_norm": 1.0}), marks=pytest.mark.long
+        ),
         pytest.param("adamw", torch.bfloat16, {"augmentations": tuple(AUGMENTATIONS)}, marks=pytest.mark.long),
         pytest.param(
             *("sgd", torch.float32, {"class_weights": torch.tensor([0.5, 1.5, 1.0, 1.0]), "label_smoothing": 0.1}),
