@@ -7,6 +7,7 @@ if [ "${1:-}" = --long ]; then
   marks=""
   shift
 fi
+unset PYTHONDONTWRITEBYTECODE # else each of the processes that tests start would compile the package anew
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads leave the core to the other file's tests
 # One file at a time for each core, in order, so that the slow files are not the last.
 exec python -m pytest -q -m "$marks" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastcnn.config import LayoutOptions
 from fastcnn.data import class_names, layout, manifest, shards
 from fastcnn.data.layout import NO_OPTIONS, SPLITS, Layout
-from fastcnn.data.listing import COLUMNS, Listing, join, list_folder, list_rows, sort
+from fastcnn.data.listing import COLUMNS, Listing, join, list_folders, list_rows
 from fastcnn.data.manifest import Manifest
 from fastcnn.data.path_list import PathList
 from fastcnn.data.shards import Shards
@@ -285,7 +285,7 @@ def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str
         if split not in found
         for label, name in ([(0, "")] if classes == ("",) else _labelled(read, split, classes))
     ]
-    files = sort([list_folder(root, folder, label, split, skipped) for folder, label, split in places])
+    files = list_folders(root, places, skipped)
     archives = []
     for split, part in found.items():
         labels = part.labels(root, classes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,67 @@ class Listing:
 
     paths: PathList
     labels: npt.NDArray[np.int64]
-    facts: npt.NDArray[np.int64]
-    """(4, N), see `COLUMNS`."""
+    facts: tuple[npt.NDArray[np.int64], ...]
+    """Four of (N,), see `COLUMNS`."""
     offsets: npt.NDArray[np.int64]
     splits: npt.NDArray[np.str_]
-    prefix: str = ""
-    """How the paths of a folder begin."""
 
 
-def list_folder(root: Path, folder: Path, label: int, split: str, skipped: Skipped) -> Listing:
-    """Return the files below a folder that may be photos, sorted by path."""
+def list_folders(root: Path, places: Iterable[tuple[Path, int, str]], skipped: Skipped) -> Listing:
+    """Return the files that may be photos below folders with a label and a split each, sorted by path.
+
+    The columns grow folder by folder, so that nothing but one folder is in memory twice.
+    """
+    named = sorted(
+        ((_prefix(root, folder), folder, label, split) for folder, label, split in places), key=itemgetter(0)
+    )
+    letters, ends, columns, counts = bytearray(), array("q"), [array("q") for _ in COLUMNS], list[int]()
+    for _, folder, _, _ in named:
+        paths, facts = _files(root, folder, skipped)
+        ends.frombytes((paths.ends + len(letters)).tobytes())
+        letters += paths.letters
+        for column, values in zip(columns, facts, strict=True):
+            column.frombytes(values.tobytes())
+        counts.append(len(paths))
+    found = Listing(
+        PathList(bytes(letters), np.frombuffer(ends, np.int64)),
+        np.repeat(np.array([label for *_, label, _ in named], np.int64), np.array(counts, np.int64)),
+        tuple(np.frombuffer(column, np.int64) for column in columns),
+        np.broadcast_to(np.int64(-1), len(ends)),
+        _repeated([split for *_, split in named], np.array(counts, np.int64)),
+    )
+    prefixes = [prefix for prefix, *_ in named]
+    if not any(after.startswith(before) for before, after in pairwise(prefixes)):
+        return found
+    order = np.array(sorted(range(len(ends)), key=list(found.paths).__getitem__), np.intp)  # --val-dir in train
+    sorted_facts = tuple(column[order] for column in found.facts)
+    return Listing(
+        found.paths.take(order), found.labels[order], sorted_facts, found.offsets[order], found.splits[order]
+    )
+
+
+def _prefix(root: Path, folder: Path) -> str:
+    """Return how the paths of a folder begin."""
+    return (folder.relative_to(root) / "_").as_posix()[:-1]
+
+
+def _files(root: Path, folder: Path, skipped: Skipped) -> tuple[PathList, npt.NDArray[np.int64]]:
+    """Return the paths of a folder, sorted, and their facts (4, n)."""
     paths, numbers = list[str](), array("q")
     for some, their_numbers in files_below(root, folder, skipped):
         paths += some
         numbers += their_numbers
     order = sorted(range(len(paths)), key=paths.__getitem__)
     facts = np.frombuffer(numbers, np.int64).reshape(-1, len(COLUMNS))[order].T
-    prefix = (folder.relative_to(root) / "_").as_posix()[:-1]
-    sorted_paths = PathList.of([paths[i] for i in order])
-    labels, offsets, splits = (np.broadcast_to(value, len(paths)) for value in (np.int64(label), np.int64(-1), split))
-    return Listing(sorted_paths, labels, facts, offsets, splits, prefix)
+    return PathList.of([paths[i] for i in order]), facts
+
+
+def _repeated(names: Sequence[str], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
+    """Return each name so many times; one name alone takes no memory."""
+    filled = {name for name, count in zip(names, counts, strict=True) if count}
+    if len(filled) == 1:
+        return np.broadcast_to(np.str_(filled.pop()), int(counts.sum()))
+    return np.repeat(np.array(names, np.str_), counts)
 
 
 def list_rows(rows: Sequence[tuple[str, int, int, Stamp, str, int]]) -> Listing:
@@ -53,21 +95,10 @@ def list_rows(rows: Sequence[tuple[str, int, int, Stamp, str, int]]) -> Listing:
     return Listing(
         PathList.of(path for path, *_ in rows),
         np.array([label for _, label, *_ in rows], np.int64),
-        np.array(facts, np.int64).reshape(-1, len(COLUMNS)).T,
+        tuple(np.array(facts, np.int64).reshape(-1, len(COLUMNS)).T),
         np.array([offset for *_, offset in rows], np.int64),
         np.array([split for *_, split, _ in rows], np.str_),
     )
-
-
-def sort(listings: Sequence[Listing]) -> Listing:
-    """Return the photos of listed folders sorted by path."""
-    found = sorted(listings, key=lambda listing: listing.prefix)
-    whole = join(found)
-    if not any(after.prefix.startswith(before.prefix) for before, after in pairwise(found)):
-        return whole
-    order = np.array(sorted(range(len(whole.paths)), key=list(whole.paths).__getitem__), np.intp)  # --val-dir in train
-    columns = (whole.labels[order], whole.facts[:, order], whole.offsets[order], whole.splits[order])
-    return Listing(whole.paths.take(order), *columns)
 
 
 def join(listings: Sequence[Listing]) -> Listing:
@@ -77,7 +108,7 @@ def join(listings: Sequence[Listing]) -> Listing:
     return Listing(
         PathList.joined([listing.paths for listing in listings]),
         np.concatenate([np.empty(0, np.int64), *(listing.labels for listing in listings)]),
-        np.concatenate([np.empty((len(COLUMNS), 0), np.int64), *(listing.facts for listing in listings)], axis=1),
+        tuple(np.concatenate(parts) for parts in zip(*(listing.facts for listing in listings), strict=True)),
         _joined([np.empty(0, np.int64), *(listing.offsets for listing in listings)]),
         _joined([np.empty(0, "<U1"), *(listing.splits for listing in listings)]),
     )

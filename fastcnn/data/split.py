@@ -8,6 +8,9 @@ import numpy.typing as npt
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, UsageError
 
+_NAMES = np.array(["train", "val", "test"])
+_TRAIN, _VAL, _TEST = range(3)
+
 
 def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
     """Return (N,) train, val or test for each photo: the split of the folders, or a stratified one drawn by `seed`.
@@ -20,25 +23,28 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
     """
     check_fraction(index, val_fraction)
     held_out = {split for split in ("val", "test") if (index.folders == split).any()}
-    splits = index.folders.astype("<U5")
     if held_out == {"val", "test"} or (index.splits_given and "val" in held_out):
-        return splits
+        return index.folders.astype(_NAMES.dtype)
     if val_fraction == 0:
-        splits[splits == "test"] = "val"
-        return splits
-    splits[splits == "val"] = "test"
-    train = np.flatnonzero(splits == "train")
-    by_class = train[np.argsort(index.labels[train], kind="stable")]
-    ends = np.bincount(index.labels[train], minlength=len(index.classes)).cumsum()
-    for label, mine in enumerate(np.split(by_class, ends[:-1])):
+        return _NAMES[np.where(index.folders == "train", np.uint8(_TRAIN), np.uint8(_VAL))]
+    numbers = np.where(index.folders == "train", np.uint8(_TRAIN), np.uint8(_TEST))
+    for label, mine in enumerate(_by_class(index, numbers == _TRAIN)):
         if len(mine) < 2:
             raise DataError(
                 f"class '{index.classes[label]}' has {len(mine)} usable training photo: add photos, two are needed"
             )
         num_val = min(max(1, _round_half_up(len(mine) * val_fraction)), len(mine) - 1)
         order = np.random.default_rng([seed, label]).permutation(len(mine))
-        splits[mine[order[:num_val]]] = "val"
-    return splits
+        numbers[mine[order[:num_val]]] = _VAL
+    return _NAMES[numbers]
+
+
+def _by_class(index: Index, chosen: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.intp]]:
+    """Return the positions of the chosen photos of each class, ascending."""
+    photos = np.flatnonzero(chosen)
+    labels = index.labels[photos].astype(np.min_scalar_type(len(index.classes)))  # small numbers sort faster
+    ends = np.bincount(labels, minlength=len(index.classes)).cumsum()
+    return np.split(photos[np.argsort(labels, kind="stable")], ends[:-1])
 
 
 def check_fraction(index: Index, val_fraction: float) -> None:

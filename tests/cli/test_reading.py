@@ -82,7 +82,7 @@ def test_a_folder_read_by_its_options(
         (tmp_path / "two" / folder.name).symlink_to(folder)
     for which, more in (("one", []), ("two", ["--exclude", "strange"])):
         code, out, err = run(capsys, "eval", str(run_dir), str(tmp_path), "--test-dir", which, *more)
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, f"opening {run_dir}\n")
         assert out.count("test images") == 1
 
 

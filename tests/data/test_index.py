@@ -91,6 +91,14 @@ def test_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     assert (draw_split(index, 0.2, 1) != draw_split(index, 0.2, 2)).any()
 
 
+def test_a_seed_draws_the_split_that_it_always_drew(tmp_path: Path) -> None:
+    """Runs made before are compared with those made now by the same seed."""
+    many(tmp_path, "a", 10)
+    many(tmp_path, "b", 20)
+    many(tmp_path, "c", 7)
+    assert np.flatnonzero(draw_split(scan(tmp_path), 0.2, 3) == "val").tolist() == [6, 9, 12, 17, 26, 27, 34]
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     many(tmp_path, "train", 3)
     many(tmp_path, "bus", 3)
