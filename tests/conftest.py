@@ -143,6 +143,18 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have exports verified in this process, in tests of something else: another one has to import torch anew."""
+    from fastcnn.export import exporters
+    from fastcnn.export.verify import verify_file
+    from fastcnn.inference import artefact
+
+    monkeypatch.setattr(
+        exporters, "verify_in_new_process", lambda path, *run, **how: verify_file(artefact.open(path), *run, **how)
+    )
+
+
+@pytest.fixture
 def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Have inductor find a compiler, and forget what was compiled before and in the test.
 

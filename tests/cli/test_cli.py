@@ -19,6 +19,7 @@ import yaml
 
 from fastcnn.cli import main
 from fastcnn.config import SECTIONS, option_name
+from fastcnn.runs import trackers
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SMALL = ["--epochs", "1", "--image_size", "32", "--filters=[8,8,8,8,8]", "--batch-size", "16"]
@@ -86,6 +87,7 @@ def test_train(trained: tuple[Path, str]) -> None:
     assert yaml.safe_load((folder / "runs/photos/config.yaml").read_text())["batch_norm"] is False
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_export_predict(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -203,11 +205,28 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train" in out + err
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(
+    photos: Path, sent: signal.Signals, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process; test_faults.py sends one to a command's own."""
+    plain = trackers.CsvTracker.epoch
+
+    def epoch(self: trackers.CsvTracker, row: dict[str, float]) -> None:
+        plain(self, row)
+        signal.raise_signal(sent)
+
+    monkeypatch.setattr(trackers.CsvTracker, "epoch", epoch)
+    status, _, err = run(capsys, "train", photos, *SMALL[2:], "--epochs", "100000", "--no-report")
+    assert status == code, err
+    assert "saved in" in err
+    assert Path("runs/photos/last.pt").is_file()
+
+
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-@pytest.mark.parametrize(
-    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
-)
-def test_a_signal_saves_and_stops(photos: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_process_saves_and_stops(photos: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     options = [*SMALL[2:], "--epochs", "100000", "--no-report"]
     command = [sys.executable, "-m", "fastcnn.cli", "train", str(photos), *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

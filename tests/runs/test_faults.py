@@ -360,28 +360,28 @@ def test_no_exception_handler_takes_a_signal_for_a_failure() -> None:
 # At the same time
 
 
-def test_two_runs_decode_the_photos_once(photos: Path, whole: Path) -> None:
+def test_two_runs_decode_the_photos_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in another process begins while this one decodes, and has to wait for it."""
     shutil.copytree(photos, "photos")
-    command = [sys.executable, "-m", "fastcnn.cli", "train", "photos", "--cache-dir", "cache", "--deterministic"]
-    options = [
-        "--epochs",
-        "1",
-        "--image-size",
-        "32",
-        "--filters",
-        "8",
-        "--batch-size",
-        "16",
-        "--no-report",
-        "--threads=1",
-    ]
-    runs = [
-        subprocess.Popen([*command, *options, "--run-dir", name], stdout=subprocess.PIPE, text=True) for name in "ab"
-    ]
-    said = [run.communicate()[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert sorted(result(Path(name))["num_decoded"] for name in "ab") == [0, 120]
-    assert sum("decoded 120 photos" in text for text in said) == 1
+    options = {"epochs": 1, "image-size": 32, "filters": 8, "batch-size": 16, "threads": 1, "cache-dir": "cache"}
+    command = [sys.executable, "-m", "fastcnn.cli", "train", "photos", "--run-dir=b", "--no-report"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    plain, others = cache.Workers.decode, list[subprocess.Popen[str]]()
+
+    def decode(*arguments: Any) -> Any:
+        if not others:
+            others.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"))
+            assert others[0].stdout
+            assert any("another run is decoding these photos" in line for line in others[0].stdout)
+        return plain(*arguments)
+
+    monkeypatch.setattr(cache.Workers, "decode", decode)
+    values = {name.replace("-", "_"): value for name, value in options.items()}
+    fit(Config(**{**values, "data": "photos", "filters": (8,), "report": False}), run_dir="a")
+    said = others[0].communicate()[0]
+    assert others[0].returncode == 0
+    assert [result(Path(name))["num_decoded"] for name in "ab"] == [120, 0]
+    assert "decoded 120 photos" not in said
     one, other = (checkpoint.load(Path(name, "last.pt"))["model"] for name in "ab")
     assert all(torch.equal(one[key], other[key]) for key in one)
 

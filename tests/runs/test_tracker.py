@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -171,13 +172,14 @@ def test_a_run_cut_short_is_finished_as_such(tmp_path: Path) -> None:
     assert found["exit"][0]["exit_code"] == 1
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_no_login_and_no_terminal(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     status = main(["train", str(photos), *SMALL, "--export", "torchscript"])
     out, err = capfd.readouterr()
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"opening {photos}\n")
     note = result(tmp_path / "runs" / "photos")["wandb"]
     assert note["mode"] == "offline"
     assert f"W&B: recorded offline; to send it: {note['sync']}" in out
@@ -191,18 +193,37 @@ def test_no_login_and_no_terminal(
     assert "model" in {artifact["type"] for artifact in found["artifact"]}
 
 
+@contextlib.contextmanager
+def a_terminal() -> Iterator[Callable[[], str]]:
+    """Have a terminal, into which nobody types, for standard input, output and error; yield what reads it."""
+    leader, terminal = os.openpty()
+    before = [os.dup(number) for number in range(3)]
+    streams = [(name, getattr(sys, name)) for name in ("stdin", "stdout", "stderr")]
+    try:
+        for number, (name, _) in enumerate(streams):
+            os.dup2(terminal, number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        yield lambda: os.read(leader, 100_000).decode()
+    finally:
+        for number, (name, stream) in enumerate(streams):
+            getattr(sys, name).close()
+            setattr(sys, name, stream)
+            os.dup2(before[number], number)
+        for file in (*before, terminal, leader):
+            os.close(file)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="opens a POSIX terminal")
-def test_a_terminal_is_never_asked(photos: Path, tmp_path: Path) -> None:
-    leader, terminal = os.openpty()  # nobody types into it
-    done = subprocess.run(
-        [sys.executable, "-m", "fastcnn.cli", "train", str(photos), *SMALL, "--no-report", "--quiet"],
-        stdin=terminal, stdout=terminal, stderr=terminal, env={**os.environ, "WANDB_MODE": "online"}, check=False,
-    )  # fmt: skip
-    os.close(terminal)
-    output = os.read(leader, 100_000).decode()
-    os.close(leader)
+@pytest.mark.filterwarnings("default::fastcnn.errors.FastCNNWarning")
+def test_a_terminal_is_never_asked(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with a_terminal() as shown:
+        assert sys.stdin.isatty()
+        assert sys.stderr.isatty()
+        status = main(["train", str(photos), *SMALL, "--no-report", "--quiet"])
+        output = shown()
     note = result(tmp_path / "runs" / "photos")["wandb"]
-    assert done.returncode == 0
+    assert status == 0
     assert output.splitlines() == [
         "fastcnn: warning: W&B: not logged in (wandb login), so the run was recorded offline; "
         f"to send what was recorded: {note['sync']}"
