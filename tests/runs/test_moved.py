@@ -236,6 +236,7 @@ def test_a_class_that_sorts_elsewhere_in_another_unicode_form(photos: Path, tmp_
         go_on(cut, now)
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_own_figures_of_photos_that_were_moved(
     cut: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,11 +246,11 @@ def test_own_figures_of_photos_that_were_moved(
     shutil.copytree(checkpoint.load(cut / "best.pt")["config"]["cache_dir"], tmp_path / "cache")
     moved = ("--moved-to", elsewhere, "--cache-dir", tmp_path / "cache")
     code, out, err = command(capsys, "eval", cut, *moved, "--json", "--device", "cpu")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"opening {cut}\n")
     assert json.loads(out)["sets"]["val"]["loss"] == summary["val_loss"]
-    for name in ("export", "verify"):
+    for name, said in (("export", f"opening {cut}\n"), ("verify", "")):
         code, out, err = command(capsys, name, cut, *moved)
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, said)
         assert "24 validation photos" in out
     with pytest.warns(FastCNNWarning, match=r"--moved-to\): only the synthetic golden inputs are compared"):
         assert verify_file(artefact.open(cut)).photos == 0
