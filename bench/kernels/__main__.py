@@ -30,8 +30,8 @@ from bench.report.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCEPTED_SPILL = 16
-"""Bytes of a thread. The pooling's gradient of 8 warps spills 16 on sm_80, some of 2 warps 8 on sm_90: ptxas holds them to
-128 and 96 registers. Those loads and stores are counted among the instructions; their cost is not measured."""
+"""Bytes of a thread. The pooling's gradient of 8 warps spills 16 on sm_80, some of 2 warps 8 on sm_90: ptxas holds them
+to 128 and 96 registers. Those loads and stores are counted among the instructions; their cost is not measured."""
 PRECISIONS = ["bf16", "fp16", "fp32"]
 BATCHES = (32, 256, 2048)
 MARKS = "<!-- bounds -->", "<!-- end of bounds -->"
