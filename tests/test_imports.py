@@ -103,7 +103,10 @@ def test_what_tests_start_in_another_folder_finds_the_package(tmp_path: Path) ->
 
 
 def test_a_run_imports_no_sympy(photos: Path) -> None:
-    """Some of torch's functions do, which takes a third of a second."""
+    """Some of torch's functions do, and inductor, which takes seconds."""
     words = ["train", str(photos), "--epochs=1", "--image-size=32", "--filters=4", "--no-report", "--quiet"]
-    code = f"import sys; from fastcnn.cli import main; main({words}); sys.exit('sympy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    words.append("--deterministic")  # torch's function for it imports inductor
+    unwanted = {"sympy", "torch._inductor.config"}
+    code = f"import sys; from fastcnn.cli import main; main({words}); print(*{unwanted} & set(sys.modules), sep=',')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _read(threads: int) -> _Callers:
 def _set(asked: Asked) -> None:
     if asked.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    _use_deterministic_algorithms(asked.deterministic)
+    _use_deterministic_algorithms(asked.deterministic, compiles=asked.compiles != "never")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not asked.deterministic, asked.deterministic
     if asked.tf32 is not None:
         _allow_tf32(asked.tf32, asked.tf32)
@@ -205,11 +206,18 @@ def _determinism() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _use_deterministic_algorithms(mode: bool, warn_only: bool = False) -> None:
-    # Only where it changes something: the call imports inductor, a second of every start.
-    now = _determinism()
-    if mode != now[0] or (mode and warn_only != now[1]):
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+def _use_deterministic_algorithms(mode: bool, warn_only: bool = False, *, compiles: bool = False) -> None:
+    """Do as torch's function of that name, which imports inductor to tell it too, only where something is compiled.
+
+    That import takes 2.5 s of the start of a run.
+    """
+    changes = (mode, mode and warn_only) != _determinism()
+    if changes:
+        torch.set_deterministic_debug_mode(("error", "warn")[warn_only] if mode else "default")
+    if (mode and compiles) or (changes and "torch._inductor.config" in sys.modules):
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = mode
 
 
 def _tf32_allowed() -> tuple[bool, bool]:

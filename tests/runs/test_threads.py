@@ -110,3 +110,13 @@ def test_a_run_that_chooses_its_number_of_threads_leaves_that_of_others() -> Non
             assert pool.submit(choose).result() == before
         assert torch.get_num_threads() == before + 2
     assert torch.get_num_threads() == before
+
+
+def test_inductor_is_deterministic_where_a_run_compiles() -> None:
+    from torch._inductor import config as inductor
+
+    with torch_settings(CPU, deterministic=True, threads=None, compiles="at the start"):
+        assert inductor.deterministic
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not inductor.deterministic
+    assert not torch.are_deterministic_algorithms_enabled()
