@@ -129,7 +129,7 @@ def cache_list(cache_dir: str | None) -> None:
     click.echo(
         table(columns, rows, right=["images", "size", "MiB"])
         if rows
-        else f"no caches in {printable(str(default_folder(cache_dir)))}"
+        else f"no caches in {printable(str(Path(default_folder(cache_dir)).resolve()))}"
     )
 
 

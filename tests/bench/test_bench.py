@@ -42,12 +42,12 @@ def outside() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
-TINY = ("step", "decode")
+TINY = ("step",)
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("smoke", marks=pytest.mark.long)])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder written by two groups with one benchmark each ("tiny"), or by all at their smallest ("smoke")."""
+    """Folder written by one group with one benchmark ("tiny"), or by all at their smallest ("smoke")."""
     folder = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "bench", "--scale", request.param, "--out", str(folder)]
     command += ["--only", *TINY] if request.param == "tiny" else []

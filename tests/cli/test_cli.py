@@ -185,7 +185,7 @@ def test_cache_commands(capsys: pytest.CaptureFixture[str], photos: Path, traine
     assert (images, size, folder) == ("120", "32x32", str(photos))
     assert "images  120" in run(capsys, "cache", "info", "--cache-dir", "here")[1]
     assert run(capsys, "cache", "clear", key, "--cache-dir", "here")[0] == 0
-    assert run(capsys, "cache", "list", "--cache-dir", "here") == (0, "no caches in here\n", "")
+    assert run(capsys, "cache", "list", "--cache-dir", "here") == (0, f"no caches in {Path('here').resolve()}\n", "")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

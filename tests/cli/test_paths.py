@@ -54,7 +54,7 @@ def test_runs_and_caches_among_the_photos(
     here = ["--device", "cpu", "--no-report", "--cache-dir", "my cache"]
     for place in ([], [], ["--run-dir", "mine"]):
         code, out, err = run(capsys, "train", ".", *SMALL, "--batch-size", 8, *here, *place)
-        assert (code, err) == (0, ""), out
+        assert (code, err) == (0, "opening .\n"), out
         assert f"photos of {sum(map(Path.is_dir, photos.iterdir()))} classes in" in out
 
 

@@ -134,12 +134,12 @@ def test_photos_that_cannot_be_used(run_dir: Path, photos: Path, tmp_path: Path)
 
 def test_the_command(capsys: pytest.CaptureFixture[str], run_dir: Path, photos: Path) -> None:
     code, out, err = run(capsys, "eval", run_dir)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"opening {run_dir}\n")
     assert "accuracy" in out
     assert "F1" in out
     before = sorted(path.name for path in run_dir.iterdir())
     code, out, err = run(capsys, "eval", run_dir, photos, "--json", "--output", "scores.json", "--device", "cpu")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"opening {run_dir}\n")
     data = json.loads(out)
     assert data == json.loads(Path("scores.json").read_text())
     assert set(data) == {"run", "data", "best_epoch", "device", "precision", "sets", "bad"}
