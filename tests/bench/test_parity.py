@@ -338,9 +338,10 @@ def test_an_ingredient_is_the_same_network(name: str) -> None:
     torch.testing.assert_close(changed(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "names",
-    [["pooling before the activation", "precision fp16", "engine graphed"], pytest.param(None, marks=pytest.mark.long)],
+    [["pooling before the activation", "precision fp16", "engine graphed"], None],
 )
 def test_ingredients_have_an_interval_or_a_reason(
     names: list[str] | None, healthy: tuple[int, Path, str], gratings: Path, tmp_path: Path,

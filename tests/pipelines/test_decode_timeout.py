@@ -85,6 +85,7 @@ def test_a_photo_that_hung_is_asked_again_by_a_run_that_gives_it_more_time(
     assert again.reasons == built.reasons
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default:1 of 20 photos cannot be used")
 def test_the_limit_is_an_option_of_the_commands(
     planted: str, exports: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -503,6 +503,7 @@ def test_text_does_not_even_reach_dali(photos: list[bytes], tmp_path: Path) -> N
     assert len(built.images) == 1_000
 
 
+@pytest.mark.long
 @pytest.mark.shared
 def test_odd_images_among_good_ones(tmp_path: Path) -> None:
     """With each decoder: every good photo is cached, and each odd one has the verdict that README.tsv implies."""

@@ -93,7 +93,7 @@ class Reader(html.parser.HTMLParser):
         self.text.append(data)
 
 
-@pytest.mark.parametrize("num_classes", [2, 4, 20, 21, 100, 101])
+@pytest.mark.parametrize("num_classes", [2, 4, 20, 21, pytest.param(100, marks=pytest.mark.long), 101])
 def test_a_confusion_matrix_of_any_number_of_classes(num_classes: int) -> None:
     names = [f"{ODD[i % len(ODD)]} {i}" for i in range(num_classes)]
     counts = np.eye(num_classes, dtype=np.int64) * 7
@@ -157,7 +157,7 @@ def test_a_batch_of_any_number_of_photos_and_any_names(count: int) -> None:
     assert height >= 200 * -(-count // 6)
 
 
-@pytest.mark.parametrize("loader", ["resident", "stream"])
+@pytest.mark.parametrize("loader", [pytest.param("resident", marks=pytest.mark.long), "stream"])
 def test_the_picture_of_a_batch_is_what_the_step_gets_and_changes_nothing(
     photos: Path, loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

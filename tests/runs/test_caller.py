@@ -59,6 +59,7 @@ def calls(photos: Path, run_dir: Path, tmp_path: Path) -> dict[str, Callable[[],
     }
 
 
+@pytest.mark.usefixtures("verified_here")
 @pytest.mark.parametrize("what", ["fit", "evaluate", "export", "trace", "error", "no such folder"])
 def test_the_callers_state_is_left_alone(what: str, calls: dict[str, Callable[[], object]]) -> None:
     before_threads = torch.get_num_threads()

@@ -172,6 +172,7 @@ def test_a_run_cut_short_is_finished_as_such(tmp_path: Path) -> None:
     assert found["exit"][0]["exit_code"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("verified_here")
 def test_no_login_and_no_terminal(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -34,11 +34,7 @@ EVERYTHING: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "norm": {},
-    "no norm, mapped": {"batch_norm": False, "loader": "mapped"},
     "everything, sharded": {**EVERYTHING, "loader": "sharded"},
-    "weights, stream of shards": {
-        "balance": "weights", "lr_scaling": "linear", "optimizer": "sgd", "lr": 0.01, "loader": "stream",
-    },
     "norm of each": {"sync_batch_norm": False},
 }  # fmt: skip
 EACH: dict[str, dict[str, Any]] = {

@@ -498,8 +498,9 @@ def compiled_against_eager(num_states: int, activation: str, backend: str = "ind
     return worst
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # torch's own
-@pytest.mark.parametrize("activation", ["relu", pytest.param("gelu", marks=pytest.mark.long)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_compiled_gradients_from_equal_states(activation: str) -> None:
     """By dynamo and autograd alone; by inductor's kernels in the long form."""
     torch._dynamo.reset()
