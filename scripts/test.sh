@@ -9,8 +9,6 @@ if [ "${1:-}" = --long ]; then
 fi
 unset PYTHONDONTWRITEBYTECODE # else each of the processes that tests start would compile the package anew
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads leave the core to the other file's tests
-# A file at a time in each process, in order, so that the slow files are not the last. One process more than cores: tests
-# wait for time limits and for other processes.
-cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
-exec python -m pytest -q -m "$marks" -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile --no-loadscope-reorder \
+# One file at a time for each core, in order, so that the slow files are not the last.
+exec python -m pytest -q -m "$marks" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
   --benchmark-disable "$@"
