@@ -135,7 +135,7 @@ def _ending_with_caller(link: socket.socket) -> Iterator[None]:
         poll.register(link, 0)  # a closed socket alone
         while not imported.wait(0.05):
             if poll.poll(0):
-                os._exit(1)
+                os._exit(0)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
