@@ -22,6 +22,7 @@ say why."""
 def printed(*command: str) -> tuple[str, int]:
     """What Python prints and its exit code, in a process of its own: without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "triton")  # what the last run compiled
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
     )
