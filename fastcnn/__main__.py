@@ -1,8 +1,6 @@
 """`python -m fastcnn`: the command `fastcnn`."""
 
-import sys
-
-from fastcnn.cli import main
+from fastcnn.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -6,6 +6,7 @@ The server forks workers until its caller is gone; a worker decodes batches unti
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import math
 import mmap
@@ -98,8 +99,11 @@ def _serve(handle: int) -> None:
         module, preload = connection.recv()
         try:
             if preload:
+                gc.disable()  # nothing that an import makes is garbage
                 with _ending_with_caller(link):
                     importlib.import_module(module)
+                gc.freeze()
+                gc.enable()
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}")
             return

@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastcnn.cli import main
+from fastcnn.system import quick_start
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    quick_start.end(main(["train", *sys.argv[1:]]))

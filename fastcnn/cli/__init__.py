@@ -1,5 +1,5 @@
 """The command line: `fastcnn` and `python -m fastcnn.cli`."""
 
-from fastcnn.cli.app import main
+from fastcnn.cli.app import command, main
 
-__all__ = ["main"]
+__all__ = ["command", "main"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import click
 
@@ -14,7 +14,7 @@ from fastcnn.cli.group import SETTINGS, Commands
 from fastcnn.cli.options import config_options, json_option
 from fastcnn.config import in_our_words, option_name
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
-from fastcnn.system import launch, signals
+from fastcnn.system import launch, quick_start, signals
 from fastcnn.system.text import print_any_name
 
 
@@ -42,13 +42,13 @@ def doctor(cache_dir: str | None, as_json: bool) -> int:
     return CheckError.exit_code if any(check.state == "wrong" for check in checks) else 0
 
 
-for command in (
+for one in (
     *(train.train, train.sweep),
     *(model.evaluate, model.export, model.verify, model.predict, model.serve),
     *(data.data, data.cache),
     *(checkout.bench, checkout.parity),
 ):
-    commands.add_command(command)
+    commands.add_command(one)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.showwarning = before
     return code or 0
+
+
+def command() -> NoReturn:
+    """Be the program `fastcnn`: do as `main` and leave the process."""
+    quick_start.end(main())
 
 
 def _proposal(option: str, known: Sequence[str]) -> str:

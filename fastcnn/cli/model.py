@@ -25,7 +25,7 @@ from fastcnn.cli.options import (
 )
 from fastcnn.config import Export, as_choice, resolve
 from fastcnn.errors import CheckError, FastCNNError, UsageError
-from fastcnn.system import signals
+from fastcnn.system import quick_start, signals
 from fastcnn.system.text import printable, to_json
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def evaluate(
     on its train folder; else on all of DATA/<class>/...
     """
     say_opening(run)
-    from fastcnn.runs.evaluate_run import evaluate_run
+    with quick_start.importing():
+        from fastcnn.runs.evaluate_run import evaluate_run
     from fastcnn.system.console import Console
 
     options = given(options)
@@ -118,7 +119,8 @@ def export(
     say_opening(run)
     for name in names:
         with console.progress(f"exporting {name}", "images") as progress:
-            from fastcnn.export.exporters import export_run  # takes seconds
+            with quick_start.importing():
+                from fastcnn.export.exporters import export_run
 
             path = export_run(
                 run,
@@ -229,7 +231,8 @@ def predict(
     from fastcnn.system.console import Console
 
     with decoder_forked():
-        opened = _open(path, sha256, quiet=quiet)
+        with quick_start.importing():
+            opened = _open(path, sha256, quiet=quiet)
         write, bad = writer(format_, opened.classes, top_k), 0
         with Console(quiet=quiet).progress("predicting", "images") as progress:
             for prediction in predict_photos(
@@ -291,10 +294,12 @@ def serve(
     metrics for Prometheus.
     """
     config = resolve(given(options))
-    opened = _open(_find(model), sha256)
+    with quick_start.importing():
+        opened = _open(_find(model), sha256)
     try:
-        from fastcnn.inference import batcher
-        from fastcnn.inference import serve as service
+        with quick_start.importing():
+            from fastcnn.inference import batcher
+            from fastcnn.inference import serve as service
     except ImportError as error:
         raise FastCNNError(f"serve needs {error.name}: pip install 'fastcnn[serve]'") from None
     limits = batcher.Limits(

@@ -14,7 +14,7 @@ from fastcnn.cli.group import SETTINGS
 from fastcnn.cli.options import ConfigCommand, config_options, given, photos_in, quiet_option, say_opening
 from fastcnn.config import OPTIONS, Config, read_recipe, read_yaml, recipe_names, require_data, resolve
 from fastcnn.errors import UsageError
-from fastcnn.system import launch, signals
+from fastcnn.system import launch, quick_start, signals
 
 
 @click.command(cls=ConfigCommand, **SETTINGS)
@@ -90,7 +90,8 @@ def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, s
         try:
             if not resume:
                 start_early(config.data, config.decoder, config.cache_dir)
-            from fastcnn.runs.fit import fit
+            with quick_start.importing():
+                from fastcnn.runs.fit import fit
 
             spent = time.perf_counter() - start
             fit(config, run_dir=run_dir, resume=resume, console=Console(quiet=quiet), import_seconds=spent)

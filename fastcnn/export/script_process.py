@@ -11,7 +11,7 @@ import torch
 
 from fastcnn.errors import FastCNNError, ignoring_warnings
 from fastcnn.export.exported_network import deployed
-from fastcnn.system import own_module
+from fastcnn.system import own_module, quick_start
 
 NEEDED = ("config", "classes", "network", "model")
 """Fields of a checkpoint from which the network is made."""
@@ -54,3 +54,4 @@ def main(precision: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    quick_start.end(0)

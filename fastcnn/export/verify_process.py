@@ -13,7 +13,7 @@ from typing import Any
 from fastcnn.errors import CheckError, FastCNNError
 from fastcnn.export.verify import Verification, verify_file
 from fastcnn.inference import artefact
-from fastcnn.system import own_module
+from fastcnn.system import own_module, quick_start
 
 
 def verify_in_new_process(
@@ -83,3 +83,4 @@ def _say(message: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    quick_start.end(0)

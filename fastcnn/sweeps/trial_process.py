@@ -26,6 +26,7 @@ from typing import Any, Literal
 from fastcnn.errors import FastCNNError, first_line
 from fastcnn.runs.trackers import Run, Tracker
 from fastcnn.storage.locks import locked
+from fastcnn.system import quick_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,9 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 def _train(job: Job, connection: Connection) -> None:
     from fastcnn.config import resolve
-    from fastcnn.runs.fit import fit
+
+    with quick_start.importing():
+        from fastcnn.runs.fit import fit
     from fastcnn.runs.resume import is_finished, resumed_config
     from fastcnn.storage import checkpoint, run_folder
 
