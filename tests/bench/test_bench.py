@@ -42,33 +42,28 @@ def outside() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
-TINY = ("augment",)
-
-
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smoke", marks=pytest.mark.long)])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder written by one group with one benchmark ("tiny"), or by all at their smallest ("smoke")."""
-    folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", "bench", "--scale", request.param, "--out", str(folder)]
-    command += ["--only", *TINY] if request.param == "tiny" else []
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder written by all benchmarks at their smallest."""
+    folder = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, "-m", "bench", "--scale", "smoke", "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=outside())
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
 
 
+@pytest.mark.long
 def test_the_command_writes_results_pictures_and_a_report(written: Path) -> None:
     from bench.__main__ import groups
     from bench.report.record import read
 
     (path,) = written.glob("*.json")
     record = read(path)
-    scale = record.settings["scale"]
-    assert set(record.groups) == set(groups() if scale == "smoke" else TINY)
+    assert record.settings["scale"] == "smoke"
+    assert set(record.groups) == set(groups())
     assert not record.failed
-    assert record.command == f"python -m bench --scale {scale}" + (
-        f" --only {' '.join(TINY)}" if scale == "tiny" else ""
-    )
+    assert record.command == "python -m bench --scale smoke"
     for row in record.rows:
         assert row.keys() == {"group", "name", "n", "median_seconds", "min_seconds", "max_seconds", "extra_info"}
         assert 0 < row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
@@ -78,16 +73,13 @@ def test_the_command_writes_results_pictures_and_a_report(written: Path) -> None
     assert [(row["group"], row["name"]) for row in kept] == [(row["group"], row["name"]) for row in record.rows]
     assert all(row["images_per_second"] > 0 for row in kept)
     report, printed = (written / "report.md").read_text(), (written / "stdout.txt").read_text()
-    pictures = ["throughput.png", *(["roofline.png"] if scale == "smoke" else [])]
-    if scale == "smoke":
-        pictures += ["stages.png", "growth.png"]
-        (run,) = record.of("train")
-        assert run["extra_info"]["stages"]["warm"]["decode"] < run["extra_info"]["stages"]["cold"]["decode"]
-        assert [name.partition(".")[0] for name in run["extra_info"]["over"]] == record.settings["baselines"]
-        assert "from the second epoch on" in printed
-        assert record.growth
-        assert len(record.growth["points"]) == 2
-    for name in pictures:
+    (run,) = record.of("train")
+    assert run["extra_info"]["stages"]["warm"]["decode"] < run["extra_info"]["stages"]["cold"]["decode"]
+    assert [name.partition(".")[0] for name in run["extra_info"]["over"]] == record.settings["baselines"]
+    assert "from the second epoch on" in printed
+    assert record.growth
+    assert len(record.growth["points"]) == 2
+    for name in ("throughput.png", "roofline.png", "stages.png", "growth.png"):
         assert (written / name).stat().st_size > 1000
     assert all(row["name"] in report for row in record.rows if row["group"] in ("decode", "step", "infer"))
     assert "OPS" not in printed  # pytest-benchmark's own table

@@ -157,7 +157,7 @@ def test_a_batch_of_any_number_of_photos_and_any_names(count: int) -> None:
     assert height >= 200 * -(-count // 6)
 
 
-@pytest.mark.parametrize("loader", [pytest.param("resident", marks=pytest.mark.long), "stream"])
+@pytest.mark.parametrize("loader", ["resident", pytest.param("stream", marks=pytest.mark.long)])
 def test_the_picture_of_a_batch_is_what_the_step_gets_and_changes_nothing(
     photos: Path, loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def test_the_parts_are_those_of_the_peak(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("loader", "copied", "counted"),
     [
-        ("resident", 120, 120),
+        pytest.param("resident", 120, 120, marks=pytest.mark.long),
         pytest.param("shared", 0, 120, marks=pytest.mark.long),  # the cache's own pages, once for all three splits
         pytest.param("mapped", 58, 58, marks=pytest.mark.long),  # two batches: 4 of 96, 24 of 24, 1 of none
     ],

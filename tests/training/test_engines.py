@@ -533,7 +533,7 @@ PARTS = ("read", "collect", "update")
             *("sgd", torch.float32, {"class_weights": torch.tensor([0.5, 1.5, 1.0, 1.0]), "label_smoothing": 0.1}),
             marks=pytest.mark.long,
         ),
-        ("adam", torch.float16, {"skip_nan": True}),
+        pytest.param("adam", torch.float16, {"skip_nan": True}, marks=pytest.mark.long),
     ],
 )
 def test_what_a_compiler_makes_graphs_of_updates_as_the_plain_step(
