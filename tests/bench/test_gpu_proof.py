@@ -318,6 +318,7 @@ def test_the_small_form_of_phase_2_goes_on_after_a_tool_that_fails_and_repeats_t
     assert all(again[name]["at"] == lines[name]["at"] for name in measured - {"part: compute-sanitizer"})
 
 
+@pytest.mark.long
 def test_counters_are_read_from_what_ncu_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.proof import causes
 

@@ -64,6 +64,7 @@ def measured() -> tuple[dict[str, Any], str]:
     return json.loads(text.splitlines()[-1]), text
 
 
+@pytest.mark.long
 def test_kernels_compile_for_a_gpu_and_issue_no_more_instructions(measured: tuple[dict[str, Any], str]) -> None:
     """Through Triton's own specialisation; the reference network spills nothing."""
     found, text = measured

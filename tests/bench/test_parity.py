@@ -379,6 +379,7 @@ def test_a_wrong_option_gets_a_line(gratings: Path, tmp_path: Path, capsys: pyte
     assert "no folder" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_parity_is_a_command_of_a_checkout(tmp_path: Path) -> None:
     def parity(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [

@@ -51,6 +51,7 @@ def test_a_rival_that_fails_is_left_out_and_named(good_rounds: int, capsys: pyte
     assert "bad failed: CUDA out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_rival_that_failed_fails_from_then_on() -> None:
     raising, rival = Apart("os:no_such_loop"), Apart("os:_exit", 3)  # both import torch at once
     for _ in range(2):

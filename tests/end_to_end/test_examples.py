@@ -109,6 +109,7 @@ def check_answer(line: str, model: Artefact, image: Image.Image) -> None:
     assert float(found[2]) == pytest.approx(expected.max(), abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_onnxruntime(onnx: Path, width: int, height: int) -> None:
     photo(width, height).save("photo.png")

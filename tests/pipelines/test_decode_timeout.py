@@ -67,6 +67,7 @@ def test_many_photos_may_together_take_longer_than_one(planted: str) -> None:
     assert all(verdict.ok for verdict in verdicts)
 
 
+@pytest.mark.long
 def test_a_photo_that_hung_is_asked_again_by_a_run_that_gives_it_more_time(
     planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

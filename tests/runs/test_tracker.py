@@ -95,6 +95,7 @@ def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 def test_an_offline_run_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.torchscript").write_bytes(b"model")
     before = dict(os.environ)
@@ -420,6 +421,7 @@ def test_a_server_that_falls_silent_is_not_waited_for(server: type[Server], monk
     assert len(epochs(read(Path("run")))) == 2
 
 
+@pytest.mark.long
 def test_a_server_that_never_takes_the_run(server: type[Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_tracker, "INIT_SECONDS", 1)
     server.silent = True

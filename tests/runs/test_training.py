@@ -195,6 +195,7 @@ def test_label_smoothing_and_mixes_leave_the_validation_loss_alone(photos: Path)
     assert run.metrics[0]["val/loss"] == pytest.approx(np.log(4), rel=0.2)
 
 
+@pytest.mark.long
 def test_a_larger_cache_is_evaluated_and_exported_alike(photos: Path) -> None:
     from fastcnn import export_run
 

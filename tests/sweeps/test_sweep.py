@@ -187,6 +187,7 @@ def process() -> Iterator[TrialProcess]:
     made.close()
 
 
+@pytest.mark.long
 def test_a_process_that_dies_takes_its_trial_alone(job: Job, process: TrialProcess) -> None:
     epochs = []
 

@@ -762,6 +762,7 @@ def test_runs_in_one_process_do_not_touch_each_other(photos: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.long
 def test_memory_over_runs_is_flat(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastcnn.reporting.plots.png", lambda *_: b"")  # seconds a run, and no tensors
     config = Config(data=str(photos), epochs=1, image_size=32, filters=(8,), batch_size=16)
