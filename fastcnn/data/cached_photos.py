@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from pipelines.verdict import Source, Verdict
 Decode = Callable[[Sequence[Source], int, Pixels], Sequence[Verdict]]
 """Writes photos of a side in pixels into an array, as the cache had them decoded."""
 
+CHECKED_BYTES = 2**20  # read at once by a thread where pixels are checked and not kept
 _GO_ON = "to continue a run from its last checkpoint, use fastcnn train --resume, which decodes again"
 
 
@@ -117,13 +119,17 @@ class Cache:
         The rows of `photos` are checked; None where a damaged one cannot be written anew. Raises FastCNNError where the
         file is gone, was replaced or is too short.
         """
+        blocks = chunks_of(photos[self.unchecked[photos]], max(1, CHECKED_BYTES // math.prod(self.images.shape[1:])))
         with ThreadPoolExecutor() as threads:
-            for _ in threads.map(self.pixels, chunks_of(photos[self.unchecked[photos]], CHUNK)):
-                pass
+            list(threads.map(self._check, blocks))
         with self._opened() as file:
             if os.fstat(file.fileno()).st_size < self.images.nbytes:
                 raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
             return None if self.unchecked[photos].any() else np.memmap(file, np.uint8, "c", shape=self.images.shape)
+
+    def _check(self, photos: Positions) -> None:
+        """Read a few photos for the first time, and keep nothing of them."""
+        self.pixels(photos)
 
     def _read_part(self, photos: Positions, out: Pixels) -> None:
         """Write the pixels of a few photos into `out`, after mending those that do not have their checksum."""
