@@ -5,7 +5,7 @@
 
 The first compiles every launch of a step's own kernels through Triton's specialisation, for a pretended GPU, and
 prints registers, spilled bytes, shared memory and the warp instructions that a launch issues: those of each loop times
-its rounds, and all others once. It fails where a kernel spills more than 16 bytes.
+its rounds, and all others once. It fails where a kernel spills more than 8 bytes.
 
 The second prints, for each engine and batch, what bounds a step of the reference network: launches at 2 us each, the
 instructions of our kernels if every scheduler issued one a cycle, bytes over the bandwidth and FLOPs over the matrix
@@ -29,9 +29,8 @@ from bench.kernels.machine_code import REFERENCE, machine_code, own_launches
 from bench.report.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-ACCEPTED_SPILL = 16
-"""Bytes of a thread. The pooling's gradient of 8 warps spills 16 on sm_80, some of 2 warps 8 on sm_90: ptxas holds them
-to 128 and 96 registers. Those loads and stores are counted among the instructions; their cost is not measured."""
+ACCEPTED_SPILL = 8
+"""Bytes of a thread. Pooling of 256 and 512 channels in 16 bits spills 8 on sm_80; their cost is not measured."""
 PRECISIONS = ["bf16", "fp16", "fp32"]
 BATCHES = (32, 256, 2048)
 MARKS = "<!-- bounds -->", "<!-- end of bounds -->"
