@@ -125,12 +125,11 @@ def cache_list(cache_dir: str | None) -> None:
         ]
         for entry in list_caches(cache_dir)
     ]
+    if not rows:
+        click.echo(f"no caches in {printable(str(Path(default_folder(cache_dir)).resolve()))}")
+        return
     columns = ["key", "images", "size", "MiB", "decoder", "data folder"]
-    click.echo(
-        table(columns, rows, right=["images", "size", "MiB"])
-        if rows
-        else f"no caches in {printable(str(Path(default_folder(cache_dir)).resolve()))}"
-    )
+    click.echo(table(columns, rows, right=["images", "size", "MiB"]))
 
 
 @cache.command("info", **SETTINGS)

@@ -117,11 +117,10 @@ def export(
         raise UsageError("--triton: expected --format torchscript or onnx, got pt2")
     console, moved_to = Console(), moved_to and photos_in(moved_to)
     say_opening(run)
+    with quick_start.importing():
+        from fastcnn.export.exporters import export_run
     for name in names:
         with console.progress(f"exporting {name}", "images") as progress:
-            with quick_start.importing():
-                from fastcnn.export.exporters import export_run
-
             path = export_run(
                 run,
                 format=name,
@@ -171,7 +170,8 @@ def verify(
     how = resolve(reading_of(options, data)).layout
     console, moved_to = Console(), moved_to and photos_in(moved_to, quiet=as_json)
     with console.progress("verifying", "images") as progress:
-        from fastcnn.export.verify import verify_file  # takes seconds
+        with quick_start.importing():
+            from fastcnn.export.verify import verify_file
         from fastcnn.inference import artefact
 
         opened = artefact.open(model, sha256=sha256, warn_of_strangers=True)

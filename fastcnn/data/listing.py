@@ -48,12 +48,13 @@ def list_folders(root: Path, places: Iterable[tuple[Path, int, str]], skipped: S
         for column, values in zip(columns, facts, strict=True):
             column.frombytes(values.tobytes())
         counts.append(len(paths))
+    num_photos = np.array(counts, np.int64)
     found = Listing(
         PathList(bytes(letters), np.frombuffer(ends, np.int64)),
-        np.repeat(np.array([label for *_, label, _ in named], np.int64), np.array(counts, np.int64)),
+        np.repeat(np.array([label for *_, label, _ in named], np.int64), num_photos),
         tuple(np.frombuffer(column, np.int64) for column in columns),
         np.broadcast_to(np.int64(-1), len(ends)),
-        _repeated([split for *_, split in named], np.array(counts, np.int64)),
+        _repeated([split for *_, split in named], num_photos),
     )
     prefixes = [prefix for prefix, *_ in named]
     if not any(after.startswith(before) for before, after in pairwise(prefixes)):
