@@ -26,16 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from bench.compare.revisions import ROOT, CannotCompare, worktree
+from bench.compare.speed_ratio import Ratio, speed_ratio
 from fastcnn.system import text
-
-ROOT = Path(__file__).resolve().parents[2]
 
 MEASURED = {"step": ("training step, batch 32", 32), "decode": ("decoding, turbo", 1), "start": ("start-up", 0)}
 """Kind of work -> its name in the table and the images in a unit of it (0: seconds are shown, no rate), as
@@ -45,54 +43,6 @@ SLICE_SECONDS = 0.1  # short: the machine's load changes from second to second, 
 ROUND_SECONDS = 10.0
 MIN_ROUNDS, MIN_PAIRS, START_PAIRS = 3, 8, 4
 NARROW = 0.8  # an interval of this part of the margin, on either side, is narrow enough
-
-
-class CannotCompare(Exception):
-    """Comparison that cannot be made; the message says why in one line."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Speed of the second over the first, with its interval and the number of pairs."""
-
-    ratio: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def half_width(self) -> float:
-        """Return the interval's width on either side, as a part of the ratio."""
-        return math.sqrt(self.high / self.low) - 1
-
-    def verdict(self, margin: float) -> str:
-        """Return the verdict of the interval: "slower" and "faster" only where all of it lies beyond the margin."""
-        if self.high < 1 - margin:
-            return "slower"
-        if self.low > 1 / (1 - margin):
-            return "faster"
-        return "the same" if 1 - margin <= self.low and self.high <= 1 / (1 - margin) else "no clear difference"
-
-
-def speed_ratio(base: Sequence[float], head: Sequence[float], confidence: float = 0.95) -> Ratio:
-    """Return how fast `head` is over `base`, of seconds taken in pairs.
-
-    The Hodges-Lehmann estimate of the pairs' log ratios, with the interval that inverts Wilcoxon's signed-rank test
-    (M. Hollander, D. A. Wolfe, E. Chicken, "Nonparametric Statistical Methods", 3.2 and 3.3; the normal approximation).
-    A few pairs that the machine spoilt move it little.
-    """
-    logs = np.log(base) - np.log(head)
-    n = len(logs)
-    rows, columns = np.triu_indices(n)
-    averages = np.sort((logs[rows] + logs[columns]) / 2)
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    left_out = max(0, round(n * (n + 1) / 4 - z * math.sqrt(n * (n + 1) * (2 * n + 1) / 24)))
-    ratio, low, high = np.exp([np.median(averages), averages[left_out], averages[-1 - left_out]]).tolist()
-    return Ratio(ratio, low, high, n)
 
 
 class Probe:
@@ -198,7 +148,7 @@ def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: arg
                     probe(what, units[what])
                 alternate(probes, what, units[what], seconds[what], turn)
         turn += 1
-        intervals = {what: speed_ratio(*taken) for what, taken in seconds.items()}
+        intervals: dict[str, Ratio] = {what: speed_ratio(*taken) for what, taken in seconds.items()}
         wide = [what for what, found in intervals.items() if found.half_width > args.margin * NARROW]
         shown = [f"{what} {found.low:.2f} to {found.high:.2f}" for what, found in intervals.items()]
         note(f"round {turn}: head / base: {', '.join(shown)}")
@@ -281,46 +231,6 @@ def table(result: dict[str, Any]) -> list[str]:
         f"slower by more than {margin}: {', '.join(slower)}" if slower else f"nothing is slower by more than {margin}"
     )
     return lines
-
-
-@contextlib.contextmanager
-def worktree(revision: str | None, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Give a folder with a revision's files, gone afterwards, and the revision's name; None is the working tree."""
-    if revision is None:
-        yield ROOT, "the working tree"
-        return
-    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
-    if not commit:
-        raise CannotCompare(f"no revision '{revision}' here: a branch, a tag or a commit, see git log", 2)
-    try:
-        git("worktree", "add", "--detach", "--quiet", str(folder), commit)
-        if not (folder / "fastcnn").is_dir():
-            raise CannotCompare(f"no fastcnn in '{revision}' ({commit[:10]}): it cannot be compared", 1)
-        yield folder, f"{revision} ({commit[:10]})" if not commit.startswith(revision) else commit[:10]
-    finally:
-        git("worktree", "remove", "--force", str(folder))
-
-
-def git(*arguments: str) -> str:
-    """Return the output of git, "" where it fails."""
-    command = ["git", "-C", str(ROOT), *arguments]
-    # Whole or not at all: a worktree that is half made cannot be removed. Signals are seen to afterwards.
-    with signals_held():
-        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-    return done.stdout if done.returncode == 0 else ""
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP wait until the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def options() -> argparse.ArgumentParser:
