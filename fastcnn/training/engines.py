@@ -230,10 +230,17 @@ def engine(
                 with rehearsal(step):
                     step(functions)
             except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
-                raise NoEngine(first_line(error)) from None
+                raise NoEngine(_cause(error)) from None
             return run(step, functions)
 
     return make
+
+
+def _cause(error: Exception) -> str:
+    """Return the line that says what a compiler tripped over; the first of torch's error names only the compiler."""
+    error = getattr(error, "inner_exception", error)
+    of_cpp = (line for line in str(error).splitlines() if ": error: " in line)
+    return next(of_cpp, first_line(error))
 
 
 ENGINES: dict[str, Callable[[Step], Engine]] = {

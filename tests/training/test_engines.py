@@ -615,6 +615,26 @@ def test_a_part_that_does_not_compile_leaves_the_step_as_it_was() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("ImportError: a.main.so: file too short\n\nSet TORCH_LOGS", r"ImportError: a\.main\.so: file too short"),
+        (
+            "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1:2: error: 'vec' is not declared\n1 | vec",
+            "a.cpp:1:2.*",
+        ),
+    ],
+)
+def test_why_a_compiler_failed_is_said(message: str, said: str) -> None:
+    """As where an interrupted run has left half a file in torch's cache of compiled code."""
+
+    def fails(step: TrainingStep) -> StepFunctions:
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", ImportError(message), None)
+
+    with pytest.raises(NoEngine, match=f"^{said}$"):
+        engines.engine(fails)(make_step())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_pooling_scatters_nothing(compiler: None) -> None:
     from torch._inductor.utils import run_and_get_code
