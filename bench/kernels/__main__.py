@@ -5,7 +5,7 @@
 
 The first compiles every launch of a step's own kernels through Triton's specialisation, for a pretended GPU, and
 prints registers, spilled bytes, shared memory and the warp instructions that a launch issues: those of each loop times
-its rounds, and all others once. It fails where a kernel spills more than 8 bytes.
+its rounds, and all others once. It fails where a kernel spills.
 
 The second prints, for each engine and batch, what bounds a step of the reference network: launches at 2 us each, the
 instructions of our kernels if every scheduler issued one a cycle, bytes over the bandwidth and FLOPs over the matrix
@@ -29,15 +29,13 @@ from bench.kernels.machine_code import REFERENCE, machine_code, own_launches
 from bench.report.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-ACCEPTED_SPILL = 8
-"""Bytes of a thread. Pooling of 256 and 512 channels in 16 bits spills 8 on sm_80; their cost is not measured."""
 PRECISIONS = ["bf16", "fp16", "fp32"]
 BATCHES = (32, 256, 2048)
 MARKS = "<!-- bounds -->", "<!-- end of bounds -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table; return 1 where a kernel spills more registers than is accepted."""
+    """Print a table; return 1 where a kernel spills registers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90])
@@ -62,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(code)
             cells = code.kernel, architecture, precision, code.grid, code.warps, code.registers, code.spilled_bytes
             print(f"| {' | '.join(map(str, (*cells, code.shared_bytes, code.instructions)))} |", flush=True)
-    spilled = [code.spilled_bytes for code in found if code.spilled_bytes]
-    print(f"{len(found)} launches, {len(spilled)} of which spill registers")
-    return int(any(count > ACCEPTED_SPILL for count in spilled))
+    num_spilling = sum(code.spilled_bytes > 0 for code in found)
+    print(f"{len(found)} launches, {num_spilling} of which spill registers")
+    return int(num_spilling > 0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ import torch
 PRETENDED_PROGRAMS = 3
 """Programs that share the work without a GPU: more than one, so that what they do together is tested."""
 
+REGISTERS = 65536
+"""Registers of a multiprocessor (sm_80 and sm_90)."""
+
 
 class Launch(NamedTuple):
     """Kernel with its grid and arguments."""
@@ -21,6 +24,8 @@ class Launch(NamedTuple):
     warps: int = 4
     meets: bool = False
     """Whether its programs wait for each other: all of them must then run at once."""
+    alone: bool = False
+    """Whether a multiprocessor runs one program at most, which may then have all registers."""
 
     def options(self) -> dict[str, Any]:
         """Return the options by which Triton compiles and launches it, and the constant that follows from them."""
@@ -28,6 +33,8 @@ class Launch(NamedTuple):
         options: dict[str, Any] = {"num_warps": self.warps, "EARLY": early}
         if early:
             options["launch_pdl"] = True
+        if self.alone:  # else the compiler spills some to make room for a second program
+            options["maxnreg"] = min(255, REGISTERS // (32 * self.warps))
         if self.meets:
             options["launch_cooperative_grid"] = True
         return options

@@ -151,8 +151,7 @@ def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], warps
     """Run the passes of a kernel: in one launch where programs can wait for each other."""
     names = {name for name in ("POOL", "NORMALISE", "REDUCE", "SPREAD") if name in kernel.arg_names}
     device = arguments["counters"].device
-    if launch.can_meet(device):
-        Launch(kernel, grid, {**arguments, **{name: name in passes for name in names}}, warps, len(passes) > 1).run()
-    else:
-        for one in passes:
-            Launch(kernel, grid, {**arguments, **{name: name == one for name in names}}, warps).run()
+    together = [passes] if launch.can_meet(device) else [(one,) for one in passes]
+    for ones in together:
+        chosen = {name: name in ones for name in names}
+        Launch(kernel, grid, {**arguments, **chosen}, warps, meets=len(ones) > 1, alone=True).run()
