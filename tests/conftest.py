@@ -43,7 +43,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *_paths]))
 LONGEST = (
     "end_to_end/test_docs.py",
     "training/test_engines.py",
-    "runs/test_faults.py",
+    "training/test_compiled_engine.py",
     "pipelines/test_pipelines.py",
     "system/test_ranks.py",
     "runs/test_tracker.py",

@@ -23,7 +23,7 @@ from fastcnn.training.evaluation import Evaluator
 from fastcnn.training.optimizers import OPTIMIZERS
 from fastcnn.training.schedules import average_weights
 from fastcnn.training.step import TrainingStep
-from tests.training.test_engines import DECAY, LR, make_feed, make_model, make_step, relative_error, run_epochs
+from tests.training.steps import DECAY, LR, make_feed, make_model, make_step, relative_error, run_epochs
 
 pytest.importorskip("triton")
 

@@ -101,7 +101,7 @@ def test_a_run_without_a_home_folder_goes_on_with_one_warning(no_home: Path, pho
     for _ in range(2):
         done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
         assert done.stderr.startswith("opening ")
-        assert done.stderr.count("\n") == 2
+        assert done.stderr.count("warning:") == 1  # on a slow machine lines of progress stand beside it
         assert "cannot be written: using" in done.stderr
     assert "nothing to decode" in done.stdout or "every photo was checked before" in done.stdout
 

@@ -28,7 +28,7 @@ from fastcnn.sweeps import summary, sweep, trial_process
 from fastcnn.sweeps.study import Study
 from fastcnn.sweeps.sweep_file import METRICS
 from fastcnn.sweeps.trial_process import Ending, Epoch, Job
-from tests.runs.test_faults import fill, small_disk
+from tests.runs.test_out_of_room import fill, small_disk
 
 pytest.importorskip("optuna")
 __all__ = ["small_disk"]
