@@ -58,12 +58,10 @@ class Classifier:
             self([_grey_photo()] * 2)
         self.decode_seconds = self.model_seconds = 0.0
 
-    def start(self) -> float:
-        """Start the worker processes; return the seconds that it took."""
-        begun = time.perf_counter()
+    def start(self) -> None:
+        """Start the worker processes."""
         size = self.model.image_size
         self._workers.decode([_grey_photo()], size, shared((1, size, size, 3)))
-        return time.perf_counter() - begun
 
     def __call__(self, sources: Sequence[Source]) -> list[tuple[Verdict, Probabilities]]:
         """Return a verdict for each source with (num_classes,) probabilities, which are empty if it is unusable.

@@ -53,13 +53,14 @@ def predict_photos(
         max_pixels: photos with more pixels in their header are "too large".
         timeout: seconds that decoding one photo may take.
         progress: called with the number of photos done and the total.
-        note: called at the end with a line about the speed, in which starting the decoders does not count.
+        note: called at the end with a line about the speed, without the time that the start took.
 
     Raises FastCNNError for an input that does not exist.
     """
     paths, bad = list(find_photos(inputs)), 0
     with Classifier(model, workers=workers, max_pixels=max_pixels, timeout=timeout) as classify:
-        startup = classify.start() if paths else 0.0
+        if paths:
+            classify.start()
         begun = time.perf_counter()
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
@@ -71,8 +72,7 @@ def predict_photos(
     decoding = classify.decode_seconds / max(classify.decode_seconds + classify.model_seconds, 1e-9)
     note(
         f"{len(paths):,} photo{'s' * (len(paths) != 1)} in {seconds:.1f} s ({len(paths) / max(seconds, 1e-9):,.0f} "
-        f"photos/s, {decoding:.0%} of it decoding) after {startup:.1f} s of start-up"
-        + (f"; {bad:,} cannot be used" if bad else "")
+        f"photos/s, {decoding:.0%} of it decoding)" + (f"; {bad:,} cannot be used" if bad else "")
     )
 
 
