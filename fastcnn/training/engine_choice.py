@@ -48,9 +48,9 @@ def choose(
     if not on_gpu(step):
         return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
     engine, name = build("graphed", step, strict=strict)
-    seconds = slowest(time_step(engine, step))
-    if name == "eager":
-        return engine, name, "nothing can be captured here"
+    if slowest(name == "eager"):  # on one rank at least
+        return Eager(step), "eager", "nothing can be captured here"
+    seconds = time_step(engine, step, slowest=slowest)
     best, reasons = seconds, [f"{seconds * 1e6:,.0f} us a step when captured"]
 
     def faster(label: str, make: Callable[[Step], Engine]) -> Engine | None:
@@ -60,13 +60,15 @@ def choose(
         reasons.append(why)
         if not slowest(worth):
             return None
-        start = time.perf_counter()
+        start, candidate, reason = time.perf_counter(), None, "another rank has none"
         try:
             candidate = make(step)
         except NoEngine as error:
-            reasons.append(f"no {label} here: {error}")
+            reason = str(error)
+        if slowest(candidate is None) or candidate is None:
+            reasons.append(f"no {label} here: {reason}")
             return None
-        cost, its_seconds = slowest(time.perf_counter() - start), slowest(time_step(candidate, step))
+        cost, its_seconds = slowest(time.perf_counter() - start), time_step(candidate, step, slowest=slowest)
         _remember(signature, label, {"build_seconds": cost, "step_seconds": its_seconds})
         reasons.append(f"{its_seconds * 1e6:,.0f} us a step by {label}, built in {cost:,.1f} s")
         if its_seconds >= best:

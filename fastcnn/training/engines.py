@@ -312,10 +312,18 @@ def _try_out(step: Step, reason: str) -> None:
 MEASURED_SECONDS = 0.05  # of steps that are timed; shorter ones would be the clock's and the launch's
 
 
-def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
+def time_step(
+    engine: Engine,
+    step: Step,
+    num_steps: int = 20,
+    *,
+    slowest: Callable[[float], float] = lambda seconds: seconds,
+) -> float:
     """Return the seconds per step of an engine; the step's state is restored.
 
     The first steps are not timed: a graph's first replay brings it onto the GPU.
+
+    slowest: a time of this rank -> the longest of all ranks, so that all run as many steps: they add up gradients.
     """
     num_steps = min(num_steps, step.num_steps)
     device = step.state()[0].device
@@ -334,6 +342,6 @@ def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
 
     first = run(1)
     if not on_gpu(step):
-        return first / num_steps
-    rounds = max(1, min(100, round(MEASURED_SECONDS / max(run(1), 1e-6))))
-    return run(rounds) / (rounds * num_steps)
+        return slowest(first) / num_steps
+    rounds = max(1, min(100, round(MEASURED_SECONDS / max(slowest(run(1)), 1e-6))))
+    return slowest(run(rounds)) / (rounds * num_steps)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def test_auto_takes_the_fastest_and_remembers_all(tmp_path: Path, monkeypatch: p
 
     for name in seconds:
         monkeypatch.setitem(engines.ENGINES, name, named(name))
-    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step: seconds[engine.name])
+    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step, slowest: seconds[engine.name])
 
     monkeypatch.setattr(engine_choice, "on_gpu", lambda step: True)
     step = make_step()
@@ -89,7 +91,7 @@ def test_auto_takes_several_steps_a_replay_where_that_was_faster(
     def no_engine(step: engines.Step) -> Engine:
         raise NoEngine("not here")
 
-    def time_step(engine: Graphed, step: engines.Step) -> float:
+    def time_step(engine: Graphed, step: engines.Step, slowest: Callable[[float], float]) -> float:
         return several if engine.steps_per_replay > 1 else 1e-4 if engine.functions else 4e-4
 
     for name, make in {
@@ -124,6 +126,62 @@ def test_steps_are_timed_after_a_first_run_and_long_enough(monkeypatch: pytest.M
     monkeypatch.setattr(engines, "on_gpu", lambda step: True)
     assert engines.time_step(Counted(), step) == pytest.approx(0.01 / step.num_steps)
     assert len(runs) == 1 + 2 + 5
+
+
+def test_ranks_time_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step adds up the gradients of all ranks: one that ran fewer would leave the others waiting."""
+    step, runs = make_step(), []
+
+    class Counted:
+        def run(self, num_steps: int) -> None:
+            runs.append(num_steps)
+
+    monkeypatch.setattr(engines, "synchronize", lambda device: None)
+    monkeypatch.setattr(engines, "on_gpu", lambda step: True)
+    seconds = engines.time_step(Counted(), step, slowest=lambda seconds: 0.025)  # here it takes next to nothing
+    assert len(runs) == 2 + 2
+    assert seconds == 0.025 / (2 * step.num_steps)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("missing", "taken"), [("graphed", "eager"), ("hybrid+graphed", "compiled+graphed")], ids=["graphed", "hybrid"]
+)
+def test_ranks_choose_alike_where_one_has_no_engine(
+    missing: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads as ranks: each asks the other as often, whoever's engine it is that cannot be built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(engine_choice, "on_gpu", lambda step: True)
+    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step, slowest: slowest(seconds[engine.name]))
+    seconds = {"graphed": 4e-4, "hybrid+graphed": 1e-4, "compiled+graphed": 2e-4}
+    both, told, rank = threading.Barrier(2), [0.0, 0.0], threading.local()
+
+    def named(name: str) -> Callable[[engines.Step], Engine]:
+        def make(step: engines.Step) -> Engine:
+            if name == missing and rank.number == 1:
+                raise NoEngine("not on this rank")
+            engine = Eager(step)
+            engine.name = name  # type: ignore[attr-defined]
+            return engine
+
+        return make
+
+    def slowest(value: float) -> float:
+        told[rank.number] = value
+        both.wait(60)  # a rank that asks no more is waited for in vain
+        longest = max(told)
+        both.wait(60)
+        return longest
+
+    def choose(number: int) -> str:
+        rank.number = number
+        return engine_choice.choose(make_step(), 10**6, "x", slowest=slowest)[1]
+
+    for name in seconds:
+        monkeypatch.setitem(engines.ENGINES, name, named(name))
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(choose, range(2))) == [taken] * 2
 
 
 def test_an_engine_history_that_is_damaged_is_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
