@@ -195,9 +195,9 @@ def _open_folder(
             earlier = resume or (kept if kept and (Path(kept) / run_folder.CONFIG).is_file() else None)
             if earlier:
                 folder = run_folder.find(earlier)
+                stack.enter_context(run_folder.held(folder))
             else:
                 folder = stack.enter_context(run_folder.folder(kept or run_dir, _name_of(config.data)))
-            stack.enter_context(run_folder.held(folder))
             group.keep("run folder", str(folder.resolve()))
             return folder, bool(earlier)
 

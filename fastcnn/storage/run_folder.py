@@ -19,22 +19,24 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def folder(asked: str | Path | None, name: str) -> Iterator[Path]:
-    """Make a run's folder and yield it: the one asked for, which must be empty, or the next free `name` in `runs/`.
+    """Make a run's folder and hold it: the one asked for, which must be empty, or the next free `name` in `runs/`.
 
-    A run that fails before it has written more than its configuration leaves no folder. Raises FastCNNError.
+    A run that fails before it has written more than its configuration leaves no folder. Raises FastCNNError, also
+    where another run holds the folder, which is then left to it.
     """
     made = _make(asked, name)
-    try:
-        yield made
-    except BaseException:
-        with contextlib.suppress(OSError):  # not empty
-            if all(path.name == CONFIG or _is_leftover(path) for path in made.iterdir()):
-                for path in list(made.iterdir()):
-                    path.unlink()
-            made.rmdir()
-            if asked is None:
-                RUNS.rmdir()
-        raise
+    with held(made):
+        try:
+            yield made
+        except BaseException:
+            with contextlib.suppress(OSError):  # not empty
+                if all(path.name == CONFIG or _is_leftover(path) for path in made.iterdir()):
+                    for path in list(made.iterdir()):
+                        path.unlink()
+                made.rmdir()
+                if asked is None:
+                    RUNS.rmdir()
+            raise
 
 
 @contextlib.contextmanager

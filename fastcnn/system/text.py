@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from fastcnn.system import callers_generator
+
 
 def printable(name: str) -> str:
     """Return a path or class name on one line, for any terminal, font or page; bytes that are not UTF-8 are escaped."""
@@ -62,9 +64,10 @@ def _written_out(error: UnicodeError) -> tuple[str, int]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = ()) -> str:
     """Return rows under the titles of their columns, each on one line; the columns named in `right` align there."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    with callers_generator.kept("rich.style"):
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in columns:

@@ -1,5 +1,10 @@
 import json
+import subprocess
+import sys
 
+import pytest
+
+from fastcnn.system.own_module import environment
 from fastcnn.system.text import as_utf8, comparable, printable, table, to_json
 
 
@@ -14,3 +19,11 @@ def test_names_for_other_programs() -> None:
     assert printable("a\udcff\nb") == "a\\xff b"
     assert to_json({"\udcff": ["\udc80", 1, None]}) == json.dumps({"\\xff": ["\\x80", 1, None]}, indent=1)
     assert comparable("Cafe\u0301\udcff") == comparable("Café\\xff")
+
+
+@pytest.mark.parametrize("use", ["from fastcnn.system.console import Console", "text.table(['a'], [['b']])"])
+def test_pythons_generator_is_the_callers_from_the_first_import_on(use: str) -> None:
+    """In a process of its own: here rich, which draws while it is imported, is loaded."""
+    lines = ["import random", "from fastcnn.system import text", "before = random.getstate()", use]
+    code = "; ".join([*lines, "import rich.style", "assert random.getstate() == before"])
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
