@@ -150,7 +150,7 @@ class DataConfig(Section):
         folders = {"train": self.train_dir, "val": self.val_dir, "test": self.test_dir}
         columns = {"path": self.path_column, "label": self.label_column}
         return LayoutOptions(
-            self.exclude,
+            tuple(name.rstrip("/") or name for name in self.exclude),  # as the shell completes it
             {split: folder for split, folder in folders.items() if folder},
             {kind: name for kind, name in columns.items() if name},
         )

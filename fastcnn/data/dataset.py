@@ -251,6 +251,7 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
         )
     )
     note(f"layout of {printable(str(index.root))}: {index.layout}")
+    index.warn_of_outside()
     if classes is None and not config.split:
         check_fraction(index, config.val_fraction)
     hidden = f", {index.num_hidden} hidden files skipped" if index.num_hidden else ""

@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from fastcnn.config import LayoutOptions
 from fastcnn.data import class_names, layout, manifest, shards
-from fastcnn.data.layout import NO_OPTIONS, SPLITS, Layout
+from fastcnn.data.doubts import way_deeper
+from fastcnn.data.layout import NO_OPTIONS, Layout
 from fastcnn.data.listing import COLUMNS, Listing, join, list_folders, list_rows
 from fastcnn.data.manifest import Manifest
 from fastcnn.data.path_list import PathList
 from fastcnn.data.shards import Shards
-from fastcnn.data.walk import Skipped, Stamp, is_folder
+from fastcnn.data.split_names import SPLITS
+from fastcnn.data.walk import Skipped, Stamp, is_folder, visible_folders
 from fastcnn.errors import DataError, UsageError, nearest, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.verdict import Member
@@ -54,6 +56,8 @@ class Index:
     """Files that nobody meant as photos, by name and content: number by extension, with its dot."""
     layout: str = ""
     """How the folder was read, in words."""
+    outside: Sequence[str] = ()
+    """Photos beside the class folders, which are in none."""
     splits_given: bool = False
     """Whether a manifest gives the splits: its val photos then validate, whatever else it holds."""
 
@@ -85,6 +89,15 @@ class Index:
         kinds = sorted(self.others.items(), key=lambda kind: (-kind[1], kind[0]))[:3]
         told = ", ".join(f"{number:,} {printable(name) or 'without extension'}" for name, number in kinds)
         return f"{count:,} other file{'s' * (count != 1)} ({told}{', ...' if len(self.others) > 3 else ''})"
+
+    def warn_of_outside(self) -> None:
+        """Warn of photos that are in no class folder."""
+        if self.outside:
+            first = printable(", ".join(self.outside[:3])) + (", ..." if len(self.outside) > 3 else "")
+            many = "photos are" if len(self.outside) > 1 else "photo is"
+            warn(
+                f"{len(self.outside):,} {many} in no class folder of {printable(str(self.root))}, and not used: {first}"
+            )
 
     def take(self, photos: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> Index:
         """Return the index of photos, given by their positions or by a mask (N,)."""
@@ -132,7 +145,8 @@ def scan(
             f"or {root.name}/train/<class>/<photos>, or shards (*.tar) in their place"
         )
     if len(classes) == 1:
-        raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two or more")
+        deeper = "" if "train" in found else way_deeper(root, train_folder / classes[0], read.exclude)
+        raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two or more{deeper}")
     index = _read(root, read, classes, found)
     check_classes(index)
     return index
@@ -178,9 +192,9 @@ def _held_out_layout(root: Path, names: Mapping[str, int], options: LayoutOption
     if chosen := options.folders:
         held_out = {split: folder for split, folder in chosen.items() if split != "train"}
         return layout.as_chosen(root, exclude, held_out or chosen)
-    folders = [path for path in layout.visible_folders(root, exclude) if comparable(path.name) not in names]
+    folders = [path for path in visible_folders(root, exclude) if comparable(path.name) not in names]
     found = layout.by_split(root, ((path, path.name.casefold()) for path in folders))
-    if not found and not any(comparable(path.name) in names for path in layout.visible_folders(root, exclude)):
+    if not found and not any(comparable(path.name) in names for path in visible_folders(root, exclude)):
         read = layout.by_names(root, exclude)
         found = dict(read.splits) if len(read.splits) > 1 else {"all": read.splits["train"]}
     if len(found) > 1:
@@ -202,7 +216,7 @@ def scan_loosely(root: str | Path, options: LayoutOptions = NO_OPTIONS) -> tuple
         return _of_manifest(manifest.read(Path(root), options)), problem
     root, left_out = Path(root), frozenset(options.exclude)
     _check_folder(root, options)
-    folders = layout.visible_folders(root, left_out)
+    folders = visible_folders(root, left_out)
     parts = {SPLITS[path.name.casefold()]: path for path in folders if path.name.casefold() in SPLITS}
     flat = Layout({"train": root}, left_out, "<class>/<photos>" if folders else "no folders, so no classes")
     if any(map(flat.holds_shards, [root, *parts.values()])):
@@ -294,7 +308,8 @@ def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str
         skipped.hidden += part.num_hidden
     if num := skipped.unreadable:
         warn(f"{num} folder{'s' if num > 1 else ''} below {root} cannot be read: the photos inside are left out")
-    facts = {"num_hidden": skipped.hidden, "others": skipped.others, "layout": read.described}
+    outside = [] if classes == ("",) else layout.photos_outside(root, read)
+    facts = {"num_hidden": skipped.hidden, "others": skipped.others, "layout": read.described, "outside": outside}
     return _index(root, classes, join([files, *archives]), **facts)
 
 

@@ -6,46 +6,24 @@ word before or behind ("seg_train", "Train_Set"), inside a folder of the same na
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.config import LayoutOptions
 from fastcnn.data import shards
-from fastcnn.data.walk import Skipped, files_below, folders_in, is_folder, is_ours
+from fastcnn.data.doubts import check_classes_certain, in_two_ways, may_be_classes, repeated
+from fastcnn.data.split_names import SPLITS, words_of
+from fastcnn.data.walk import folders_in, is_folder, visible_folders
 from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
-
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""Name of a folder in small letters -> the split whose photos it holds."""
-
-OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "sweeps")
-"""Folders that training tools leave beside the photos."""
-
-IMAGES = ("images", "image", "imgs", "img", "photos", "jpegimages")
-ANNOTATIONS = ("annotations", "annotation", "labels", "masks", "trimaps", "meta", "attributes")
-"""Names in small letters of folders that stand beside each other where photos come with annotations: no classes."""
+from pipelines.meant import meant_as_photo
 
 NO_OPTIONS = LayoutOptions()
 
-FEW = 20
-"""Folders in which split folders are looked for: listing those of a hundred classes would take as long as the scan."""
-
-_SPLIT_NAMES = "|".join(sorted(SPLITS, key=len, reverse=True))
-JOINED = re.compile(rf"({_SPLIT_NAMES})(sets?|data|images?|imgs?|photos?|dir|folder)")
-"""A split's name with a word written to it: trainset, testdata."""
+MAX_WRAPPERS = 8
+"""Folders above the classes that hold nothing else, as archives have them; a circle of links is not followed."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +66,8 @@ def by_names(root: Path, left_out: frozenset[str]) -> Layout:
     if inner != root:
         warn(f"{printable(str(root))} has one folder, {printable(str(inner.relative_to(root)))}: reading that")
     splits, ignored = split_folders(inner, left_out)
-    if len(splits) == 1 and _may_be_classes(root, [inner / name for name in ignored]):
-        raise _in_two_ways(root, inner, splits["train"], left_out)
+    if len(splits) == 1 and may_be_classes(root, [inner / name for name in ignored]):
+        raise in_two_ways(root, inner, splits["train"], left_out)
     for split, path in list(splits.items()):
         if split != "train" and not _holds_classes(path, left_out):
             warn(f"{printable(str(path))} has no class folders: its photos cannot be scored, and are not read")
@@ -103,14 +81,7 @@ def by_names(root: Path, left_out: frozenset[str]) -> Layout:
                 f"{'is' if len(ignored) == 1 else 'are'} beside the split folders ({names}), and not read"
             )
         return Layout(splits, left_out, f"{printable(names)}, each with <class>/<photos>")
-    _check_annotated(root, inner, left_out)
-    _check_certain(root, inner, left_out)
-    for path in visible_folders(inner, left_out):
-        if path.name.casefold() in OTHER_TOOLS:
-            warn(
-                f"{printable(str(path))} is read as a class: if another program made it, "
-                f"leave it out with --exclude {path.name}"
-            )
+    check_classes_certain(root, inner, left_out)
     return Layout({"train": inner}, left_out, f"{where}<class>/<photos>")
 
 
@@ -138,81 +109,18 @@ def warn_of_unused(root: Path, read: Layout) -> None:
             )
 
 
-def _check_annotated(root: Path, folder: Path, exclude: frozenset[str]) -> None:
-    """Raise DataError where folders that would be classes are one of photos and one of annotations."""
-    folders = visible_folders(folder, exclude)
-    images, beside = (
-        next((path for path in folders if path.name.casefold() in names), None) for names in (IMAGES, ANNOTATIONS)
+def photos_outside(root: Path, read: Layout) -> list[str]:
+    """Return the photos beside class folders, in none of them and so in no index: sorted paths relative to `root`."""
+    places = {place for path in read.splits.values() for place in (path, *path.parents) if place.is_relative_to(root)}
+    sharded = any(map(read.holds_shards, places))
+    return sorted(
+        os.path.relpath(entry.path, root).replace(os.sep, "/")
+        for place in places
+        for entry in os.scandir(place)
+        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
+        if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
+        if not (entry.name.endswith(".tar") and read.holds_shards(place))
     )
-    if images and beside:
-        here, name = (printable(path.relative_to(root).as_posix()) for path in (folder, images))
-        raise DataError(
-            f"{printable(str(folder))} has {images.name} beside {beside.name}: photos and annotations, not classes, "
-            f"it seems. Where {images.name} has a folder per class, say --train-dir {name}; where it has photos, give "
-            f"a table of paths and classes as DATA; where they are classes, say --train-dir {here}"
-        )
-
-
-def _check_certain(root: Path, folder: Path, exclude: frozenset[str]) -> None:
-    """Raise DataError where folders that would be classes have a split in their names and folders inside."""
-    folders = visible_folders(folder, exclude)
-    deeper: list[Path] = []
-    for path in folders[:FEW]:
-        with contextlib.suppress(DataError):  # it cannot be read: told when its photos are listed
-            deeper += visible_folders(path, exclude)
-    trains = [path for path in folders + deeper if "train" in {SPLITS.get(word) for word in words_of(path)}]
-    others = [path for path in folders if path not in trains and set(words_of(path)) & SPLITS.keys()]
-    named = (_repeated(path, exclude) for path in trains + others)
-    doubtful = [path for path in named if len(visible_folders(path, exclude)) > 1]
-    if doubtful:
-        raise _in_two_ways(root, folder, doubtful[0], exclude)
-    exact = any(path.name.casefold() in SPLITS for path in folders)
-    if exact and len(folders) > 1 and all(set(words_of(path)) & SPLITS.keys() for path in folders):
-        raise DataError(
-            f"no class folders in {printable(', '.join(path.name for path in folders))} of {printable(str(folder))}: "
-            "expected train/<class>/<photos>, or a table of paths and classes as DATA; where these are classes, "
-            f"say --train-dir {printable(folder.relative_to(root).as_posix())}"
-        )
-
-
-def _may_be_classes(root: Path, beside: list[Path]) -> bool:
-    """Return whether folders beside a train folder that is the only split look like classes, and it like one of them.
-
-    They do where one has folders of photos as the train folder has, or where several hold photos.
-    """
-    beside = [path for path in beside if path.name.casefold() not in OTHER_TOOLS]
-    if len([path for path in beside if _has_photos(root, path)]) > 1:
-        return True
-    return any(sum(_has_photos(root, inside) for inside in visible_folders(path)) > 1 for path in beside)
-
-
-def _in_two_ways(root: Path, outer: Path, inner: Path, exclude: frozenset[str]) -> DataError:
-    """Return the error that shows both readings: the folders in `outer` as classes, or those in `inner` below it."""
-    readings = []
-    for folder in (outer, inner):
-        classes = visible_folders(folder, exclude)
-        names = printable(", ".join(path.name for path in classes[:3]) + (", ..." if len(classes) > 3 else ""))
-        count = sum(len(paths) for path in classes for paths, _ in files_below(root, path, Skipped()))
-        readings.append(f"{len(classes)} classes, {names}, of {count:,} photos")
-    here, name = (printable(folder.relative_to(root).as_posix()) for folder in (outer, inner))
-    return DataError(
-        f"{printable(str(root))} can be read in two ways: {readings[0]}; or {readings[1]} in {name}. "
-        f"Say which: --train-dir {here} or --train-dir {name} (with --val-dir and --test-dir for others)"
-    )
-
-
-def _has_photos(root: Path, folder: Path) -> bool:
-    return any(True for _ in files_below(root, folder, Skipped()))
-
-
-def words_of(folder: Path) -> list[str]:
-    """Return the words of a folder's name in small letters: apart at signs, digits, capitals and joined words."""
-    apart = re.sub(r"([a-z])([A-Z])|([^\W\d_])(\d)|(\d)([^\W\d_])", r"\1\3\5 \2\4\6", comparable(folder.name))
-    found: list[str] = []
-    for word in re.split(r"[\W_]+", apart.casefold()):
-        joined = JOINED.fullmatch(word)
-        found += joined.groups() if joined else [word]
-    return found
 
 
 def split_folders(root: Path, exclude: frozenset[str]) -> tuple[dict[str, Path], list[str]]:
@@ -237,7 +145,7 @@ def split_folders(root: Path, exclude: frozenset[str]) -> tuple[dict[str, Path],
     if others and not _holds_classes(found["train"], exclude):
         return {}, []
     ordered = {split: found[split] for split in ("train", "val", "test") if split in found}
-    return {split: _repeated(path, exclude) for split, path in ordered.items()}, others
+    return {split: repeated(path, exclude) for split, path in ordered.items()}, others
 
 
 def by_split(root: Path, folders: Iterable[tuple[Path, str]]) -> dict[str, Path]:
@@ -256,62 +164,34 @@ def by_split(root: Path, folders: Iterable[tuple[Path, str]]) -> dict[str, Path]
     return found
 
 
-def visible_folders(folder: Path, exclude: frozenset[str] = frozenset()) -> list[Path]:
-    """Return the folders in a folder that are for photos: sorted, without hidden, excluded and our own ones."""
-    left_out = set(map(comparable, exclude))
-    return [
-        path
-        for path in folders_in(folder)
-        if not path.name.startswith(".") and comparable(path.name) not in left_out and not _is_own(path)
-    ]
-
-
 def _holds_classes(folder: Path | None, exclude: frozenset[str]) -> bool:
     return folder is not None and bool(visible_folders(folder, exclude) or shards.archives(folder))
 
 
 def _without_affix(folders: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield folders with the word of a split in their names, whose other words are those of a training folder."""
-    words = {path: words_of(path) for path in folders}
+    """Yield folders with the word of a split in their names, whose other words are those of the one training folder."""
+    words = {path: words_of(path.name) for path in folders}
     found = {path: [word for word in parts if word in SPLITS] for path, parts in words.items()}
     rest = {path: [word for word in parts if word not in SPLITS] for path, parts in words.items()}
     trained = [rest[path] for path, split in found.items() if [SPLITS[word] for word in split] == ["train"]]
+    if any(other != trained[0] for other in trained):  # cats_train beside dogs_train
+        return
     for path, split in found.items():
-        if len(split) == 1 and rest[path] in trained[:1]:
+        if len(split) == 1 and rest[path] in trained:
             yield path, split[0]
 
 
-def _repeated(folder: Path, exclude: frozenset[str]) -> Path:
-    """Return a folder, or the one in it that repeats its name and is all that is there."""
-    inside = visible_folders(folder, exclude)
-    same = len(inside) == 1 and inside[0].name.casefold() == folder.name.casefold()
-    return _repeated(inside[0], exclude) if same else folder
-
-
 def _unwrapped(root: Path, exclude: frozenset[str]) -> Path:
-    """Return a folder, or the only one in it where that holds the classes or the splits: an archive's own folder."""
-    inside = visible_folders(root, exclude)
-    if len(inside) != 1 or inside[0].name.casefold() in SPLITS or any(map(_is_photo, _files_in(root))):
-        return root
-    return inside[0] if len(visible_folders(inside[0], exclude)) > 1 else root
-
-
-def _is_own(folder: Path, depth: int = 3) -> bool:
-    """Return whether a folder is a run, cache or sweep of ours, or holds nothing but such."""
-    folders = []
-    try:
-        if is_ours(folder):
-            return True
-        locked = (folder / ".lock").exists()  # by a run that has only begun
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    if not is_folder(entry):
-                        return False  # at the first photo: class folders are long
-                    folders.append(folder / entry.name)
-    except OSError:
-        return False
-    return locked or (depth > 0 and bool(folders) and all(_is_own(one, depth - 1) for one in folders))
+    """Return a folder, or the one below it that has the classes or splits where only folders of one are above it."""
+    folder = root
+    for _ in range(MAX_WRAPPERS):
+        inside = visible_folders(folder, exclude)
+        if len(inside) > 1 or (inside and inside[0].name.casefold() in SPLITS):
+            return folder
+        if not inside or any(map(_is_photo, _files_in(folder))):
+            break
+        folder = inside[0]
+    return root
 
 
 def _files_in(folder: Path) -> list[str]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastcnn.config import LayoutOptions, read_yaml, resolve
-from fastcnn.data.layout import NO_OPTIONS, SPLITS, words_of
+from fastcnn.data.layout import NO_OPTIONS
+from fastcnn.data.split_names import SPLITS, splits_in, words_of
 from fastcnn.data.tables import SUFFIXES, Table, read_table
 from fastcnn.data.walk import Stamp, folders_in, is_folder
 from fastcnn.errors import DataError, FastCNNError, UsageError, nearest, warn
@@ -70,6 +71,10 @@ class _Photos:
 
     def find(self, base: Path, name: str) -> tuple[str, bool]:
         """Return the path of a photo, "" where it is not there, and whether `name` has its extension."""
+        found = self._find(base, name)
+        return self._find(base, name.replace("\\", "/")) if "\\" in name and not found[0] else found
+
+    def _find(self, base: Path, name: str) -> tuple[str, bool]:
         if not name:
             return "", False
         folder, last = os.path.split(os.path.normpath(os.path.join(base, name)))  # noqa: PTH118
@@ -117,7 +122,7 @@ def read(path: Path, options: LayoutOptions = NO_OPTIONS) -> Manifest:
     described = f"{path.name}: paths in '{table.names[paths]}', classes in '{table.names[label]}'"
     if split is not None:
         described += f", splits in '{table.names[split]}'"
-    unread = [name for i, name in enumerate(table.names) if i not in (paths, label, split)]
+    unread = [name for i, name in enumerate(table.names) if name and i not in (paths, label, split)]
     described += f"; not read: {', '.join(unread)}" if unread else ""
     _warn_of_unused(options.exclude, table, label)
     rows = _rows(table, photos, base, (paths, label, split), {comparable(name) for name in options.exclude})
@@ -155,8 +160,8 @@ def _located(table: Table, photos: _Photos, asked: str | None, folder: str | Non
 
 def _of_that_name(path: Path, bases: list[Path]) -> Path:
     """Return the folder that has the photos of a manifest, of several that have photos of these names."""
-    alike = [base for base in bases if {*words_of(base)} & {*words_of(path.with_suffix(""))}]
-    alike = alike or [base for base in bases if "train" in {SPLITS.get(word) for word in words_of(base)}]
+    alike = [base for base in bases if {*words_of(base.name)} & {*words_of(path.stem)}]
+    alike = alike or [base for base in bases if "train" in splits_in(base.name)]
     if len(bases) > 1 and len(alike) != 1:
         shown = [printable(os.path.relpath(base, path.parent)) for base in bases[:2]]
         raise DataError(
@@ -197,7 +202,8 @@ def _split_column(table: Table, taken: set[int | None]) -> int | None:
             continue
         if None not in found:
             return column
-        if table.names[column].casefold() in ("split", "set", "subset", "data set", "partition"):
+        named = table.names[column].casefold() in ("split", "set", "subset", "data set", "partition")
+        if named or all(map(splits_in, table.values(column))):
             strange = sorted(value for value in values if value not in SPLITS)[0]
             raise DataError(
                 f"{printable(str(table.path))}: '{printable(strange)}' in column '{printable(table.names[column])}' is "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -33,8 +35,8 @@ class Table:
 
     def position(self, kind: str, name: str | None) -> int | None:
         """Return the position of the column that --path-column or --label-column names; None where it names none."""
-        if name is None or name in self.names:
-            return None if name is None else self.names.index(name)
+        if name is None or name.strip() in self.names:
+            return None if name is None else self.names.index(name.strip())
         raise DataError(
             f"--{kind}-column {name}: {printable(self.path.name)} has the columns {self.shown(range(len(self.names)))}"
             f"{nearest(name, self.names)}"
@@ -55,6 +57,7 @@ def read_table(path: Path) -> Table:
         names, rows = [], []
     if not rows:
         raise DataError(f"the table {printable(str(path))} has no rows: expected a header, and a photo a row")
+    names = [name.strip() for name in names]
     for line, row in enumerate(rows, 2):
         if len(row) != len(names):
             raise DataError(
@@ -65,8 +68,10 @@ def read_table(path: Path) -> Table:
 
 
 def _csv(path: Path) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        head = file.readline()
+    with path.open("rb") as content:
+        encoding = "utf-16" if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with path.open(newline="", encoding=encoding, errors="surrogateescape") as file:
+        head = re.sub(r'"[^"]*"', "", file.readline())
         file.seek(0)
         delimiter = max(",;\t|", key=head.count)
         return [row for row in csv.reader(file, delimiter=delimiter) if row]

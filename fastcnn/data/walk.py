@@ -5,24 +5,15 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fastcnn.errors import DataError
-from fastcnn.system.text import printable
+from fastcnn.storage.own_folders import is_ours
+from fastcnn.system.text import comparable, printable
 from pipelines.meant import meant_as_photo, named_as_photo, of_the_system
-
-OWN_FILES = [
-    ("config.yaml", "split.csv"),
-    ("config.yaml", "last.pt"),
-    ("config.yaml", ".lock"),
-    ("cache.json", "photos.jsonl"),
-    ("sweep.csv", "config.yaml"),
-    ("sweep.csv", "journal.log"),
-]
-"""Files by which a folder is told to be a run, a cache or a sweep of ours: two, as a class may hold one of them."""
 
 _LARGEST = 2**63 - 1
 
@@ -77,9 +68,32 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def is_ours(folder: str | Path) -> bool:
-    """Return whether a folder is a run, a cache or a sweep of ours."""
-    return any(all(os.path.exists(os.path.join(folder, name)) for name in names) for names in OWN_FILES)  # noqa: PTH110, PTH118
+def visible_folders(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
+    """Return the folders in a folder that are for photos: sorted, without hidden, excluded and our own ones."""
+    left_out = set(map(comparable, exclude))
+    return [
+        path
+        for path in folders_in(folder)
+        if not path.name.startswith(".") and comparable(path.name) not in left_out and not _is_own(path)
+    ]
+
+
+def _is_own(folder: Path, depth: int = 3) -> bool:
+    """Return whether a folder is a run, cache or sweep of ours, or holds nothing but such."""
+    folders = []
+    try:
+        if is_ours(folder):
+            return True
+        locked = (folder / ".lock").exists()  # by a run that has only begun
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    if not is_folder(entry):
+                        return False  # at the first photo: class folders are long
+                    folders.append(folder / entry.name)
+    except OSError:
+        return False
+    return locked or (depth > 0 and bool(folders) and all(_is_own(one, depth - 1) for one in folders))
 
 
 def files_below(root: Path, folder: Path, skipped: Skipped) -> Iterator[tuple[list[str], array[int]]]:

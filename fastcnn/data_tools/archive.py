@@ -80,7 +80,7 @@ def _unpack(path: Path, suffix: str, folder: Path, made_of: dict[str, int], cons
     try:
         with console.progress("unpacking", "files") as progress:
             if suffix == ".zip":
-                with unzip.opened(path) as archive:
+                with unzip.opened(path, "get it again") as archive:
                     members = unzip.files(archive)
                     check_space(folder.parent, sum(each.file_size for each in members.values()), "the archive")
                     unzip.unpack(archive, members, beside, lambda done, total: progress(done, total, ""))

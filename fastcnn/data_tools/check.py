@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +13,14 @@ import numpy.typing as npt
 
 import pipelines
 from fastcnn.config import Decoder, LayoutOptions
-from fastcnn.data import layout, shards
 from fastcnn.data.index import Index, scan_loosely
-from fastcnn.data.layout import NO_OPTIONS, SPLITS, Layout
-from fastcnn.data.walk import is_folder
+from fastcnn.data.layout import NO_OPTIONS
 from fastcnn.data_tools import duplicates
 from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
 from fastcnn.errors import FastCNNError
 from fastcnn.system import text
 from fastcnn.system.text import printable
 from pipelines.facts import facts
-from pipelines.meant import meant_as_photo
 from pipelines.shared_memory import shared
 from pipelines.verdict import Source, Unusable, Verdict, read
 from pipelines.workers import DECODE_TIMEOUT, Workers
@@ -84,7 +80,7 @@ def check(
         verdicts=verdicts,
         exact=_groups(index, exact),
         near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
-        outside=[] if index.classes == ("",) else _outside(Path(root), options.exclude),
+        outside=index.outside,
         decoder=used,
         max_pixels=limit,
     )
@@ -162,25 +158,6 @@ def _digest(source: Source) -> bytes:
         return hashlib.sha256(read(source)).digest()
     except Unusable:
         return b""
-
-
-def _outside(root: Path, exclude: Iterable[str]) -> list[str]:
-    """Return the photos that are in no class folder, and so in no index: sorted paths relative to `root`."""
-    if root.is_file():
-        return []
-    read = Layout({}, frozenset(exclude), "")
-    parts = [path for path in layout.visible_folders(root, read.exclude) if path.name.casefold() in SPLITS]
-    places = [root, *(path for path in parts if read.class_names(path) or read.holds_shards(path))]
-    sharded = any(map(read.holds_shards, places))
-    names = [
-        os.path.relpath(entry.path, root).replace(os.sep, "/")
-        for place in places
-        for entry in os.scandir(place)
-        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
-        if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
-        if not (entry.name.endswith(".tar") and read.holds_shards(place))
-    ]
-    return sorted(names)
 
 
 def _groups(index: Index, groups: Iterable[Sequence[int]]) -> list[Group]:

@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def opened(path: Path, way_on: str = "delete it and run the same command again") -> Iterator[zipfile.ZipFile]:
     """Open a zip file. Raises DataError where it is none, or where the body finds it damaged or unsafe."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -38,9 +38,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     except Refused as error:
         raise DataError(f"the archive {path} is not unpacked: {error}; is it the right one?") from None
     except _DAMAGED as error:
-        raise DataError(
-            f"the archive {path} is damaged ({first_line(error)}): delete it and run the same command again"
-        ) from None
+        raise DataError(f"the archive {path} is damaged ({first_line(error)}): {way_on}") from None
 
 
 def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

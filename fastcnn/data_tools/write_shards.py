@@ -70,6 +70,7 @@ def write(
     """
     out, console = Path(out), console or Console(quiet=True)
     found = index.scan(root, options=options)
+    found.warn_of_outside()
     for name in found.classes:
         if "\n" in name or "\r" in name or not name.strip():
             raise DataError(f"class '{printable(name)}' of {found.root} does not fit on a line of {shards.CLASSES}")

@@ -15,9 +15,10 @@ from pathlib import Path
 from fastcnn.errors import FastCNNError
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.classifier import Classifier, ranked
+from fastcnn.storage.own_folders import is_ours
 from fastcnn.system.text import as_utf8, printable
 from pipelines.meant import may_hold_photos, meant_as_photo
-from pipelines.verdict import MAX_PIXELS
+from pipelines.verdict import MAX_PIXELS, Unusable, image_format
 from pipelines.workers import DECODE_TIMEOUT
 
 BATCH_SIZE = 64
@@ -94,21 +95,47 @@ def find_photos(inputs: Sequence[str | Path]) -> Iterator[str]:
             raise FastCNNError(f"no photo or folder {printable(str(item))}: check the path")
 
 
-def _below(path: str) -> Iterator[str]:
-    if not Path(path).is_dir():
+def _below(path: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Yield a file, or the files that may be photos below a folder; links are followed, but never in a circle.
+
+    A folder that cannot be read is yielded itself, and reported as such. Runs and caches of ours are left out.
+    """
+    try:
+        info = os.stat(path)  # noqa: PTH116
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except (OSError, ValueError):  # a file; not there; a name that no file can have
         yield path
         return
-    for folder, subfolders, files in os.walk(path):
-        subfolders[:] = sorted(filter(may_hold_photos, subfolders))
-        paths = (str(Path(folder, name)) for name in sorted(files) if not name.startswith("."))
-        yield from filter(meant_as_photo, paths)
+    inode = (info.st_dev, info.st_ino)
+    if inode in above:
+        return
+    folders = {entry.name for entry in entries if os.path.isdir(entry.path)}  # noqa: PTH112
+    for entry in entries:
+        if entry.name not in folders and not entry.name.startswith(".") and meant_as_photo(entry.path):
+            yield str(Path(entry.path))
+    for entry in entries:
+        if entry.name in folders and may_hold_photos(entry.name) and not is_ours(entry.path):
+            yield from _below(entry.path, above | {inode})
 
 
 def _standard_input() -> Iterator[str]:
-    text = os.fsdecode(sys.stdin.buffer.read())
-    for path in text.split("\0" if "\0" in text else "\n"):
+    content = sys.stdin.buffer.read()
+    text = os.fsdecode(content)
+    lines = text.split("\0" if "\0" in text else "\n")
+    if _is_picture(content) and not os.path.lexists(lines[0]):
+        raise FastCNNError("standard input is a photo, not a list of paths: give the path of the photo instead of -")
+    for line in lines:
+        path = line if os.path.lexists(line) else line.removesuffix("\r")  # a list from Windows
         if path:
             yield from _below(path)
+
+
+def _is_picture(content: bytes) -> bool:
+    try:
+        image_format(content)
+    except Unusable as error:
+        return error.verdict.reason == "unsupported format"
+    return True
 
 
 def writer(format: str, classes: Sequence[str], top_k: int) -> Callable[[Prediction], None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from fastcnn.cli import main
+from fastcnn.errors import FastCNNError
 from fastcnn.inference import artefact
 from fastcnn.inference.predict import find_photos
 from tests.cli.test_cli import run
@@ -96,3 +99,43 @@ def test_a_folder_to_predict_has_other_files(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_bytes(b"x")
     assert list(find_photos(["in"])) == ["in/1.jpg"]
     assert list(find_photos(["in/1.xml"])) == ["in/1.xml"]
+
+
+def test_a_folder_to_predict_has_links_and_our_own_folders(tmp_path: Path) -> None:
+    """Linked photos are predicted as they are trained on; the pictures of a run are no photos."""
+    for name in (
+        "in/b/1.jpg",
+        "in/runs/x/config.yaml",
+        "in/runs/x/split.csv",
+        "in/runs/x/predictions.png",
+        "far/2.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "in" / "a").symlink_to("../far")
+    (tmp_path / "far" / "back").symlink_to("../in")
+    assert list(find_photos(["in"])) == ["in/a/2.jpg", "in/b/1.jpg"]
+    assert list(find_photos(["in/runs/x"])) == ["in/runs/x/predictions.png"]  # as it is asked for
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (b"in/1.jpg\r\nin/2.jpg\r\n", ["in/1.jpg", "in/2.jpg"]),
+        (b"in\n" + b"x" * 5000, ["in/1.jpg", "in/2.jpg", "x" * 5000]),
+        (b"", []),
+    ],
+)
+def test_lists_of_paths(given: bytes, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert list(find_photos(["-"])) == found
+
+
+def test_a_photo_is_no_list_of_paths(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = next(photos.rglob("*.jpg")).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(FastCNNError, match="standard input is a photo, not a list of paths"):
+        list(find_photos(["-"]))

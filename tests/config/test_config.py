@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcnn import config
-from fastcnn.config import NUM_BLOCKS, Config, resolve, synonyms
+from fastcnn.config import NUM_BLOCKS, Config, DataConfig, resolve, synonyms
 from fastcnn.data.loaders import LOADERS
 from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.export.exporters import EXPORTERS
@@ -170,6 +170,11 @@ def test_round_trip_through_yaml(tmp_path: Path) -> None:
     original = Config(data="x", filters=(8, 16, 32, 64, 128), lr=1e-5)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(original.to_dict()))
     assert resolve(config.read_yaml(tmp_path / "c.yaml")) == original
+
+
+def test_names_to_leave_out_may_end_in_a_slash() -> None:
+    """As a shell completes them."""
+    assert DataConfig(data="x", exclude=("runs/", "wandb", "/")).layout.exclude == ("runs", "wandb", "/")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00", "!!python/object/apply:os.system [echo]", "- - -"])

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastcnn.config import LayoutOptions
-from fastcnn.data import layout
 from fastcnn.data.index import Index, scan, scan_held_out
+from fastcnn.data.split_names import SPLITS
 from fastcnn.errors import DataError, FastCNNWarning
 from fastcnn.system.text import comparable
 
@@ -64,11 +64,88 @@ FLAT = {
     "classes": ["daisy", "rose"],
     "a class called train": ["train", "plane"],
     "a class called test": ["test", "control"],
-    "classes with affixes": ["dog_train", "dog_test"],
     "flowers in their archive's folder": ["flowers/daisy", "flowers/rose"],
     "PlantVillage": ["PlantVillage/Potato___healthy", "PlantVillage/Tomato_Bacterial_spot"],
     "macOS's folder beside": ["daisy", "rose", "__MACOSX/daisy"],
 }
+
+
+NOT_CERTAIN = {
+    "horse2zebra": (["trainA", "trainB", "testA", "testB"], "no class folders in testA, testB, trainA, trainB"),
+    "a split of each class": (["cats_train", "cats_test", "dogs_train", "dogs_test"], "no class folders in cats_test"),
+    "the same, with folders": ([f"{name}/{c}" for name in ("cats_train", "cats_test", "dogs_train") for c in "xy"],
+                               "in two ways"),
+    "words without classes": (["dog_train", "dog_test"], "no class folders in dog_test, dog_train"),
+}  # fmt: skip
+
+WRAPPED = {
+    "fruits-360": ["fruits-360_100x100/fruits-360/Training/apple", "fruits-360_100x100/fruits-360/Training/pear"],
+    "unpacked twice": ["flowers/flowers/apple", "flowers/flowers/pear"],
+    "training folder alone": ["fruits/train/apple", "fruits/train/pear"],
+    "input": ["kaggle/input/fruits/apple", "kaggle/input/fruits/pear"],
+}
+
+IN_CLASSES = {
+    "splits in classes": (["a/train", "a/test", "b/train", "b/test"], "folders of splits in them (test, train)"),
+    "MVTec": (["bottle/train/good", "bottle/test/good", "cable/train/good", "cable/test/bent"], "of splits in them"),
+    "splits of other names": (["tr/a", "tr/b", "te/a", "te/b"], "all classes of DATA have the folders a, b: "),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CERTAIN)
+def test_words_of_splits_in_all_names_are_refused(name: str, tmp_path: Path) -> None:
+    folders, told = NOT_CERTAIN[name]
+    with pytest.raises(DataError, match=f"{told}.*say.*--train-dir [.]|{told}.*Say which: --train-dir [.]"):
+        scan(photos(tmp_path, *folders))
+    classes = scan(tmp_path, options=LayoutOptions(folders={"train": "."})).classes
+    assert classes == tuple(sorted({name.partition("/")[0] for name in folders}))
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapping_folders_are_stepped_through(name: str, tmp_path: Path) -> None:
+    with pytest.warns(FastCNNWarning, match=f"has one folder, {WRAPPED[name][0].partition('/')[0]}"):
+        assert scan(photos(tmp_path, *WRAPPED[name])).classes == ("apple", "pear")
+
+
+def test_a_folder_with_photos_beside_the_only_folder_wraps_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only one class, 'x'"):
+        scan(photos(tmp_path, "x", "x/y/apple", "x/y/pear"))
+
+
+def test_links_in_a_circle_are_no_wrapping_folders(tmp_path: Path) -> None:
+    photos(tmp_path, "a/", "b/")
+    (tmp_path / "a" / "x").symlink_to("../b")
+    (tmp_path / "b" / "x").symlink_to("../a")
+    with pytest.raises(DataError, match="only one class, 'x'"):
+        scan(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", IN_CLASSES)
+def test_splits_inside_of_classes_are_told(name: str, tmp_path: Path) -> None:
+    folders, expected = IN_CLASSES[name]
+    index, told = read(photos(tmp_path, *folders))
+    assert (len(index.classes), len(index)) == (2, len(folders))
+    assert len(told) == 1
+    assert expected.replace("DATA", str(tmp_path)) in told[0]
+
+
+def test_the_only_class_may_hold_the_classes(tmp_path: Path) -> None:
+    photos(tmp_path, "train/data/a", "train/data/b", "test/data/a", "test/data/b")
+    with pytest.raises(DataError, match=r"only one class, 'data', .* say --train-dir train/data$"):
+        scan(tmp_path)
+
+
+def test_photos_beside_class_folders_are_told(tmp_path: Path) -> None:
+    photos(tmp_path, "seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b")
+    for name in ("seg_train/1.jpg", "seg_test/2.jpg", "3.PNG", "README.md", "seg_train/.4.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    index = scan(tmp_path)
+    assert list(index.outside) == ["3.PNG", "seg_test/2.jpg", "seg_train/1.jpg"]
+    assert list(scan_held_out(tmp_path / "seg_train", ["a", "b"]).outside) == ["1.jpg"]
+    with pytest.warns(
+        FastCNNWarning, match="3 photos are in no class folder of .*: 3.PNG, seg_test/2.jpg, seg_train/1"
+    ):
+        index.warn_of_outside()
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -76,7 +153,7 @@ def test_split_folders(name: str, tmp_path: Path) -> None:
     folders, expected = SPLIT[name]
     index, told = read(photos(tmp_path / "data", *folders))
     assert len(index.classes) == 2
-    assert not {one.casefold() for one in index.classes} & set(layout.SPLITS)
+    assert not {one.casefold() for one in index.classes} & set(SPLITS)
     assert {split: int((index.folders == split).sum()) for split in expected} == expected
     assert len(index) == sum(expected.values())
     assert "<class>/<photos>" in index.layout
@@ -267,7 +344,7 @@ def check_layout(
 
 LAYOUTS = {
     "names": st.one_of(
-        st.lists(st.sampled_from(sorted(layout.SPLITS)), min_size=1, max_size=4, unique=True),
+        st.lists(st.sampled_from(sorted(SPLITS)), min_size=1, max_size=4, unique=True),
         st.tuples(*(st.sampled_from(names) for names in (["train", "training"], ["val", "valid", "dev"], ["test"]))),
         st.tuples(st.sampled_from(["train", "training"]), st.sampled_from(["validation", "testing"])),
     ).flatmap(

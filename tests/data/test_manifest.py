@@ -53,6 +53,21 @@ LAYOUTS: dict[str, tuple[list[str], list[str], str]] = {
         ["\ufefftarget,filename,name,category", "0,1.jpg,Tom,cat", "1,2.jpg,Rex,dog", "0,3.jpg,Ida,cat"],
         "paths in 'filename', classes in 'category'; not read: target, name",
     ),
+    "paths from Windows": (
+        ["images/1.jpg", "images/2.jpg", "images/3.jpg"],
+        ["path,label", "images\\1.jpg,cat", ".\\images\\2.jpg,dog", "images\\3.jpg,cat"],
+        "paths in 'path', classes in 'label'",
+    ),
+    "blanks in the header, and a column without a name": (
+        ["images/1.jpg", "images/2.jpg", "images/3.jpg"],
+        [", path , label", "0, 1.jpg, cat", "1, 2.jpg, dog", "2, 3.jpg, cat"],
+        "paths in 'path', classes in 'label'",
+    ),
+    "other delimiters in quotes": (
+        ["1.jpg", "2.jpg", "3.jpg"],
+        ['"path, with extension, as it is";label', "1.jpg;cat", "2.jpg;dog", "3.jpg;cat"],
+        "paths in 'path, with extension, as it is', classes in 'label'",
+    ),
     "paths that lead up": (
         ["../elsewhere/1.jpg", "../elsewhere/2.jpg", "../elsewhere/3.jpg"],
         ["path\tlabel", "../elsewhere/1.jpg\tcat", "../elsewhere/2.jpg\tdog", "../elsewhere/3.jpg\tcat"],
@@ -75,6 +90,27 @@ def test_columns_and_folders_are_found(name: str, tmp_path: Path, monkeypatch: p
     assert (set(index.folders), index.splits_given) == ({"train"}, False)
     monkeypatch.chdir(data.parent)
     assert (scan("train.csv").paths, scan("train.csv").root) == (index.paths, index.root)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_text_as_spreadsheets_save_it(encoding: str, tmp_path: Path) -> None:
+    touch(tmp_path, *CATS)
+    rows = [f"{name}\tCaf\u00e9 {label}" for name, label in CATS.items()]
+    index = scan(table(tmp_path / "list.csv", "image\tlabel", *rows, encoding=encoding))
+    assert index.classes == ("Caf\u00e9 cat", "Caf\u00e9 dog")
+
+
+def test_a_column_is_named_without_its_blanks(tmp_path: Path) -> None:
+    touch(tmp_path, *CATS)
+    data = table(tmp_path / "list.csv", "image, kind, hue", "1.jpg,cat,red", "2.jpg,dog,blue", "3.jpg,cat,blue")
+    assert scan(data, options=LayoutOptions(columns={"label": "kind"})).classes == ("cat", "dog")
+
+
+def test_a_column_of_splits_in_other_words_is_no_column_to_ignore(tmp_path: Path) -> None:
+    touch(tmp_path, *CATS)
+    rows = ["1.jpg,cat,Training", "2.jpg,dog,Training", "3.jpg,cat,PublicTest"]
+    with pytest.raises(DataError, match="'publictest' in column 'Usage' is no split"):
+        scan(table(tmp_path / "list.csv", "image,label,Usage", *rows))
 
 
 def test_absolute_paths(tmp_path: Path) -> None:

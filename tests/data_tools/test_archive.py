@@ -58,7 +58,7 @@ def test_what_is_no_archive_is_left_as_it_is(tmp_path: Path) -> None:
 def test_half_an_archive_leaves_nothing(folder: Path, tmp_path: Path, format: str) -> None:
     packed = Path(shutil.make_archive(str(tmp_path / "photos"), format, folder))
     packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=r"is damaged .*: get it again$"):
         unpacked(str(packed))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", packed.name]
 
