@@ -152,7 +152,7 @@ def cache_info(cache_dir: str | None) -> None:
 def cache_clear(key: str | None, force: bool, cache_dir: str | None) -> None:
     """Delete the cache KEY, or all caches. Images are decoded again when they are next needed.
 
-    A cache that a run is reading is left alone.
+    A cache that a run is reading, or is decoding images into, is left alone.
     """
     from fastcnn.data.cache_folders import clear, list_caches
 

@@ -52,30 +52,40 @@ def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     return caches
 
 
+class _InUse(FastCNNError):
+    """A cache that is not to be deleted now."""
+
+
 def clear(cache_dir: str | Path | None = None, key: str | None = None, *, force: bool = False) -> int:
     """Delete one cache, or all; return the bytes freed. Only folders that hold a cache are touched.
 
-    A cache that a run reads is left alone, with a warning, unless `force`; where it is the `key`, that is an error.
+    A cache that a run reads is left alone unless `force`, and one that a run is decoding photos into always: with a
+    warning that names it, or, where it is the `key`, an error.
 
-    Raises FastCNNError where a run is building one of them, or it cannot be deleted.
+    Raises FastCNNError also where one cannot be deleted.
     """
-
-    def refuse() -> None:
-        raise FastCNNError("another run is decoding photos into this cache: clear it when that is done")
-
     freed = 0
     for folder in folders_in(default_folder(cache_dir)):
         if key is None or folder.name == key:
-            if not force and cache_files.is_read(folder):
-                problem = f"a run reads the cache {folder}: it is left alone; --force deletes it all the same"
-                if key is not None:
-                    raise FastCNNError(problem)
-                warn(problem)
-                continue
             try:
-                with locked(folder / "lock", refuse):
-                    freed += sum(path.stat().st_size for path in folder.iterdir())
-                    shutil.rmtree(folder)
-            except OSError as error:
-                raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
+                freed += _delete(folder, force=force)
+            except _InUse as error:
+                if key is not None:
+                    raise
+                warn(str(error))
     return freed + (forget(default_folder(cache_dir)) if key is None else 0)
+
+
+def _delete(folder: Path, *, force: bool) -> int:
+    def refuse() -> None:
+        raise _InUse(f"a run is decoding photos into the cache {folder}: it is left alone; clear it when that is done")
+
+    if not force and cache_files.is_read(folder):
+        raise _InUse(f"a run reads the cache {folder}: it is left alone; --force deletes it all the same")
+    try:
+        with locked(folder / "lock", refuse):
+            freed = sum(path.stat().st_size for path in folder.iterdir())
+            shutil.rmtree(folder)
+            return freed
+    except OSError as error:
+        raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None

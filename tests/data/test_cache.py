@@ -522,11 +522,20 @@ def test_a_cache_that_a_run_reads_is_left_alone(data: Path, tmp_path: Path) -> N
     assert not cache_folders.list_caches(tmp_path / "cache")
 
 
-def test_a_cache_that_is_being_built_is_not_cleared(data: Path, tmp_path: Path) -> None:
-    folder = build(scan(data), tmp_path).folder
-    with filelock.FileLock(folder / "lock"), pytest.raises(FastCNNError, match="another run is decoding"):
-        cache_folders.clear(tmp_path / "cache")
-    assert build(scan(data), tmp_path).num_decoded == 0
+@pytest.mark.parametrize("force", [False, True])
+def test_a_cache_that_is_being_built_is_left_alone_and_all_others_are_cleared(
+    force: bool, data: Path, tmp_path: Path
+) -> None:
+    index, root = scan(data), tmp_path / "cache"
+    folders = sorted(build(index, tmp_path, image_size=size).folder for size in (SIZE, 40, 48))
+    message = f"a run is decoding photos into the cache {folders[0]}: it is left alone"
+    with filelock.FileLock(folders[0] / "lock"):
+        with pytest.raises(FastCNNError, match=message):
+            cache_folders.clear(root, folders[0].name, force=force)
+        with pytest.warns(FastCNNWarning, match=message):
+            assert cache_folders.clear(root, force=force) > 0
+        assert [entry["key"] for entry in cache_folders.list_caches(root)] == [folders[0].name]
+    assert cache_folders.clear(root) > 0
 
 
 def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
