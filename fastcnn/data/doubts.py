@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastcnn.data.split_names import SPLITS, splits_in
@@ -47,8 +47,9 @@ def check_classes_certain(root: Path, folder: Path, exclude: frozenset[str]) -> 
                 f"{printable(str(path))} is read as a class: if another program made it, "
                 f"leave it out with --exclude {path.name}"
             )
-    if len(folders) <= FEW:
-        _warn_of_same_folders(root, folder, inside)
+    if _warn_of_splits_inside(folder, inside.values()) or len(folders) > FEW:
+        return
+    _warn_of_same_folders(root, folder, inside)
 
 
 def may_be_classes(root: Path, beside: list[Path]) -> bool:
@@ -116,27 +117,29 @@ def _check_not_splits(root: Path, folder: Path, folders: list[Path]) -> None:
         )
 
 
+def _warn_of_splits_inside(folder: Path, inside: Iterable[list[Path]]) -> bool:
+    """Warn where class folders hold folders of several splits; return whether they do."""
+    names = {path.name for folders in inside for path in folders if splits_in(path.name)}
+    if len(set[str]().union(*map(splits_in, names))) < 2:
+        return False
+    warn(
+        f"the classes of {printable(str(folder))} have folders of splits in them ({_some(sorted(names))}): their "
+        "photos are one set here; a table of path, class and split as DATA keeps them apart"
+    )
+    return True
+
+
 def _warn_of_same_folders(root: Path, folder: Path, inside: dict[Path, list[Path]]) -> None:
-    """Warn where the classes have the same folders in them, which may be classes, and they splits: or the reverse."""
+    """Warn where all classes have the same folders in them: these may be the classes, and what holds them splits."""
     names = [{comparable(path.name): path.name for path in folders} for folders in inside.values()]
-    if len(names) < 2 or len(set[str]().union(*names)) < 2:
+    if len(names) < 2:
         return
-    split = {one for each in names for name in each.values() for one in splits_in(name)}
-    if len(split) > 1:
-        warn(
-            f"the classes of {printable(str(folder))} have folders of splits in them ({_some(_shown(names))}): their "
-            "photos are one set here; a table of path, class and split as DATA keeps them apart"
-        )
-    elif len(same := [name for name in names[0] if all(name in each for each in names[1:])]) > 1:
+    if len(same := [name for name in names[0] if all(name in each for each in names[1:])]) > 1:
         first = printable(next(iter(inside)).relative_to(root).as_posix())
         warn(
             f"all classes of {printable(str(folder))} have the folders {_some([names[0][name] for name in same])}: "
             f"where these are the classes, say --train-dir {first} (with --val-dir and --test-dir for others)"
         )
-
-
-def _shown(names: Sequence[dict[str, str]]) -> list[str]:
-    return sorted({name for each in names for name in each.values() if splits_in(name)})
 
 
 def _some(names: Sequence[str]) -> str:
