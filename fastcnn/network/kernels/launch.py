@@ -25,7 +25,7 @@ class Launch(NamedTuple):
     meets: bool = False
     """Whether its programs wait for each other: all of them must then run at once."""
     alone: bool = False
-    """Whether a multiprocessor runs one program at most, which may then have all registers."""
+    """Whether a multiprocessor runs one program at most, and the compiler is told that it may have all registers."""
 
     def options(self) -> dict[str, Any]:
         """Return the options by which Triton compiles and launches it, and the constant that follows from them."""

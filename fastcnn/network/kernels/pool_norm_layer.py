@@ -151,7 +151,9 @@ def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], warps
     """Run the passes of a kernel: in one launch where programs can wait for each other."""
     names = {name for name in ("POOL", "NORMALISE", "REDUCE", "SPREAD") if name in kernel.arg_names}
     device = arguments["counters"].device
+    # Of 16 warps, a thread has 128 registers in any case; told so, the compiler made more of the gradient and spilled.
+    alone = kernel is pool_forward or warps < 16
     together = [passes] if launch.can_meet(device) else [(one,) for one in passes]
     for ones in together:
         chosen = {name: name in ones for name in names}
-        Launch(kernel, grid, {**arguments, **chosen}, warps, meets=len(ones) > 1, alone=True).run()
+        Launch(kernel, grid, {**arguments, **chosen}, warps, meets=len(ones) > 1, alone=alone).run()
