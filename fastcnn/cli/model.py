@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -222,7 +223,7 @@ def predict(
     MODEL is an exported file, or a run: a folder, or a name under runs/. INPUT is an image, a folder, a glob, or - to
     read paths from standard input. An image that cannot be used gets a line with the reason, and the exit code is 1.
     """
-    config = resolve(given(options))
+    started, config = time.perf_counter(), resolve(given(options))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads, which nothing here uses, prevent a fork
     path = _find(model)
     say_opening(str(path), quiet=quiet)
@@ -241,6 +242,7 @@ def predict(
                 workers=config.workers,
                 max_pixels=config.max_pixels,
                 timeout=config.decode_timeout,
+                started=started,
                 progress=progress,
                 note=lambda text: None if quiet else click.echo(text, err=True),
             ):

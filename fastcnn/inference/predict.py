@@ -42,6 +42,7 @@ def predict_photos(
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
     timeout: float = DECODE_TIMEOUT,
+    started: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Prediction]:
@@ -53,11 +54,13 @@ def predict_photos(
         workers: decoding threads; None: one per core.
         max_pixels: photos with more pixels in their header are "too large".
         timeout: seconds that decoding one photo may take.
+        started: time.perf_counter() when the start-up began that is told apart from the speed; None: at this call.
         progress: called with the number of photos done and the total.
-        note: called at the end with a line about the speed, without the time that the start took.
+        note: called at the end with a line about the speed.
 
     Raises FastCNNError for an input that does not exist.
     """
+    started = time.perf_counter() if started is None else started
     paths, bad = list(find_photos(inputs)), 0
     with Classifier(model, workers=workers, max_pixels=max_pixels, timeout=timeout) as classify:
         if paths:
@@ -73,7 +76,8 @@ def predict_photos(
     decoding = classify.decode_seconds / max(classify.decode_seconds + classify.model_seconds, 1e-9)
     note(
         f"{len(paths):,} photo{'s' * (len(paths) != 1)} in {seconds:.1f} s ({len(paths) / max(seconds, 1e-9):,.0f} "
-        f"photos/s, {decoding:.0%} of it decoding)" + (f"; {bad:,} cannot be used" if bad else "")
+        f"photos/s, {decoding:.0%} of it decoding) after {begun - started:.1f} s of start-up"
+        + (f"; {bad:,} cannot be used" if bad else "")
     )
 
 

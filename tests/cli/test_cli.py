@@ -136,7 +136,7 @@ def test_export_predict(
         assert [line.split("  ")[0] for line in out.splitlines()] == [str(first), str(second), "bad.jpg"]
         assert re.fullmatch(
             r"opening runs/photos/model.torchscript\n"
-            r"3 photos in .* s \(.* photos/s, \d+% of it decoding\); 1 cannot be used\n",
+            r"3 photos in .* s \(.* photos/s, \d+% of it decoding\) after .* s of start-up; 1 cannot be used\n",
             err,
         )
 
