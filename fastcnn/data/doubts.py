@@ -47,9 +47,8 @@ def check_classes_certain(root: Path, folder: Path, exclude: frozenset[str]) -> 
                 f"{printable(str(path))} is read as a class: if another program made it, "
                 f"leave it out with --exclude {path.name}"
             )
-    if _warn_of_splits_inside(folder, inside.values()) or len(folders) > FEW:
-        return
-    _warn_of_same_folders(root, folder, inside)
+    if not _warn_of_splits_inside(folder, inside.values()) and len(folders) <= FEW:
+        _warn_of_same_folders(root, folder, inside)
 
 
 def may_be_classes(root: Path, beside: list[Path]) -> bool:
@@ -132,9 +131,8 @@ def _warn_of_splits_inside(folder: Path, inside: Iterable[list[Path]]) -> bool:
 def _warn_of_same_folders(root: Path, folder: Path, inside: dict[Path, list[Path]]) -> None:
     """Warn where all classes have the same folders in them: these may be the classes, and what holds them splits."""
     names = [{comparable(path.name): path.name for path in folders} for folders in inside.values()]
-    if len(names) < 2:
-        return
-    if len(same := [name for name in names[0] if all(name in each for each in names[1:])]) > 1:
+    same = [name for name in names[0] if all(name in each for each in names)] if len(names) > 1 else []
+    if len(same) > 1:
         first = printable(next(iter(inside)).relative_to(root).as_posix())
         warn(
             f"all classes of {printable(str(folder))} have the folders {_some([names[0][name] for name in same])}: "

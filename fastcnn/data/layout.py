@@ -45,6 +45,10 @@ class Layout:
         """Return whether archives stand in a folder in the place of class folders."""
         return not self.class_names(folder) and bool(shards.archives(folder))
 
+    def places(self, root: Path) -> set[Path]:
+        """Return the folders, from the root down, in which classes or splits stand."""
+        return {place for path in self.splits.values() for place in (path, *path.parents) if place.is_relative_to(root)}
+
 
 def read(root: Path, options: LayoutOptions = NO_OPTIONS) -> Layout:
     """Return the layout of a folder that exists. What it finds beside the layout is named in a warning.
@@ -99,8 +103,7 @@ def warn_of_unused(root: Path, read: Layout) -> None:
     """Warn of names to leave out that no folder has where classes or splits stand."""
     if not read.exclude:
         return
-    places = {place for path in read.splits.values() for place in (path, *path.parents) if place.is_relative_to(root)}
-    names = {comparable(path.name): path.name for place in places for path in folders_in(place)}
+    names = {comparable(path.name): path.name for place in read.places(root) for path in folders_in(place)}
     for name in sorted(read.exclude):
         if comparable(name) not in names:
             there = printable(nearest(name, names.values()))
@@ -111,15 +114,15 @@ def warn_of_unused(root: Path, read: Layout) -> None:
 
 def photos_outside(root: Path, read: Layout) -> list[str]:
     """Return the photos beside class folders, in none of them and so in no index: sorted paths relative to `root`."""
-    places = {place for path in read.splits.values() for place in (path, *path.parents) if place.is_relative_to(root)}
-    sharded = any(map(read.holds_shards, places))
+    places = read.places(root)
+    sharded = {place for place in places if read.holds_shards(place)}
     return sorted(
         os.path.relpath(entry.path, root).replace(os.sep, "/")
         for place in places
         for entry in os.scandir(place)
-        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
         if not (sharded and entry.name in (shards.CLASSES, shards.ORIGINALS))
-        if not (entry.name.endswith(".tar") and read.holds_shards(place))
+        if not (place in sharded and entry.name.endswith(".tar"))
+        if not entry.name.startswith(".") and not is_folder(entry) and meant_as_photo(entry.path)
     )
 
 
