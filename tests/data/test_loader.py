@@ -13,28 +13,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import pipelines
 from fastcnn import Config, fit
-from fastcnn.config import DataConfig, Loader, resolve
+from fastcnn.config import DataConfig, Loader
 from fastcnn.data import buffered_feed, cache, cache_folders, dataset
 from fastcnn.data.buffered_feed import BatchBuffer, BufferedFeed
 from fastcnn.data.cached_photos import Cache
-from fastcnn.data.crops import RATIO, SCALE, crop_boxes
+from fastcnn.data.crops import crop_boxes
 from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.data.index import Index, scan
-from fastcnn.data.loaders import LOADERS, Options, choose
-from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
+from fastcnn.data.loaders import LOADERS, Options
+from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from fastcnn.storage import checkpoint
-from fastcnn.system.device import free_memory_bytes
 
 SIZE, BATCH = 32, 16
+
+
 CPU = torch.device("cpu")
+
+
 DECODER = pipelines.choose("auto", gpu=False)[0]  # a GPU box may lack simplejpeg
+
+
 BUFFERED = ["mapped", "stream"]
+
+
 SMALL: dict[str, Any] = {
     "epochs": 2,
     "image_size": 48,
@@ -341,130 +346,6 @@ def upright_size(path: Path) -> tuple[int, int]:
 
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).size
-
-
-# crops
-
-sides = st.integers(1, 12_000)
-
-
-@given(st.integers(0, 2**63 - 1), st.integers(1, 10_000), st.lists(st.tuples(sides, sides), min_size=1, max_size=20))
-def test_crops_are_inside_the_photo(seed: int, epoch: int, sizes: list[tuple[int, int]]) -> None:
-    array, numbers = np.array(sizes), np.arange(len(sizes))
-    left, top, right, bottom = crop_boxes(seed, epoch, numbers, array).T
-    assert (left >= 0).all()
-    assert (top >= 0).all()
-    assert (right <= array[:, 0]).all()
-    assert (bottom <= array[:, 1]).all()
-    assert (right > left).all()
-    assert (bottom > top).all()
-    large = array.min(1) >= 50
-    share = (right - left) * (bottom - top) / array.prod(1)
-    tries = np.minimum(array[:, 0] / array[:, 1] / RATIO[0], array[:, 1] / array[:, 0] * RATIO[1])
-    assert (share[large] >= np.minimum(SCALE[0], tries[large]) - 1e-9).all()  # a strip cannot give so much
-    ratios = ((right - left) / (bottom - top))[large]
-    assert (ratios >= RATIO[0] - 1e-9).all()
-    assert (ratios <= RATIO[1] + 1e-9).all()
-
-
-@given(st.integers(0, 2**63 - 1), st.integers(1, 100), st.permutations(range(8)))
-def test_crops_depend_on_seed_epoch_and_photo_alone(seed: int, epoch: int, order: list[int]) -> None:
-    numbers, sizes = np.arange(8) * 1000, np.array([[400 + 10 * i, 300] for i in range(8)])
-    boxes = crop_boxes(seed, epoch, numbers, sizes)
-    assert (crop_boxes(seed, epoch, numbers[order], sizes[order]) == boxes[order]).all()
-    assert (crop_boxes(seed, epoch, numbers[3:4], sizes[3:4]) == boxes[3:4]).all()
-    assert (crop_boxes(seed, epoch + 1, numbers, sizes) != boxes).any(1).all()
-    assert (crop_boxes(seed ^ 1, epoch, numbers, sizes) != boxes).any(1).all()
-
-
-def test_crops_are_spread_as_they_should_be() -> None:
-    count = 20_000
-    left, top, right, bottom = crop_boxes(0, 1, np.arange(count), np.full((count, 2), 500)).T
-    shares = (right - left) * (bottom - top) / 500**2
-    ratios = np.log((right - left) / (bottom - top))
-    across, down = left / (500 - right + left), top / (500 - bottom + top)  # of the room that there is
-    assert np.corrcoef(across, down)[0, 1] == pytest.approx(0, abs=0.05)
-    assert np.allclose(np.percentile([across, down], [10, 50, 90], axis=1).T, [0.1, 0.5, 0.9], atol=0.02)
-    assert np.median(ratios) == pytest.approx(0, abs=0.01)
-    # Of uniform areas, those too near the whole photo for their ratio are drawn again: small ones are all there.
-    assert np.percentile(shares, 0.1) == pytest.approx(SCALE[0], abs=0.01)
-    # A share s fits with probability min(1, ln s / ln 3/4): 0.35 below 0.7, in all 0.40 + 0.034 / 0.288 = 0.519.
-    assert (shares < 0.7).mean() == pytest.approx(0.35 / 0.519, abs=0.01)
-    assert left.min() < 1
-    assert right.max() > 499
-
-
-# choosing
-
-MIB = 2**20
-
-
-@pytest.mark.parametrize(
-    ("loader", "needed", "on_disk", "limit", "expected", "why"),
-    [
-        ("auto", 500, True, 500, "resident", "take 500 MiB of the 500 MiB that --memory-limit allows"),
-        ("auto", 501, True, 500, "mapped", "501 MiB, more than the 500 MiB that --memory-limit allows"),
-        ("auto", 500, True, None, "resident", "of the 500 MiB that they may take of the free memory"),
-        ("auto", 501, True, None, "mapped", "more than the 500 MiB"),
-        ("auto", 501, False, 500, "stream", "no room on disk for the photos' 501 MiB"),
-        ("auto", 1, False, None, "stream", "no room on disk"),
-        ("resident", 501, False, None, "resident", ""),
-        ("mapped", 1, True, 500, "mapped", ""),
-        ("stream", 1, True, 500, "stream", ""),
-    ],
-)
-def test_the_choice(
-    loader: Loader,
-    needed: int,
-    on_disk: bool,
-    limit: int | None,
-    expected: str,
-    why: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("fastcnn.data.loaders.free_memory_bytes", lambda device: 1000 * MIB)
-    limit = limit and limit * MIB
-    name, reason = choose(loader, needed * MIB, on_disk=on_disk, device=CPU, memory_limit=limit)
-    assert name == expected
-    assert why in reason
-    assert bool(why) == bool(reason)
-
-
-def test_resident_beyond_the_limit_is_an_error() -> None:
-    with pytest.raises(FastCNNError, match="--loader mapped"):
-        choose("resident", 2 * MIB, on_disk=True, device=CPU, memory_limit=MIB)
-
-
-def test_free_memory_is_that_of_this_machine() -> None:
-    assert 10 * MIB < free_memory_bytes(CPU) < 2**50
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("2GB", 2 * 10**9),
-        ("2g", 2 * 10**9),
-        ("500 MB", 500 * 10**6),
-        ("1.5GiB", 3 * 2**29),
-        ("64KiB", 2**16),
-        ("1000", 1000),
-        (1000, 1000),
-        ("1000b", 1000),
-    ],
-)
-def test_memory_limits(text: str | int, count: int) -> None:
-    assert resolve({"memory_limit": text}).memory_limit == count
-
-
-@pytest.mark.parametrize("text", ["", "none", None])
-def test_no_memory_limit(text: str | None) -> None:
-    assert resolve({"memory_limit": text}).memory_limit is None
-
-
-@pytest.mark.parametrize("text", ["much", "-1", "0", "0.1", "GB", "1XB", "1iB", "1e9", True, "nan", "1.2.3G"])
-def test_wrong_memory_limits_are_named(text: object) -> None:
-    with pytest.raises(UsageError, match="--memory-limit: expected bytes as 2GB"):
-        resolve({"memory_limit": text})
 
 
 # whole runs
