@@ -12,10 +12,10 @@ from fastcnn.cli import app as cli
 from fastcnn.config import read_yaml, resolve
 from fastcnn.errors import FastCNNError
 from fastcnn.sweeps import sweep_file, wandb_agent
+from tests.sweeps.test_sweep import SMALL, _inline, plan
 
 pytest.importorskip("optuna")
-
-from tests.sweeps.test_sweep import SMALL, _inline, plan  # noqa: F401 - a fixture
+__all__ = ["_inline"]
 
 
 def agents_lines(count: int) -> list[list[str]]:

@@ -248,8 +248,11 @@ def test_a_sweep_that_cannot_begin(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    wandb.teardown()  # an earlier test's settings stay in the process
     found = run(capsys, text, *options)
     assert found[0] == code
     assert last in found[1]
