@@ -11,13 +11,13 @@ network and the order of work are those of `seed.py`; nothing of fastcnn is impo
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baselines import seed
@@ -48,16 +48,16 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Train on a batch and return its loss, still on the device."""
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(images), labels)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        return seed.update(self.model, self.optimizer, images, labels)
 
-    def rate(self, images: Images, batch_size: int) -> float:
-        """Return steps a second."""
-        self.model.train()
-        return seed.steps_a_second(self.step(*batch).item() for batch in self.batches(images, batch_size, shuffle=True))
+    def training(self, images: Images, held_out: Images, batch_size: int) -> seed.Training:
+        """Return the training on some photos."""
+
+        def score() -> tuple[float, float]:
+            return seed.evaluate(self.model, self.batches(held_out, batch_size, shuffle=False), self.device)
+
+        batches = functools.partial(self.batches, images, batch_size, shuffle=True)
+        return seed.Training(self.model, batches, self.step, score)
 
 
 def decode(photos: list[seed.Photo], args: argparse.Namespace) -> Images:
@@ -82,10 +82,10 @@ def best_settings(args: argparse.Namespace) -> dict[str, Any]:
     classes, photos, _ = seed.photos_of(args)
     images = decode(photos[: 10 * args.batch_size], args)
     rates = {
-        layout: trainer(args, len(classes), channels_last=layout).rate(images, args.batch_size)
+        layout: trainer(args, len(classes), channels_last=layout).training(images, images, args.batch_size).rate()
         for layout in (False, True)
     }
-    return {"channels_last": max(rates, key=lambda layout: rates[layout])}
+    return {"channels_last": max(rates, key=rates.__getitem__)}
 
 
 def trainer(args: argparse.Namespace, num_classes: int, *, channels_last: bool) -> Trainer:
@@ -94,19 +94,12 @@ def trainer(args: argparse.Namespace, num_classes: int, *, channels_last: bool) 
     return Trainer(num_classes, args.image_size, (32,) * 5, args.lr, channels_last)
 
 
-def train(args: argparse.Namespace, channels_last: bool) -> Iterator[dict[str, float]]:
+def train(args: argparse.Namespace, channels_last: bool) -> Iterator[seed.Row]:
     """Decode, train and yield a row an epoch."""
     classes, *photos = seed.photos_of(args)
-    train_images, val_images = (decode(listed, args) for listed in photos)
+    images, held_out = (decode(listed, args) for listed in photos)
     made = trainer(args, len(classes), channels_last=channels_last)
-
-    def score() -> tuple[float, float]:
-        return seed.evaluate(made.model, made.batches(val_images, args.batch_size, shuffle=False), made.device)
-
-    for epoch in range(args.epochs):
-        batches = made.batches(train_images, args.batch_size, shuffle=True)
-        for row in seed.train_epochs(1, made.model, batches, made.step, score):
-            yield {**row, "epoch": epoch + 1}
+    return made.training(images, held_out, args.batch_size).epochs(args.epochs)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from fastai.vision.all import (
 )
 from torchvision.models import resnet18
 
-from bench.baselines.seed import Row, arguments, as_they_come, best_workers, photos_of, run_command
+from bench.baselines.seed import Row, arguments, as_they_come, photos_of, run_with_workers
 
 BATCH_SIZE = 64  # fastai's own
 
@@ -112,10 +112,7 @@ def rate(args: argparse.Namespace, workers: int) -> float:
 
 def main() -> None:
     """Train with the workers asked for, else the faster of none and one a core."""
-    parser = arguments(__doc__)
-    parser.set_defaults(batch_size=BATCH_SIZE)
-    args = parser.parse_args()
-    run_command(args, lambda args: {"workers": best_workers(args, lambda n: rate(args, n))}, train)
+    run_with_workers(arguments(__doc__, batch_size=BATCH_SIZE).parse_args(), rate, train)
 
 
 if __name__ == "__main__":

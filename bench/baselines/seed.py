@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +33,9 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 Photo = tuple[Path, int]
+Batch = tuple[Tensor, Tensor]
 Row = dict[str, float]
 """Figures of an epoch."""
-Step = Callable[[Tensor, Tensor], Tensor | float]
-"""Trains on a batch of images and labels, and returns its loss."""
 
 
 class Photos(Dataset[tuple[Tensor, int]]):
@@ -112,7 +111,7 @@ def read_split(path: Path, data: Path) -> tuple[list[str], list[Photo], list[Pho
     return classes, train, val
 
 
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
+def evaluate(model: nn.Module, loader: Iterable[Batch], device: torch.device) -> tuple[float, float]:
     """Return mean loss and accuracy over the loader's batches."""
     model.eval()
     loss, correct, count = 0.0, 0, 0
@@ -126,36 +125,46 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: 
     return loss / count, correct / count
 
 
-def train_epochs(
-    num_epochs: int,
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    step: Step,
-    score: Callable[[], tuple[float, float]],
-) -> Iterator[dict[str, float]]:
-    """Train and yield a row an epoch. score: returns validation loss and accuracy."""
-    for epoch in range(1, num_epochs + 1):
-        model.train()
-        start, count = time.perf_counter(), 0
-        total: Tensor | float = 0.0
-        for images, labels in loader:
-            total += step(images, labels) * len(labels)
-            count += len(labels)
-        train_loss, seconds = float(total) / count, time.perf_counter() - start
-        row = {"epoch": epoch, "train_seconds": seconds, "images_per_second": count / seconds, "train_loss": train_loss}
-        val_loss, val_accuracy = score()
-        yield {**row, "val_loss": val_loss, "val_accuracy": val_accuracy}
+class Training(NamedTuple):
+    """What a baseline trains with."""
+
+    model: nn.Module
+    batches: Callable[[], Iterable[Batch]]
+    """Returns the training photos' batches, in a new order each time."""
+    step: Callable[[Tensor, Tensor], Tensor | float]
+    """Trains on a batch of images and labels, and returns its loss."""
+    score: Callable[[], tuple[float, float]]
+    """Returns validation loss and accuracy."""
+
+    def rate(self) -> float:
+        """Return steps a second."""
+        self.model.train()
+        return steps_a_second(float(self.step(*batch)) for batch in self.batches())
+
+    def epochs(self, count: int) -> Iterator[Row]:
+        """Train and yield a row an epoch."""
+        for epoch in range(1, count + 1):
+            self.model.train()
+            start, num_images = time.perf_counter(), 0
+            total: Tensor | float = 0.0
+            for images, labels in self.batches():
+                total += self.step(images, labels) * len(labels)
+                num_images += len(labels)
+            train_loss, seconds = float(total) / num_images, time.perf_counter() - start
+            row = {"epoch": epoch, "train_seconds": seconds, "images_per_second": num_images / seconds}
+            val_loss, val_accuracy = self.score()
+            yield {**row, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
 
 
-def train_on(
+def training_on(
     args: argparse.Namespace,
     workers: int,
     num_classes: int,
     train_set: Photos,
     val_set: Photos,
     network: Callable[[int, int], nn.Module] = small_cnn,
-) -> Iterator[dict[str, float]]:
-    """Train this baseline's network and yield a row an epoch."""
+) -> Training:
+    """Return this baseline's training on some photos."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
@@ -168,22 +177,34 @@ def train_on(
         steps = args.epochs * len(train_loader)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
     step = training_step(model, optimizer, device, schedule)
-    return train_epochs(args.epochs, model, train_loader, step, lambda: evaluate(model, val_loader, device))
+    return Training(model, train_loader.__iter__, step, lambda: evaluate(model, val_loader, device))
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """Train on a batch and return its loss, still on the device."""
+    optimizer.zero_grad()
+    loss = loss_of(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def training_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None,
 ) -> Callable[[Tensor, Tensor], float]:
     """Return the step: it trains on a batch of images and labels, and waits for its loss."""
 
     def step(images: Tensor, labels: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-        loss.backward()
-        optimizer.step()
+        loss = update(model, optimizer, images.to(device), labels.to(device))
         if schedule:
             schedule.step()
         return loss.item()
@@ -196,14 +217,6 @@ def photos_of(args: argparse.Namespace) -> tuple[list[str], list[Photo], list[Ph
     return read_split(args.split, args.data) if args.split else split_photos(args.data, args.seed)
 
 
-def best_workers(args: argparse.Namespace, rate: Callable[[int], float]) -> int:
-    """Return the workers asked for, else the faster of none and one a core. rate: workers -> speed."""
-    if args.workers is not None:
-        return int(args.workers)
-    rates = {workers: rate(workers) for workers in (0, os.cpu_count() or 1)}
-    return max(rates, key=lambda workers: rates[workers])
-
-
 def steps_a_second(losses: Iterable[object], num_steps: int = 6) -> float:
     """Return the rate at which steps give their losses, after three that warm up."""
     steps = iter(losses)
@@ -214,17 +227,7 @@ def steps_a_second(losses: Iterable[object], num_steps: int = 6) -> float:
     return done / (time.perf_counter() - start)
 
 
-def loading_rate(args: argparse.Namespace, workers: int) -> float:
-    """Return steps a second of a training, on the device that it will use, that decodes with so many workers."""
-    classes, photos, _ = photos_of(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = small_cnn(len(classes), args.image_size).to(device)
-    step = training_step(model, torch.optim.Adam(model.parameters(), lr=args.lr), device)
-    loader = DataLoader(Photos(photos, args.image_size), args.batch_size, True, num_workers=workers)
-    return steps_a_second(step(images, labels) for images, labels in loader)
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return the options that the baselines have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -236,6 +239,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--split", type=Path, help="a split.csv: path, label, split")
     parser.add_argument("--workers", type=int, help="DataLoader workers; left out: the faster of 0 and one a core")
     parser.add_argument("--probe", action="store_true", help="print the fastest settings and stop")
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -249,7 +253,7 @@ def own_arguments() -> argparse.ArgumentParser:
 def run_command(
     args: argparse.Namespace,
     choose: Callable[[argparse.Namespace], dict[str, Any]],
-    train: Callable[..., Iterable[dict[str, Any]]],
+    train: Callable[..., Iterable[Row]],
 ) -> None:
     """Train and print a JSON line an epoch, then one with everything; with --probe the fastest settings alone.
 
@@ -265,6 +269,26 @@ def run_command(
         rows.append(row)
         print(json.dumps(row), flush=True, file=output)
     print(json.dumps({"settings": settings, "seconds": time.perf_counter() - start, "epochs": rows}))
+
+
+def run_with_workers(
+    args: argparse.Namespace,
+    rate: Callable[[argparse.Namespace, int], float],
+    train: Callable[..., Iterable[Row]],
+) -> None:
+    """Run a command whose only setting is its DataLoader workers: those asked for, else the faster of 0 and one a core.
+
+    rate: (args, workers) -> speed.
+    train: (args, workers) -> a row an epoch.
+    """
+
+    def fastest(args: argparse.Namespace) -> dict[str, Any]:
+        if args.workers is not None:
+            return {"workers": args.workers}
+        rates = {workers: rate(args, workers) for workers in (0, os.cpu_count() or 1)}
+        return {"workers": max(rates, key=rates.__getitem__)}
+
+    run_command(args, fastest, train)
 
 
 def as_they_come(train: Callable[[Callable[[Row], None]], None]) -> Iterator[Row]:
@@ -288,17 +312,23 @@ def as_they_come(train: Callable[[Callable[[Row], None]], None]) -> Iterator[Row
         yield row
 
 
-def train(args: argparse.Namespace, workers: int) -> Iterator[dict[str, float]]:
-    """Train on the photos of the command and yield a row an epoch."""
+def training(args: argparse.Namespace, workers: int) -> Training:
+    """Return the training on the photos of the command."""
     classes, *photos = photos_of(args)
     train_set, val_set = (Photos(listed, args.image_size) for listed in photos)
-    return train_on(args, workers, len(classes), train_set, val_set)
+    return training_on(args, workers, len(classes), train_set, val_set)
+
+
+def run_trainings(args: argparse.Namespace, make: Callable[[argparse.Namespace, int], Training]) -> None:
+    """Run a command that trains with so many workers. make: (args, workers) -> its training."""
+    run_with_workers(
+        args, lambda *given: make(*given).rate(), lambda args, workers: make(args, workers).epochs(args.epochs)
+    )
 
 
 def main() -> None:
     """Train with the workers asked for, else the faster of none and one a core."""
-    args = own_arguments().parse_args()
-    run_command(args, lambda args: {"workers": best_workers(args, lambda n: loading_rate(args, n))}, train)
+    run_trainings(own_arguments().parse_args(), training)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,24 @@ split, network and order of work are those of `seed.py`; only the upright turn (
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import functools
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.nn.functional as F
 from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.readers.reader import Reader
-from torch import Tensor, nn
 
 from bench.baselines.seed import (
     MEAN,
     STD,
+    Training,
     arguments,
-    best_workers,
     evaluate,
     photos_of,
-    run_command,
+    run_trainings,
     small_cnn,
-    steps_a_second,
-    train_epochs,
+    update,
 )
 
 
@@ -79,44 +76,21 @@ def make_loader(
     return loader
 
 
-def train_step(model: nn.Module, lr: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that trains on a batch and returns its loss, still on the device."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def train(args: argparse.Namespace, workers: int) -> Iterator[dict[str, float]]:
-    """Train and yield a row an epoch."""
+def training(args: argparse.Namespace, workers: int) -> Training:
+    """Return the training on the photos of the command."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classes, train_photos, val_photos = photos_of(args)
     train_loader = make_loader(train_photos, args, workers, device, training=True)
     val_loader = make_loader(val_photos, args, workers, device, training=False)
     model = small_cnn(len(classes), args.image_size).to(device)
-    step = train_step(model, args.lr)
-    return train_epochs(args.epochs, model, train_loader, step, lambda: evaluate(model, val_loader, device))
-
-
-def rate(args: argparse.Namespace, workers: int) -> float:
-    """Return steps a second with so many workers."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classes, photos, _ = photos_of(args)
-    step = train_step(small_cnn(len(classes), args.image_size).to(device), args.lr)
-    return steps_a_second(step(*batch).item() for batch in make_loader(photos, args, workers, device, training=True))
+    step = functools.partial(update, model, torch.optim.Adam(model.parameters(), lr=args.lr))
+    return Training(model, train_loader.__iter__, step, lambda: evaluate(model, val_loader, device))
 
 
 def main() -> None:
     """Train with the workers asked for, else the faster of none and one a core."""
-    args = arguments(__doc__).parse_args()
-    run_command(args, lambda args: {"workers": best_workers(args, lambda n: rate(args, n))}, train)
+    run_trainings(arguments(__doc__).parse_args(), training)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ random crops, flips, colours, label smoothing. Its 300 epochs are not: `--epochs
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -21,18 +22,9 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
+from torch import nn
 
-from bench.baselines.seed import (
-    Photo,
-    arguments,
-    best_workers,
-    evaluate,
-    photos_of,
-    run_command,
-    steps_a_second,
-    train_epochs,
-)
+from bench.baselines.seed import Photo, Training, arguments, evaluate, photos_of, run_trainings, update
 from bench.baselines.timm_loader import Listed
 
 BATCH_SIZE, WARMUP_EPOCHS = 128, 5
@@ -57,72 +49,33 @@ def loader(
     )
 
 
-def network(num_classes: int) -> nn.Module:
-    """Return test_resnet from scratch."""
-    model: nn.Module = create_model("test_resnet", num_classes=num_classes)
-    return model
-
-
-def training_step(model: nn.Module, optimizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that trains on a batch and returns its loss, still on the device."""
-    loss_of = LabelSmoothingCrossEntropy(0.1)
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = loss_of(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def optimizer_of(model: nn.Module, args: argparse.Namespace) -> Any:
-    """Return train.py's SGD at the learning rate of its rule."""
-    return create_optimizer_v2(model, "sgd", lr=0.1 * args.batch_size / 256, weight_decay=2e-5, momentum=0.9)
-
-
-def train(args: argparse.Namespace, workers: int) -> Iterator[dict[str, float]]:
-    """Train and yield a row an epoch."""
+def training(args: argparse.Namespace, workers: int) -> Training:
+    """Return the training of test_resnet, from scratch, with train.py's SGD at the learning rate of its rule."""
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classes, *photos = photos_of(args)
-    model = network(len(classes)).to(device)
-    train_loader, val_loader = (
-        loader(listed, args, model, workers, device, training)
-        for listed, training in zip(photos, (True, False), strict=True)
-    )
-    optimizer = optimizer_of(model, args)
+    classes, train_photos, val_photos = photos_of(args)
+    model: nn.Module = create_model("test_resnet", num_classes=len(classes)).to(device)
+    train_loader = loader(train_photos, args, model, workers, device, True)
+    val_loader = loader(val_photos, args, model, workers, device, False)
+    rate = 0.1 * args.batch_size / 256
+    optimizer = create_optimizer_v2(model, "sgd", lr=rate, weight_decay=2e-5, momentum=0.9)
     schedule, _ = create_scheduler_v2(
         optimizer, "cosine", args.epochs, warmup_epochs=min(WARMUP_EPOCHS, args.epochs // 2), warmup_lr=1e-5
     )
-    rows = train_epochs(
-        args.epochs,
-        model,
-        train_loader,
-        training_step(model, optimizer),
-        lambda: evaluate(model, val_loader, device),
-    )
-    for number, row in enumerate(rows, 1):
-        schedule.step(number)
-        yield row
+    epochs = itertools.count(1)
 
+    def score() -> tuple[float, float]:  # at the end of an epoch
+        found = evaluate(model, val_loader, device)
+        schedule.step(next(epochs))
+        return found
 
-def rate(args: argparse.Namespace, workers: int) -> float:
-    """Return steps a second with so many workers."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classes, photos, _ = photos_of(args)
-    model = network(len(classes)).to(device)
-    step = training_step(model, optimizer_of(model, args))
-    return steps_a_second(step(*batch).item() for batch in loader(photos, args, model, workers, device, True))
+    step = functools.partial(update, model, optimizer, loss_of=LabelSmoothingCrossEntropy(0.1))
+    return Training(model, train_loader.__iter__, step, score)
 
 
 def main() -> None:
     """Train with the workers asked for, else the faster of none and one a core."""
-    parser = arguments(__doc__)
-    parser.set_defaults(batch_size=BATCH_SIZE)
-    args = parser.parse_args()
-    run_command(args, lambda args: {"workers": best_workers(args, lambda n: rate(args, n))}, train)
+    run_trainings(arguments(__doc__, batch_size=BATCH_SIZE).parse_args(), training)
 
 
 if __name__ == "__main__":

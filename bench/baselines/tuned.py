@@ -91,10 +91,9 @@ class Trainer:
         loss, correct = (total / count).tolist()
         return loss, correct
 
-    def rate(self) -> float:
-        """Return steps a second."""
-        self.model.train()
-        return seed.steps_a_second(self.step(*batch).item() for batch in self.batches(self.train_loader))
+    def training(self) -> seed.Training:
+        """Return the training with these settings."""
+        return seed.Training(self.model, lambda: self.batches(self.train_loader), self.step, self.evaluate)
 
 
 def best_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,8 +109,8 @@ def best_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {name: values[0] for name, values in choices.items()}
     for name, values in choices.items():
         if len(values) > 1:
-            rates = {value: Trainer(args, {**settings, name: value}).rate() for value in values}
-            settings[name] = max(values, key=lambda value: rates[value])
+            rates = {value: Trainer(args, {**settings, name: value}).training().rate() for value in values}
+            settings[name] = max(rates, key=rates.__getitem__)
     return settings
 
 
@@ -123,21 +122,16 @@ def has_bf16() -> bool:
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def train(args: argparse.Namespace, **settings: Any) -> Iterator[dict[str, float]]:
-    """Train and yield a row an epoch."""
-    trainer = Trainer(args, settings)
-    for epoch in range(args.epochs):
-        batches = trainer.batches(trainer.train_loader)
-        for row in seed.train_epochs(1, trainer.model, batches, trainer.step, trainer.evaluate):
-            yield {**row, "epoch": epoch + 1}
-
-
 def main() -> None:
     """Train with the settings asked for, and the fastest of those left open."""
     parser = seed.arguments(__doc__)
     for name in SWITCHES:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=["on", "off"], help="left out: the faster")
-    seed.run_command(parser.parse_args(), best_settings, train)
+    seed.run_command(
+        parser.parse_args(),
+        best_settings,
+        lambda args, **settings: Trainer(args, settings).training().epochs(args.epochs),
+    )
 
 
 if __name__ == "__main__":

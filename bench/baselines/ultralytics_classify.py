@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.seed import Row, arguments, as_they_come, best_workers, photos_of, run_command
+from bench.baselines.seed import Row, arguments, as_they_come, photos_of, run_with_workers
 
 MODELS = ("yolo26n-cls.yaml", "yolo11n-cls.yaml", "yolov8n-cls.yaml")  # the package's own files, newest first
 QUIET = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "YOLO_AUTOINSTALL": "false"}
@@ -131,9 +131,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {**QUIET, "YOLO_CONFIG_DIR": folder}  # read when the package is imported; the user's own stays
         photos = laid_out(args, Path(folder) / "photos")
-        run_command(
+        run_with_workers(
             args,
-            lambda args: {"workers": best_workers(args, lambda workers: rate(args, photos, workers))},
+            lambda args, workers: rate(args, photos, workers),
             lambda args, workers: as_they_come(lambda say: train(args, photos, workers, say)),
         )
 

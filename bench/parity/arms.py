@@ -144,7 +144,8 @@ def plain(experiment: Experiment, seed: int, network: Network = baseline.small_c
     args = baseline.own_arguments().parse_args([str(experiment.data), *map(str, options)])
     train, held_out = (Decoded(experiment.pixels, photos, size) for photos in (experiment.train, experiment.held_out))
     with threads(experiment.threads):
-        rows = list(baseline.train_on(args, 0, len(experiment.classes), train, held_out, network))
+        training = baseline.training_on(args, 0, len(experiment.classes), train, held_out, network)
+        rows = list(training.epochs(args.epochs))
     return {
         "accuracy": rows[-1]["val_accuracy"],
         "train_losses": [row["train_loss"] for row in rows],

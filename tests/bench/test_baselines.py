@@ -55,11 +55,11 @@ def test_workers_are_probed_on_the_device_that_trains(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
 
-    def training_step(model: object, optimizer: object, device: torch.device) -> Callable[..., float]:
+    def training_step(model: object, optimizer: object, device: torch.device, _: object) -> Callable[..., float]:
         return lambda images, labels: devices.append(device.type) or 0.0
 
     monkeypatch.setattr(seed, "training_step", training_step)
-    assert seed.loading_rate(seed.own_arguments().parse_args([str(photos), *SMALL]), 0) > 0
+    assert seed.training(seed.own_arguments().parse_args([str(photos), *SMALL]), 0).rate() > 0
     assert set(devices) == {"cuda" if on_gpu else "cpu"}
 
 

@@ -206,7 +206,7 @@ def test_seed_py_trains_alike_whether_it_decodes_once_or_always(gratings: Path) 
         once = arms.plain(experiment, 0)
         sets = (seed.Photos(photos, 32) for photos in (experiment.train, experiment.held_out))
         train, held_out = sets
-        (row,) = seed.train_on(args, 0, 4, train, held_out)
+        (row,) = seed.training_on(args, 0, 4, train, held_out).epochs(1)
     assert (once["accuracy"], once["train_losses"]) == (row["val_accuracy"], [row["train_loss"]])
     assert once["held_out_losses"] == [row["val_loss"]]
 
