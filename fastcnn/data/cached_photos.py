@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import os
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,11 @@ Decode = Callable[[Sequence[Source], int, Pixels], Sequence[Verdict]]
 """Writes photos of a side in pixels into an array, as the cache had them decoded."""
 
 CHECKED_BYTES = 2**20  # read at once by a thread where pixels are checked and not kept
-_GO_ON = "to continue a run from its last checkpoint, use fastcnn train --resume, which decodes again"
+_AGAIN = "run the command again, which decodes its photos again"
+
+
+class CacheLost(FastCNNError):
+    """The pixels of a cache that is in use are gone: what began before can go on once they are decoded again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +108,7 @@ class Cache:
         """Write the pixels of photos, given by their positions in the index, into `out` (n, size, size, 3).
 
         They are read, not copied from the map: pages of the map that were touched count as this process's memory, which
-        would grow to the size of the set. Raises FastCNNError where the file is gone, was replaced or is too short, and
+        would grow to the size of the set. Raises CacheLost where the file is gone, was replaced or is too short, and
         where damaged pixels cannot be decoded again.
         """
         if len(photos) <= CHUNK:
@@ -116,7 +121,7 @@ class Cache:
     def pages(self, photos: Positions) -> Pixels | None:
         """Return `images` as an array that torch accepts: the same pages, copied where they are written to.
 
-        The rows of `photos` are checked; None where a damaged one cannot be written anew. Raises FastCNNError where the
+        The rows of `photos` are checked; None where a damaged one cannot be written anew. Raises CacheLost where the
         file is gone, was replaced or is too short.
         """
         blocks = chunks_of(photos[self.unchecked[photos]], max(1, CHECKED_BYTES // math.prod(self.images.shape[1:])))
@@ -124,7 +129,7 @@ class Cache:
             list(threads.map(self._check, blocks))
         with self._opened() as file:
             if os.fstat(file.fileno()).st_size < self.images.nbytes:
-                raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
+                raise CacheLost(f"{file.name} became shorter while it was used: {_AGAIN}")
             return None if self.unchecked[photos].any() else np.memmap(file, np.uint8, "c", shape=self.images.shape)
 
     def _check(self, photos: Positions) -> None:
@@ -137,7 +142,7 @@ class Cache:
             return
         with self._opened() as file:
             if not read_rows(file, self.rows[photos], out):
-                raise FastCNNError(f"{file.name} became shorter while it was used: {_GO_ON}")
+                raise CacheLost(f"{file.name} became shorter while it was used: {_AGAIN}")
         new = self.unchecked[photos]
         for i, photo in zip(np.flatnonzero(new).tolist(), photos[new].tolist(), strict=True):
             whole = zlib.crc32(out[i].data) == self.checksums[photo] or self._mend(photo, out[i : i + 1])
@@ -158,7 +163,8 @@ class Cache:
             why = f"cannot be decoded any more ({verdict.reason})" if verdict.reason else "has other pixels now"
             raise FastCNNError(
                 f"the pixels of {path} in the cache {self.folder} are damaged, and the photo {why}: "
-                f"to decode all photos again, run: fastcnn cache clear {self.folder.name}"
+                f"to decode all photos again, run: fastcnn cache clear {self.folder.name} "
+                f"--cache-dir {shlex.quote(str(self.folder.parent))}"
             )
         with contextlib.suppress(OSError), (self.folder / "pixels.bin").open("r+b", buffering=0) as file:
             if os.fstat(file.fileno()).st_ino == self.inode:
@@ -168,12 +174,12 @@ class Cache:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[io.FileIO]:
-        """Yield pixels.bin, opened. Raises FastCNNError where it is gone or was replaced."""
+        """Yield pixels.bin, opened. Raises CacheLost where it is gone or was replaced."""
         path = self.folder / "pixels.bin"
         try:
             with io.FileIO(path) as file:
                 if self.inode is not None and os.fstat(file.fileno()).st_ino != self.inode:
-                    raise FastCNNError(f"{path} was replaced while it was used: {_GO_ON}")
+                    raise CacheLost(f"{path} was replaced while it was used: {_AGAIN}")
                 yield file
         except OSError as error:
-            raise FastCNNError(f"cannot read the cache {path} any more: {error.strerror or error}; {_GO_ON}") from None
+            raise CacheLost(f"cannot read the cache {path} any more: {error.strerror or error}; {_AGAIN}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastcnn.config import Config
+from fastcnn.data.cached_photos import CacheLost
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.feeds import Feed, shuffled
 from fastcnn.errors import FastCNNError, warn
@@ -41,17 +42,23 @@ def how_to_continue(run_dir: Path) -> str:
     if not (run_dir / "split.csv").is_file():
         return "no step was saved yet, but the images decoded so far are; to continue, run the same command again"
     if not (run_dir / "last.pt").is_file():
-        return f"no step was saved yet; to begin again, run: fastcnn train --resume {shlex.quote(str(run_dir))}"
-    return f"saved in {run_dir / 'last.pt'}; to continue, run: fastcnn train --resume {shlex.quote(str(run_dir))}"
+        return f"no step was saved yet; to begin again, run: {_resume(run_dir)}"
+    return f"saved in {run_dir / 'last.pt'}; to continue, run: {_resume(run_dir)}"
+
+
+def _resume(run_dir: Path) -> str:
+    return f"fastcnn train --resume {shlex.quote(str(run_dir))}"
 
 
 @contextlib.contextmanager
 def explained(run_dir: Path) -> Iterator[None]:
-    """Turn a signal, or a file that cannot be written, into an error that says how to continue."""
+    """Turn a signal, a cache that is gone or a file that cannot be written into an error that says how to continue."""
     try:
         yield
     except StopSignal as stopped:
         raise RunInterrupted(stopped.signum, run_dir) from None
+    except CacheLost as error:
+        raise FastCNNError(f"{error}; {how_to_continue(run_dir)}") from None
     except OSError as error:
         path = error.filename or run_dir
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}; {how_to_continue(run_dir)}") from None
@@ -109,7 +116,8 @@ def _last_good(run_dir: Path) -> str:
     last = run_dir / "last.pt"
     if not last.is_file():
         return ""
-    return f"; {last} was saved before it: --resume continues from there, --init-from {run_dir} begins a new run"
+    new_run = f"--init-from {shlex.quote(str(run_dir))}"
+    return f"; {last} was saved before it: {new_run} begins a new run with it; to continue, run: {_resume(run_dir)}"
 
 
 def memory_advice(config: Config, why: str, run_dir: Path) -> str:
@@ -130,11 +138,7 @@ def memory_advice(config: Config, why: str, run_dir: Path) -> str:
         return f"{problem}: use --loader mapped --batch-size {fits}, which fits"
     if config.loader in ("auto", "resident"):
         has_checkpoint = (run_dir / "last.pt").is_file()
-        resume = (
-            f"; to continue, run: fastcnn train --resume {shlex.quote(str(run_dir))} --loader mapped"
-            if has_checkpoint
-            else ""
-        )
+        resume = f"; to continue, run: {_resume(run_dir)} --loader mapped" if has_checkpoint else ""
         return f"{problem}: use --loader mapped, which fits with --batch-size {fits}{resume}"
     return f"{problem}: --batch-size {fits} alone fits, so end what else takes the memory, or try {fits // 2}"
 

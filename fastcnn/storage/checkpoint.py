@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import shlex
 import struct
 import zipfile
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         kept = "; the one before it is kept" if path.is_file() else ""
         raise FastCNNError(
             f"cannot write the checkpoint {path}: {error.strerror or error}{kept}; free some space or make the folder "
-            "writable, then continue with --resume"
+            f"writable, then run: fastcnn train --resume {shlex.quote(str(path.parent))}"
         ) from None
 
 

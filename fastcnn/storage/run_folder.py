@@ -66,7 +66,7 @@ def _make(folder: str | Path | None, name: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             if not all(map(_is_leftover, folder.iterdir())):
                 resume = (
-                    f", or continue its run with --resume {shlex.quote(str(folder))}"
+                    f", or continue its run: fastcnn train --resume {shlex.quote(str(folder))}"
                     if (folder / CONFIG).is_file()
                     else ""
                 )

@@ -51,7 +51,8 @@ def train(devices: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-failure.exitcode).name
             raise FastCNNError(
-                f"rank {rank} was ended by {name}, and the others were stopped; to continue, use --resume"
+                f"rank {rank} was ended by {name}, and the others were stopped; to continue, run: "
+                "fastcnn train --resume RUN, with its run folder"
             ) from None
         return FastCNNError.exit_code
     except SignalException as stopped:

@@ -452,7 +452,7 @@ def test_damaged_pixels_of_a_photo_that_changed_are_an_error(
     with pytest.warns(FastCNNWarning, match="damaged pixels"), pytest.raises(FastCNNError) as caught:
         built.pixels(np.flatnonzero(built.usable))
     assert why in str(caught.value)
-    assert f"run: fastcnn cache clear {folder.name}" in str(caught.value)
+    assert f"run: fastcnn cache clear {folder.name} --cache-dir {folder.parent}" in str(caught.value)
 
 
 def test_lost_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
@@ -503,7 +503,7 @@ def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: 
     with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
         old.pixels(np.arange(3))
     build(index.take(np.arange(len(index)) > 2), tmp_path)
-    with pytest.raises(FastCNNError, match=r"was replaced while it was used: to continue a run .* --resume"):
+    with pytest.raises(FastCNNError, match=r"was replaced while it was used: run the command again"):
         old.pixels(np.arange(3))
 
 

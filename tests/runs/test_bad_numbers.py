@@ -63,7 +63,8 @@ def test_a_loss_that_is_no_number_stops_the_run(photos: Path, monkeypatch: pytes
     )
     assert "try a lower --lr, --clip-norm 1 or --precision fp32, or --on-nan skip" in said
     assert said.endswith(
-        "; run/last.pt was saved before it: --resume continues from there, --init-from run begins a new run"
+        "; run/last.pt was saved before it: --init-from run begins a new run with it; "
+        "to continue, run: fastcnn train --resume run"
     )
     assert "\n" not in said
     assert state["step"] == STEPS
@@ -142,7 +143,7 @@ def test_weights_that_are_no_numbers_stop_the_run(photos: Path, monkeypatch: pyt
             self.parameters.values[0] = math.inf
 
     monkeypatch.setattr(optimizers.Adam, "_update", update)
-    with pytest.raises(FastCNNError, match=r"weights became NaN or infinite in epoch 3: .*--resume continues"):
+    with pytest.raises(FastCNNError, match=r"weights became NaN or infinite in epoch 3: .*fastcnn train --resume run$"):
         go_on("run", epochs=3)
     assert Path("run/best.pt").read_bytes() == before
 

@@ -34,7 +34,9 @@ from tests.runs.small_runs import SMALL, STEPS, assert_equal, figures, go_on, re
 def test_a_run_killed_before_its_first_step_was_saved_begins_again(config: Config, whole: Path) -> None:
     Path("cut").mkdir()
     write_config(Path("cut"), resolve_machine(config, ALONE))
-    with pytest.raises(FastCNNError, match="choose another with --run-dir, or continue its run with --resume cut"):
+    with pytest.raises(
+        FastCNNError, match="choose another with --run-dir, or continue its run: fastcnn train --resume cut"
+    ):
         fit(config, run_dir="cut")
     assert_equal(go_on("cut"), whole)
 

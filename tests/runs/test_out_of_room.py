@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastcnn import Config, fit
-from fastcnn.data import cache, cache_files
+from fastcnn.data import cache, cache_files, cache_folders
 from fastcnn.data import loaders as loader
 from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError
 from fastcnn.runs import trackers
@@ -94,6 +94,21 @@ def test_a_disk_that_is_full_is_one_line(photos: Path, monkeypatch: pytest.Monke
         "cannot write run: No space left on device; saved in run/last.pt; to continue, run: fastcnn train --resume run"
     )
     assert len(figures(go_on("run"))) == 2
+
+
+def test_a_cache_that_is_deleted_meanwhile_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clear(self: object, row: object) -> None:
+        cache_folders.clear("cache", force=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers.CsvTracker, "epoch", clear)
+        with pytest.raises(FastCNNError, match=r"cannot read the cache .*: No such file or directory; ") as caught:
+            fit(Config(data=str(photos), loader="mapped", cache_dir="cache", **SMALL), run_dir="my run")
+    assert str(caught.value).endswith(
+        "; run the command again, which decodes its photos again; "
+        "saved in my run/last.pt; to continue, run: fastcnn train --resume 'my run'"
+    )
+    assert len(figures(go_on("my run"))) == 2
 
 
 @pytest.fixture
