@@ -89,7 +89,7 @@ def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, s
     with signals.raising():  # while torch is imported, too, so that no process is left
         try:
             if not resume:
-                start_early(config.data, config.decoder, config.cache_dir)
+                start_early(config.data, config.decoder, config.cache_dir, strict=config.strict)
             with quick_start.importing():
                 from fastcnn.runs.fit import fit
 

@@ -112,7 +112,7 @@ def prepare(
         seed: seed of the split.
         classes: classes of a model to score: the photos are then those of `scan_held_out`, split by their folders.
         moved_from: folder that the photos of `config.split` lay in, where that is another one.
-        strict: raise instead of falling back to a slower decoder.
+        strict: raise instead of falling back to a slower decoder or loader.
         ranks: the ranks that prepare it together.
         progress: called with the number of photos decoded and to decode.
         note: called with lines for the user.
@@ -125,7 +125,9 @@ def prepare(
         index = _scan(config, classes, ranks, note)
     config = dataclasses.replace(config, decoder=_choose_decoder(config.decoder, gpu, strict))
     loader, why = ranks.broadcast(lambda: _choose_loader(index, config, gpu, ranks))
-    if why:
+    if why and loader == "stream":  # every epoch decodes all photos again
+        fall_back(f"loader stream: {why}", strict=strict)
+    elif why:
         note(f"loader {loader}: {why}")
     keep, decoding = loader != "stream", _dali_gpu(config, gpu)
     with stopwatch.stage("decode"):

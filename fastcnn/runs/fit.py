@@ -23,6 +23,7 @@ from fastcnn.runs.results import finish
 from fastcnn.runs.state import RunContext
 from fastcnn.runs.trackers import Run, Tracker, opened
 from fastcnn.storage import checkpoint, files, run_folder
+from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system import launch, ranks, signals
 from fastcnn.system.console import Console
 from fastcnn.system.device import (
@@ -105,6 +106,7 @@ def fit(
 def _fit(run: RunContext, more_trackers: Sequence[Callable[[Run], Tracker]]) -> Result:
     """Train in a folder that is open."""
     config = run.config
+    user_cache_folder(strict=config.strict)  # before anything is decoded; kernels and timings are kept there
     tf32 = config.precision == "tf32"
     compiling = compiles(config.engine, run.device)
     with torch_settings(

@@ -9,20 +9,20 @@ import stat
 import tempfile
 from pathlib import Path
 
-from fastcnn.errors import warn
+from fastcnn.errors import fall_back
 
 _KEPT_AT_HOME = {"MPLCONFIGDIR": "matplotlib", "TRITON_HOME": "triton", "WANDB_CACHE_DIR": "wandb-cache"}
 """Variables of libraries that keep files in the home folder, and their folders where that cannot be written."""
 
 
-def user_cache_folder() -> Path:
+def user_cache_folder(*, strict: bool = False) -> Path:
     """Return the folder for what can be made again: decoded photos, built kernels, engines' timings.
 
     Where the usual one cannot be written (a home folder that is read-only, or none), it is one of this user's among the
-    temporary files, which a warning names.
+    temporary files, which a warning names; if `strict`, FastCNNError is raised instead.
     """
     usual = usual_cache_folder()
-    return usual if _can_be_written(usual) else _temporary_folder(usual)
+    return usual if _can_be_written(usual) else _temporary_folder(usual, strict)
 
 
 def usual_cache_folder() -> Path:
@@ -47,7 +47,7 @@ def _can_be_written(folder: Path) -> bool:
 
 
 @functools.cache
-def _temporary_folder(usual: Path) -> Path:
+def _temporary_folder(usual: Path, strict: bool) -> Path:
     """Return a folder that only this user can write, the same each time, after a warning that it is used.
 
     Libraries that would write into the home folder are told to keep their files there, too.
@@ -61,10 +61,11 @@ def _temporary_folder(usual: Path) -> Path:
             folder = Path(tempfile.mkdtemp(prefix="fastcnn-"))  # another user made that one
     except (OSError, AttributeError):  # no temporary files either, or a system without user numbers
         return usual
+    fall_back(
+        f"the cache folder {usual} cannot be written: using {folder} instead; name a lasting one with XDG_CACHE_HOME "
+        "(for photos alone: --cache-dir)",
+        strict=strict,
+    )
     for name, place in _KEPT_AT_HOME.items():
         os.environ.setdefault(name, str(folder / place))
-    warn(
-        f"the cache folder {usual} cannot be written: using {folder} instead; name a lasting one with --cache-dir or "
-        "XDG_CACHE_HOME"
-    )
     return folder

@@ -383,7 +383,10 @@ def test_auto_picks_what_fits_and_says_so(photos: Path, reference: Any, monkeypa
     assert outcome(run)[1] == reference[1]
     monkeypatch.setattr("fastcnn.data.dataset.fits_on_disk", lambda *arguments, **options: False)
     config = Config(data=str(photos), **SMALL)
-    assert dataset.prepare(config).loader == "stream"
+    with pytest.warns(FastCNNWarning, match="loader stream: there is no room on disk"):
+        assert dataset.prepare(config).loader == "stream"
+    with pytest.raises(FastCNNError, match=r"there is no room on disk .*because of --strict"):
+        fit(Config(data=str(photos), strict=True, **SMALL))
     monkeypatch.undo()
     assert dataset.prepare(config).loader == "resident"
 

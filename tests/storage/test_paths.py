@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fastcnn import Config
+from fastcnn import Config, fit
 from fastcnn.data import dataset
-from fastcnn.errors import FastCNNWarning
+from fastcnn.data.cache_folders import start_early
+from fastcnn.errors import FastCNNError, FastCNNWarning
 from fastcnn.storage import paths
 from fastcnn.storage.paths import user_cache_folder
 
@@ -61,8 +62,22 @@ def test_without_a_home_folder_the_cache_is_among_the_temporary_files(no_home: P
     assert folder == no_home / f"fastcnn-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     (line,) = said
-    assert f"cannot be written: using {folder} instead; name a lasting one with --cache-dir" in line
+    assert f"cannot be written: using {folder} instead; name a lasting one with XDG_CACHE_HOME" in line
     assert Path(os.environ["MPLCONFIGDIR"]).parent == folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep caches elsewhere")
+@pytest.mark.parametrize("cache_dir", [None, "cache"])
+def test_without_a_home_folder_a_strict_run_ends_before_its_photos_are_read(
+    cache_dir: str | None, no_home: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --cache-dir, too: kernels and the engines' timings are kept in the other."""
+    monkeypatch.chdir(no_home)
+    with pytest.raises(FastCNNError, match=r"cannot be written: using .*because of --strict"):
+        fit(Config(data=str(photos), strict=True, cache_dir=cache_dir))
+    assert "MPLCONFIGDIR" not in os.environ
+    with pytest.raises(FastCNNError, match=r"cannot be written: using .*because of --strict"):
+        start_early(photos, "pillow", strict=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep caches elsewhere")
