@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,8 +13,12 @@ from fastcnn.data.walk import Skipped, files_below, visible_folders
 from fastcnn.errors import DataError, warn
 from fastcnn.system.text import comparable, printable
 
-OTHER_TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints", "sweeps")
-"""Folders that training tools leave beside the photos."""
+OTHER_TOOLS = re.compile(
+    r"(runs|wandb|mlruns|mlartifacts|multirun|lightning_logs|tb_logs|tensorboard|logs?|checkpoints?|weights|models"
+    r"|outputs?|results?|predictions|experiments|sweeps)[\d _-]*",
+    re.IGNORECASE,
+)
+"""Names of folders that training tools leave beside the photos, also with a number behind."""
 
 IMAGES = ("images", "image", "imgs", "img", "photos", "jpegimages")
 ANNOTATIONS = ("annotations", "annotation", "labels", "masks", "trimaps", "meta", "attributes")
@@ -42,10 +48,10 @@ def check_classes_certain(root: Path, folder: Path, exclude: frozenset[str]) -> 
         raise in_two_ways(root, folder, doubtful[0], exclude)
     _check_not_splits(root, folder, folders)
     for path in folders:
-        if path.name.casefold() in OTHER_TOOLS:
+        if _of_another_tool(path):
             warn(
                 f"{printable(str(path))} is read as a class: if another program made it, "
-                f"leave it out with --exclude {path.name}"
+                f"leave it out with --exclude {printable(shlex.quote(path.name))}"
             )
     if not _warn_of_splits_inside(folder, inside.values()) and len(folders) <= FEW:
         _warn_of_same_folders(root, folder, inside)
@@ -56,10 +62,14 @@ def may_be_classes(root: Path, beside: list[Path]) -> bool:
 
     They do where one has folders of photos as the train folder has, or where several hold photos.
     """
-    beside = [path for path in beside if path.name.casefold() not in OTHER_TOOLS]
+    beside = [path for path in beside if not _of_another_tool(path)]
     if len([path for path in beside if _has_photos(root, path)]) > 1:
         return True
     return any(sum(_has_photos(root, inside) for inside in visible_folders(path)) > 1 for path in beside)
+
+
+def _of_another_tool(folder: Path) -> bool:
+    return OTHER_TOOLS.fullmatch(folder.name) is not None
 
 
 def in_two_ways(root: Path, outer: Path, inner: Path, exclude: frozenset[str]) -> DataError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
 import warnings
 from pathlib import Path
@@ -253,14 +254,16 @@ def test_splits_below_a_folder_that_is_not_alone(beside: str, tmp_path: Path) ->
         assert scan(tmp_path, options=LayoutOptions((beside,))).classes == ("cat", "dog")
 
 
-def test_folders_of_other_tools_are_named_and_can_be_left_out(tmp_path: Path) -> None:
-    photos(tmp_path, "cat", "dog", "runs/classify")
+@pytest.mark.parametrize("name", ["runs", "logs", "Output", "results_2", "output 3"])
+def test_folders_of_other_tools_are_named_and_can_be_left_out(name: str, tmp_path: Path) -> None:
+    photos(tmp_path, "cat", "dog", f"{name}/classify")
     index, told = read(tmp_path)
-    assert index.classes == ("cat", "dog", "runs")
+    assert index.classes == tuple(sorted(["cat", "dog", name]))
     assert told == [
-        f"{tmp_path / 'runs'} is read as a class: if another program made it, leave it out with --exclude runs"
+        f"{tmp_path / name} is read as a class: if another program made it, leave it out with --exclude "
+        f"{shlex.quote(name)}"
     ]
-    assert scan(tmp_path, options=LayoutOptions(("runs",))).classes == ("cat", "dog")
+    assert scan(tmp_path, options=LayoutOptions((name,))).classes == ("cat", "dog")
 
 
 def test_a_name_that_leaves_nothing_out_is_told(tmp_path: Path) -> None:
