@@ -125,10 +125,7 @@ def prepare(
         index = _scan(config, classes, ranks, note)
     config = dataclasses.replace(config, decoder=_choose_decoder(config.decoder, gpu, strict))
     loader, why = ranks.broadcast(lambda: _choose_loader(index, config, gpu, ranks))
-    if why and loader == "stream":  # every epoch decodes all photos again
-        fall_back(f"loader stream: {why}", strict=strict)
-    elif why:
-        note(f"loader {loader}: {why}")
+    _tell_loader(loader, why, strict, note)
     keep, decoding = loader != "stream", _dali_gpu(config, gpu)
     with stopwatch.stage("decode"):
         cache = build(
@@ -222,6 +219,14 @@ def _choose_loader(index: Index, config: DataConfig, gpu: int | None, ranks: Ran
         memory_limit=config.memory_limit,
         ranks=ranks,
     )
+
+
+def _tell_loader(loader: Loader, why: str, strict: bool, note: Callable[[str], None]) -> None:
+    """Note why auto is a loader; that it is stream, which decodes all photos in every epoch, is a fallback."""
+    if why and loader == "stream":
+        fall_back(f"loader stream: {why}", strict=strict)
+    elif why:
+        note(f"loader {loader}: {why}")
 
 
 def _without_bad(
