@@ -162,16 +162,7 @@ def _accuracy(args: argparse.Namespace) -> int:
     from bench.accuracy import suite  # imports torch
 
     try:
-        results = suite.measure(
-            args.photos,
-            args.out,
-            contenders=args.contenders,
-            seeds=args.seeds,
-            scale=_scale(args),
-            device=args.device or "auto",
-            budget=_budget(args),
-            command=_command(args),
-        )
+        results = suite.measure(args, scale=_scale(args), budget=_budget(args), command=_command(args))
     except KeyboardInterrupt:
         return _fail("interrupted: the same command goes on after the last run that ended", 130)
     except FastCNNError as error:

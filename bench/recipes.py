@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy.contenders import parse_seeds
-from bench.harness.held_out import write_held_out
+from bench.accuracy.experiment import write_held_out
 from bench.report.intervals import interval
 from bench.report.record import Row, own_record, row_of_runs
 from bench.report.tables import TABLES

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from bench.harness.whole_runs import ROOT
 from fastcnn.config import read_recipe, recipe_names, resolve
@@ -46,6 +45,11 @@ class Contender:
     def is_recipe(self) -> bool:
         """Whether fastcnn trains it."""
         return self.name in recipe_names()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's settings; of a script, none."""
+        return read_recipe(self.name) if self.is_recipe else {}
 
     @property
     def script(self) -> str:
@@ -96,21 +100,3 @@ def parse_seeds(text: str) -> range:
     if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
         raise UsageError(f"--seeds: expected FIRST-LAST, as in 100-107, got '{text}'")
     return range(int(first), int(last or first) + 1)
-
-
-def command(
-    contender: Contender, data: Path, *, split: Path, seed: int, image_size: int, run_dir: Path, device: str
-) -> list[str]:
-    """Return the command that trains a contender. run_dir and device: of a recipe; a script takes the GPU itself."""
-    if contender.is_recipe:  # one of smaller photos keeps them
-        image_size = min(image_size, read_recipe(contender.name).get("image_size", image_size))
-    options = [f"--epochs={contender.epochs}", f"--seed={seed}", f"--split={split}", f"--image-size={image_size}"]
-    options += [f"--{option.replace('_', '-')}" for option in contender.options]
-    if contender.is_recipe:
-        start = [sys.executable, str(ROOT / "scripts" / "train.py")]
-        options += [f"--recipe={contender.name}", f"--run-dir={run_dir}", f"--device={device}"]
-    else:
-        python = str(PEERS_PYTHON) if contender.name in PEERS else sys.executable
-        start = [python, "-m", f"bench.baselines.{contender.script}"]
-        options = [*PEERS.get(contender.name, [])[1:], *options]
-    return [*start, str(data), *options]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.accuracy.contenders import Contender, command
+import numpy as np
+import numpy.typing as npt
+
+from bench.accuracy.contenders import PEERS, PEERS_PYTHON, Contender
 from bench.harness.timing import environment_of_torch
-from fastcnn.config import Config
-from fastcnn.data import dataset
+from bench.harness.whole_runs import ROOT
 from fastcnn.data.index import Index
+from fastcnn.data.split_file import write_split
 
 Run = dict[str, Any]
 """Line of the file of runs: what was trained on what (`Experiment.key`, contender, seed, cache), seconds and
@@ -51,19 +55,25 @@ class Experiment:
         }
 
     def command(self, contender: Contender, split: Path, seed: int, run_dir: Path) -> list[str]:
-        """Return the command that trains a contender on the photos of a split.csv."""
-        return command(
-            contender,
-            self.data,
-            split=split,
-            seed=seed,
-            image_size=self.image_size,
-            run_dir=run_dir,
-            device=self.device,
-        )
+        """Return the command that trains a contender on the photos of a split.csv.
+
+        run_dir: of a recipe. A recipe of smaller photos keeps them.
+        """
+        size = min(self.image_size, contender.recipe.get("image_size", self.image_size))
+        options = [f"--epochs={contender.epochs}", f"--seed={seed}", f"--split={split}", f"--image-size={size}"]
+        options += [f"--{option.replace('_', '-')}" for option in contender.options]
+        if contender.is_recipe:
+            start = [sys.executable, str(ROOT / "scripts" / "train.py")]
+            options += [f"--recipe={contender.name}", f"--run-dir={run_dir}", f"--device={self.device}"]
+        else:
+            python = str(PEERS_PYTHON) if contender.name in PEERS else sys.executable
+            start = [python, "-m", f"bench.baselines.{contender.script}"]
+            options = [*PEERS.get(contender.name, [])[1:], *options]
+        return [*start, str(self.data), *options]
 
 
-def prepare(data: Path, *, cache_dir: Path, **common: Any) -> Experiment:
-    """Return the experiment on a folder's photos, those that cannot be read left out. Raises FastCNNError."""
-    config = Config(data=str(data), image_size=common["image_size"], cache_dir=str(cache_dir))
-    return Experiment(data=data, index=dataset.prepare(config).index, **common)
+def write_held_out(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> int:
+    """Write a split.csv that validates on the test photos of a split, too; return how many photos it validates on."""
+    held_out = splits != "train"
+    write_split(path, index, np.where(held_out, "val", "train"))
+    return int(held_out.sum())

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.accuracy.contenders import Contender
-from bench.accuracy.experiment import Experiment, Run
-from bench.harness.held_out import write_held_out
+from bench.accuracy.experiment import Experiment, Run, write_held_out
 from bench.harness.whole_runs import ROOT, fastest_settings
 from bench.report.record import without_paths
 from fastcnn.config import Config

@@ -108,8 +108,12 @@ SIZES = [("seed", 96), ("strong,image_size=160", 160), ("small", 64), ("seed.py"
 
 
 @pytest.mark.parametrize(("text", "size"), SIZES)
-def test_a_recipe_of_smaller_photos_keeps_them(text: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_of_smaller_photos_keeps_them(
+    text: str, size: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bench.accuracy import contenders
+    from bench.accuracy.experiment import Experiment
+    from fastcnn.data.index import scan
 
     shipped = contenders.read_recipe
     monkeypatch.setattr(contenders, "recipe_names", lambda: ["seed", "small", "strong"])
@@ -119,7 +123,8 @@ def test_a_recipe_of_smaller_photos_keeps_them(text: str, size: int, monkeypatch
     contender = contenders.parsed(text, 10)
     assert contender.epochs == {"small": 3, "strong,image_size=160": 13}.get(text, 10)
     here = Path()
-    words = contenders.command(contender, here, split=here, seed=0, image_size=96, run_dir=here, device="cpu")
+    how = {"image_size": 96, "device": "cpu", "machine": "a-machine", "try_compile": False}
+    words = Experiment(data=here, index=scan(photos), **how).command(contender, here, 0, here)
     assert [word for word in words if word.startswith("--image-size=")][-1] == f"--image-size={size}"
 
 
@@ -230,8 +235,8 @@ def test_all_photos_that_are_not_trained_on_are_held_out(tmp_path: Path) -> None
     import numpy as np
     from make_dataset import make
 
+    from bench.accuracy.experiment import write_held_out
     from bench.baselines.seed import read_split
-    from bench.harness.held_out import write_held_out
     from fastcnn.data.index import scan
 
     make(tmp_path / "photos", classes=2, photos=6, seed=0)
