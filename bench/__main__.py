@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="what begins later is left out, and listed")
     parser.add_argument("--device", help="cpu, cuda; left out, the GPU where there is one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="left out, bench/results/<machine>")
-    parser.add_argument("--scale", choices=["full", "quick", "gpu", "smoke", "tiny"], help=argparse.SUPPRESS)
+    parser.add_argument("--scale", choices=["full", "quick", "gpu", "smoke"], help=argparse.SUPPRESS)
     return parser
 
 

@@ -76,7 +76,7 @@ def table(name: str, records: list[Record]) -> str:
 
 def _made_with(record: Record) -> str:
     what = f"{tables.machine(record)}: `{record.command}`, {record.date[:10]}; {tables.listed(record.versions)}."
-    if record.settings.get("scale") in ("smoke", "tiny"):
+    if record.settings.get("scale") == "smoke":
         what += " The smoke form shows that the parts work; its figures mean nothing."
     return textwrap.fill(what, 120, break_long_words=False, break_on_hyphens=False)
 

@@ -13,25 +13,25 @@ from fastcnn.system.device import has_bf16
 
 
 @functools.cache
-def rates(device: torch.device, scale: int = 1) -> dict[str, float]:
+def rates(device: torch.device) -> dict[str, float]:
     """Return copy bandwidth (bytes read and written a second) and matrix rates (FLOP/s): fp32, bf16 where it has it.
 
-    On random data: a GPU multiplies zeros faster. `scale` divides bytes, sides and seconds: 1 for figures.
+    On random data: a GPU multiplies zeros faster.
     """
-    source = torch.empty((1 << (32 if device.type == "cuda" else 28)) // scale, dtype=torch.uint8, device=device)
+    source = torch.empty(1 << (32 if device.type == "cuda" else 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source.random_())
-    copy_seconds = seconds_a_call(lambda: target.copy_(source), device, 0.2 / scale)
+    copy_seconds = seconds_a_call(lambda: target.copy_(source), device)
     kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16(device) else {})
     return {"copy_bytes_per_second": 2 * source.numel() / copy_seconds} | {
-        f"{name}_flop_per_second": matrix_rate(dtype, device, scale) for name, dtype in kinds.items()
+        f"{name}_flop_per_second": matrix_rate(dtype, device) for name, dtype in kinds.items()
     }
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device, scale: int = 1) -> float:
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Return the FLOP/s of a large matrix product of random numbers."""
-    side = (8192 if device.type == "cuda" else 2048) // scale
+    side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / seconds_a_call(functools.partial(torch.mm, a, b), device, 0.2 / scale)
+    return 2 * side**3 / seconds_a_call(functools.partial(torch.mm, a, b), device)
 
 
 def slug(hardware: dict[str, Any]) -> str:

@@ -29,9 +29,6 @@ FULL: dict[str, Any] = {
     "growth_photos": [1000, 5000, 20_000, 50_000],
     "growth_batches": [32, 128, 512, 2048],
     "infer_rounds": {1: 200, 64: 30},
-    "per_group": None,
-    "step_rivals": None,
-    "rates_scale": 1,
     "slice_seconds": 0.5,
 }
 LITTLE = {
@@ -57,22 +54,8 @@ SMOKE |= {
     "growth_batches": [8, 16],
     "infer_rounds": {1: 2, 64: 2},
 }
-TINY = SMOKE | {
-    "rounds": 1,
-    "num_photos": 20,
-    "decode_photos": 20,
-    "baselines": [],
-    "per_group": 1,
-    "step_rivals": 1,
-    "rates_scale": 16,
-    "slice_seconds": 0.02,
-}
-SCALES = {"full": FULL, "quick": QUICK, "gpu": GPU, "smoke": SMOKE, "tiny": TINY}
-"""Sizes of each form. The last two show to tests that the parts work.
-
-per_group, step_rivals: the most benchmarks of a group, and loops that the step races.
-rates_scale: what the machine's rates are measured on, and how long, is divided by it.
-"""
+SCALES = {"full": FULL, "quick": QUICK, "gpu": GPU, "smoke": SMOKE}
+"""Sizes of each form. The last shows to tests that the parts work."""
 
 
 class Race:

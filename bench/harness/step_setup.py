@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from bench.harness.race import Race
 from bench.harness.timing import Clocked, clocked
 from fastcnn.data.feeds import Feed
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.network.pixels import Normalise
 from fastcnn.network.small_cnn import SmallCNN
-from fastcnn.system.device import DTYPES
+from fastcnn.system.device import DTYPES, pick_precision
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.training import engines
 from fastcnn.training.augment import Augment
@@ -53,22 +55,20 @@ def make_step(
     ranks: Ranks = ALONE,
 ) -> TrainingStep:
     """Return a training step of the reference network, with augmentations by name and strength."""
-    device, dtype = feed.images.device, DTYPES[precision]
+    device, dtype, size = feed.images.device, DTYPES[precision], feed.images.shape[1]
     torch.manual_seed(0)
     if device.type == "cpu":
         cpu_max_pool.load()
-    model = SmallCNN(NUM_CLASSES, filters=filters, image_size=feed.images.shape[1]).to(device)
+    model = SmallCNN(NUM_CLASSES, filters=filters, image_size=size).to(device)
     parameters = FlatParameters(model, dtype)
     parameters.compute.train()
-    lr_schedule = torch.full((1_000_000,), 1e-4)
-    size = feed.images.shape[1]
     step = TrainingStep(
         parameters,
         Adam(parameters, 1e-4),
         feed,
         Normalise(MEAN, STD, size, dtype, device),
         batch_size=batch,
-        lr_schedule=lr_schedule,
+        lr_schedule=torch.full((1_000_000,), 1e-4),
         augment=Augment(augmentations, size),
         ranks=ranks,
     )
@@ -76,9 +76,37 @@ def make_step(
     return step
 
 
+def reference_step(
+    race: Race, feed: Feed | None = None, augmentations: Sequence[tuple[str, float]] = (), ranks: Ranks = ALONE
+) -> TrainingStep:
+    """Return the step of the form's first network at its first batch size, in the machine's best precision.
+
+    feed: left out, random photos.
+    """
+    size, batch = race.scale["image_size"], race.scale["batches"][0]
+    precision = pick_precision("auto", race.device, deterministic=False, strict=False)
+    feed = feed or random_feed(race.device, max(512, 2 * batch), size)
+    return make_step(feed, race.scale["networks"][0], batch, precision, augmentations, ranks)
+
+
 def default_engine(step: TrainingStep) -> Engine:
     """Return the engine that a run takes on the step's device unless told otherwise."""
     return engines.build("graphed" if step.feed.images.device.type == "cuda" else "eager", step)[0]
+
+
+def race_steps(race: Race, name: str, ours: TrainingStep, baseline: str, theirs: TrainingStep, **info: Any) -> None:
+    """Race a step against another at the same batch size, each with the engine that is the default here."""
+    engine, other = default_engine(ours), default_engine(theirs)
+    count = steps_a_slice(theirs, other, race.scale["slice_seconds"])
+    run_steps(ours, engine, 3)
+    race(
+        name,
+        timed_steps(ours, engine, count),
+        {baseline: timed_steps(theirs, other, count)},
+        images=ours.batch_size * count,
+        batch=ours.batch_size,
+        **info,
+    )
 
 
 def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:

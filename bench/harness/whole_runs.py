@@ -10,13 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness.timing import environment_of_torch
+from bench.harness.timing import environment_of_torch, ratios
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
@@ -36,12 +36,7 @@ class Runs:
     def train(self, photos: Path, cache: Path, **options: object) -> dict[str, Any]:
         """Run `fastcnn train` and return its result.json, with the command's wall time as `wall_seconds`."""
         run_dir = self.folder / f"run-{next(self.count)}"
-        given = {
-            "epochs": self.scale["epochs"],
-            "image_size": self.scale["image_size"],
-            "device": self.device,
-            **options,
-        }
+        given = {**{name: self.scale[name] for name in ("epochs", "image_size")}, "device": self.device, **options}
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         script = [ROOT / "scripts" / "train.py", photos, "--run-dir", run_dir, "--quiet", *arguments]
         # Kernels, timings and photos: everything that a first run makes is in the cache folder.
@@ -66,6 +61,27 @@ class Runs:
         found["images_per_second"] = statistics.harmonic_mean([row["images_per_second"] for row in steady])
         self.done.setdefault(name, []).append(found)
         return seconds
+
+    def named(self, name: str) -> str:
+        """Return a baseline's name with its settings."""
+        return " ".join([f"{name}.py", *self.settings(name)])
+
+    def steady(self, ours: list[dict[str, Any]], more: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Return images/s from the second epoch on, ours (`more` of our runs included) and the baselines', and ratios.
+
+        The ratios are of `ours` and each baseline's runs, taken in turn with them.
+        """
+        rates = {name: [one["images_per_second"] for one in runs] for name, runs in self.done.items()}
+        mine = [1 / result["images_per_second"] for result in ours]
+        return {
+            "steady_images_per_second": {
+                "fastcnn": statistics.median(result["images_per_second"] for result in [*ours, *more]),
+                **{name: statistics.median(found) for name, found in rates.items()},
+            },
+            "steady_over": {
+                self.named(name): ratios(mine, [1 / rate for rate in found]) for name, found in rates.items()
+            },
+        }
 
     def settings(self, name: str) -> list[str]:
         """Return a baseline's fastest settings as options, tried once."""
@@ -106,11 +122,6 @@ def run(command: list[Any], environment: Mapping[str, str]) -> tuple[float, str]
     )
     assert done.returncode == 0, done.stderr
     return time.perf_counter() - start, done.stdout
-
-
-def named(name: str, runs: Runs) -> str:
-    """Return a baseline's name with its settings."""
-    return " ".join([f"{name}.py", *runs.settings(name)])
 
 
 def stages(results: list[dict[str, Any]]) -> dict[str, float]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.harness.computing import computing
 from bench.harness.race import SCALES, Race
-from bench.harness.timing import ratios
-from bench.harness.whole_runs import Runs, named
+from bench.harness.whole_runs import Runs
 
 EPOCHS = 2  # the first is left out of the rates
 RIVAL = "seed"
@@ -28,26 +27,15 @@ def bench_beside(race: Race, runs: Runs, tmp_path: Path, count: int) -> None:
     first = here.train(here.photos, tmp_path / "cache", epochs=1)  # decodes; both get its split
     split = Path(first["run_dir"]) / "split.csv"
     rivals = [RIVAL] if RIVAL in here.baselines else []
-    ours: list[dict[str, object]] = []
+    ours: list[dict[str, Any]] = []
     with computing(count):
-        names = {name: named(name, here) for name in rivals}
         race(
             "quiet" if not count else f"beside {count} computing process{'es' * (count > 1)}",
             lambda: ours.append(here.train(here.photos, tmp_path / "cache", recipe="seed")),
-            {shown: functools.partial(here.baseline, name, split) for name, shown in names.items()},
+            {here.named(name): functools.partial(here.baseline, name, split) for name in rivals},
             images=first["num_train"] * EPOCHS,
             rounds=race.scale["train_rounds"],
             warm_up=False,
             computing=count,
         )
-    steady = [1 / float(str(result["images_per_second"])) for result in ours]
-    theirs = {name: [1 / found["images_per_second"] for found in here.done[name]] for name in rivals}
-    race.note(
-        steady_images_per_second={
-            "fastcnn": statistics.median(1 / seconds for seconds in steady),
-            **{name: statistics.median(1 / seconds for seconds in rates) for name, rates in theirs.items()},
-        },
-        steady_over={names[name]: ratios(steady, rates) for name, rates in theirs.items()},
-        threads=[result["threads"] for result in ours],
-        precision=ours[0]["precision"],
-    )
+    race.note(**here.steady(ours), threads=[result["threads"] for result in ours], precision=ours[0]["precision"])

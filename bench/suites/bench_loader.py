@@ -19,14 +19,13 @@ import torch
 import pipelines
 from bench.baselines import decoding
 from bench.harness.race import Race
-from bench.harness.step_setup import make_step
+from bench.harness.step_setup import default_engine, reference_step
 from bench.harness.timing import clocked
 from fastcnn.config import DataConfig
 from fastcnn.data import dataset
 from fastcnn.data.dataset import Dataset
 from fastcnn.data.loaders import LOADERS, Options
-from fastcnn.system.device import num_cores, pick_precision
-from fastcnn.training import engines
+from fastcnn.system.device import num_cores
 from fastcnn.training.engines import Engine
 from fastcnn.training.step import TrainingStep
 
@@ -64,24 +63,22 @@ def make_data(photos: Path, device: torch.device, scale: dict[str, Any], work_di
     return functools.cache(prepare)
 
 
-def train_with(loader: str, data: Dataset, device: torch.device, batch: int, filters: tuple[int, ...]) -> Training:
+def train_with(race: Race, loader: str, data: Dataset) -> Training:
     """Return a training with a loader, on the engine that is the default here."""
-    options = Options(device=device, batch_size=batch, decoder=data.decoder)
-    feed = LOADERS[loader](data.index, data.cache, data.photos("train"), options)
-    precision = pick_precision("auto", device, deterministic=False, strict=False)
-    step = make_step(feed, filters, batch, precision)
-    return Training(step, engines.build("graphed" if device.type == "cuda" else "eager", step)[0])
+    options = Options(device=race.device, batch_size=race.scale["batches"][0], decoder=data.decoder)
+    step = reference_step(race, LOADERS[loader](data.index, data.cache, data.photos("train"), options))
+    return Training(step, default_engine(step))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def bench_loader(race: Race, loader: str, make_data: Callable[[str], Dataset]) -> None:
     """Ours."""
-    device, batch, filters = race.device, race.scale["batches"][0], race.scale["networks"][0]
-    ours = train_with(loader, make_data(loader), device, batch, filters)
-    resident = train_with("resident", make_data("resident"), device, batch, filters)
-    baselines = {} if loader == "resident" else {"resident": clocked(resident, device)}
+    ours = train_with(race, loader, make_data(loader))
+    resident = train_with(race, "resident", make_data("resident"))
+    baselines = {} if loader == "resident" else {"resident": clocked(resident, race.device)}
     if baselines:
         resident()  # warm
+    batch = ours.step.batch_size
     race(f"{loader}, batch {batch}", ours, baselines, images=ours.images, loader=loader, batch=batch)
     score = ours.step.sums.read()
     assert score.count == ours.images * ours.num_epochs

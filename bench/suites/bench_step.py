@@ -14,7 +14,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -51,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
     best = pick_precision("auto", device, deterministic=False, strict=False)
     networks, batches = SCALES[name]["networks"], SCALES[name]["batches"]
-    if on_gpu(device):
+    if device.type == "cuda":
         precisions = ["bf16", "fp16", "fp32"] if name == "full" else [best]
         shapes = list(itertools.product(precisions, networks, batches, ENGINES))
     else:  # one thing changed at a time: all combinations would take a CPU hours
@@ -63,16 +62,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("precision", "filters", "batch", "engine"), list(dict.fromkeys(shapes)))
 
 
-def on_gpu(device: torch.device) -> bool:
-    """Return whether the device is an NVIDIA GPU."""
-    return device.type == "cuda"
-
-
 class Rivals:
     """The loops to race against on the shapes at hand; on a CPU in processes with the settings they come with."""
 
-    def __init__(self, device: torch.device, most: int | None) -> None:
-        self.device, self.most = device, most
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.shape: tuple[object, ...] = ()
         self.runs: dict[str, Apart] = {}
 
@@ -83,14 +77,14 @@ class Rivals:
             loops = {"plain fp32 loop": ("plain", "fp32"), "cached fp32 loop": ("cached", "fp32")}
             if precision != "fp32":
                 loops[f"plain {precision} loop"] = ("plain", precision)
-            elif on_gpu(self.device):
+            elif self.device.type == "cuda":
                 loops["plain tf32 loop"] = ("plain", "tf32")
-            if on_gpu(self.device):
+            if self.device.type == "cuda":
                 loops[f"max-autotune {precision} loop"] = ("max-autotune", precision)
             work = "bench.baselines.loops:random_steps"
             self.runs = {
                 name: Apart(work, loop, max(512, 2 * batch), size, filters, batch, kind)
-                for name, (loop, kind) in itertools.islice(loops.items(), self.most)
+                for name, (loop, kind) in loops.items()
             }
             for run in self.runs.values():
                 with contextlib.suppress(RivalFailed):  # the race leaves it out, and says why
@@ -105,9 +99,9 @@ class Rivals:
 
 
 @pytest.fixture(scope="module")
-def rivals(device: torch.device, scale: dict[str, Any]) -> Iterator[Rivals]:
+def rivals(device: torch.device) -> Iterator[Rivals]:
     """The loops to race against."""
-    found = Rivals(device, scale["step_rivals"])
+    found = Rivals(device)
     yield found
     found.close()
 
@@ -138,8 +132,8 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     score = step.sums.read()
     assert score.count == batch * num_steps * (rounds + 1)
     assert math.isfinite(score.loss)
-    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, race))
-    if on_gpu(device) and batch == min(race.scale["batches"]):
+    race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
+    if device.type == "cuda" and batch == min(race.scale["batches"]):
         race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
 
 
@@ -147,7 +141,7 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
 def bench_first_block(race: Race, batch: int) -> None:
     """Ours: bias, activation, pooling and batch norm of the first block, forward and backward, against torch's."""
     device, size = race.device, 128
-    if not on_gpu(device) or hybrid_forward.unavailable(device):
+    if device.type != "cuda" or hybrid_forward.unavailable(device):
         pytest.skip(hybrid_forward.unavailable(device) or "needs an NVIDIA GPU")
     from fastcnn.network.kernels.pool_norm_layer import Norm, new_counters, pool_norm
 
@@ -179,10 +173,10 @@ def bench_first_block(race: Race, batch: int) -> None:
 
 
 def shares(
-    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, race: Race
+    filters: tuple[int, ...], batch: int, size: int, precision: str, seconds: float, device: torch.device
 ) -> dict[str, float]:
     """Return a step's FLOP/s and bytes/s as shares of the machine's own rates, and the counted floor's of its time."""
-    rates = machine.rates(race.device, race.scale["rates_scale"])
+    rates = machine.rates(device)
     counted = passes(filters, batch=batch, image_size=size, element_bytes=4 if precision == "fp32" else 2)
     matrix = rates["fp32_flop_per_second" if precision == "fp32" else "bf16_flop_per_second"]
     flops, moved = sum(one.flops for one in counted), sum(one.bytes for one in counted)

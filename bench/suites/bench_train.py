@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.harness.race import Race
-from bench.harness.timing import ratios
-from bench.harness.whole_runs import Runs, named, stages, to_first_step
+from bench.harness.whole_runs import Runs, stages, to_first_step
 
 
 def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
@@ -22,14 +21,11 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     def cold() -> None:
         ours.append(runs.train(runs.photos, tmp_path / f"cache-{len(ours)}"))
 
-    def baseline(name: str) -> Callable[[], float]:
-        return lambda: runs.baseline(name, split)
-
     epochs, rounds = race.scale["epochs"], race.scale["train_rounds"]
     race(
         "cold start to the end",
         cold,
-        {named(name, runs): baseline(name) for name in runs.baselines},
+        {runs.named(name): functools.partial(runs.baseline, name, split) for name in runs.baselines},
         images=first["num_train"] * epochs,
         rounds=rounds,
         warm_up=False,
@@ -39,16 +35,10 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     warm = [runs.train(runs.photos, tmp_path / f"cache-{number}") for number in range(rounds)]
     assert all(result["num_decoded"] == 0 for result in warm)
     assert all(result["num_decoded"] > 0 for result in ours)
-    steady = [1 / result["images_per_second"] for result in ours]
-    theirs = {name: [1 / found["images_per_second"] for found in runs.done[name]] for name in runs.baselines}
     race.note(
         stages={"cold": stages(ours), "warm": stages(warm)},
         seconds_to_first_step={"cold": to_first_step(ours), "warm": to_first_step(warm)},
-        steady_images_per_second={
-            "fastcnn": statistics.median(result["images_per_second"] for result in ours + warm),
-            **{name: statistics.median(1 / rate for rate in rates) for name, rates in theirs.items()},
-        },
-        steady_over={named(name, runs): ratios(steady, rates) for name, rates in theirs.items()},
+        **runs.steady(ours, warm),
         val_accuracy={
             "fastcnn": statistics.median(result["val_accuracy"] for result in ours + warm),
             **{

@@ -9,7 +9,6 @@ import importlib
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the first benchmarks of each group, where the scale says how many."""
-    most, count = SCALES[config.getoption("--scale")]["per_group"], Counter[Path]()
-    for item in list(items):
-        count[item.path] += 1
-        if most and count[item.path] > most:
-            items.remove(item)
-
-
 OUTCOMES: dict[str, list[dict[str, str]]] = {"skipped": [], "failed": []}
 
 
@@ -56,7 +46,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
     return None if report.failed else (report.outcome if shown else "", "", "")
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
     """Keep what was left out and why, and what failed."""
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -67,11 +57,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Keep the files that could not be read: a package that they need is missing, say."""
-    if report.failed:
-        OUTCOMES["failed"].append({"name": report.nodeid})
-    elif report.skipped and isinstance(report.longrepr, tuple):
-        reason = report.longrepr[2].removeprefix("Skipped: ")
-        OUTCOMES["skipped"].append({"name": report.nodeid, "reason": reason})
+    pytest_runtest_logreport(report)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
@@ -80,7 +66,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     output_json["machine_info"] = {
         "hardware": describe_hardware(device),
         "versions": versions(),
-        "rates": machine.rates(device, SCALES[scale]["rates_scale"]),
+        "rates": machine.rates(device),
     }
     output_json["settings"] = {"scale": scale, "device": str(device), **SCALES[scale]}
     output_json.update(OUTCOMES)

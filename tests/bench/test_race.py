@@ -42,7 +42,7 @@ def test_a_rival_that_fails_is_left_out_and_named(good_rounds: int, capsys: pyte
             raise RivalFailed("CUDA out of memory")
         return 1.0
 
-    race = Race(Timed(), torch.device("cpu"), SCALES["tiny"])
+    race = Race(Timed(), torch.device("cpu"), SCALES["smoke"])
     race("ours", lambda: None, {"bad": failing, "good": lambda: 2.0}, images=8, rounds=3)
     info = race.benchmark.extra_info
     assert info["over"].keys() == info["baseline_seconds"].keys() == {"good"}
