@@ -273,6 +273,7 @@ def make_engine(state: RunState) -> Engine:
     """Return the engine for the training step; note its name and the reason for it in the state."""
     config, step = state.config, state.step
     step.parameters.compute.train()
+    state.ranks.sum_(torch.zeros(1, device=step.feed.images.device))  # NCCL connects now: no capture can hold that
     if config.engine == "auto":
         hardware = describe_hardware(step.feed.images.device)
         shape = {name: getattr(config, name) for name in ("batch_size", "precision", "augment")}
@@ -283,7 +284,6 @@ def make_engine(state: RunState) -> Engine:
             num_steps,
             signature,
             strict=config.strict,
-            slowest=state.ranks.slowest,
             one_by_one=isinstance(step.feed, BufferedFeed),
         )
     else:

@@ -79,13 +79,39 @@ class Ranks:
         """Return the longest of the times that the ranks have measured, so that all of them decide alike."""
         return self.maximum(round(seconds * 1e9))[0] / 1e9 if self.joined else seconds
 
+    def agree(self, problem: str) -> str:
+        """Return on all ranks the problem of the first that has one, with its number; "" where none has."""
+        if not self.joined:
+            return problem
+        first = self.count - self.maximum(self.count - self.rank if problem else 0)[0]
+        if first == self.count:
+            return ""
+        values = [problem]
+        with detecting_lost_ranks():
+            torch.distributed.broadcast_object_list(values, first, device=torch.device("cpu"))
+        return f"rank {first}: {values[0]}"
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Leave out the sums over the ranks for a while: for what may fail on a rank, for which the others would wait.
+
+        They agree afterwards. What is captured has to be summed, so it is not captured within.
+        """
+        if self.joined:
+            _alone.append(None)
+        try:
+            yield
+        finally:
+            if self.joined:
+                _alone.pop()
+
     def wait(self) -> None:
         """Wait until every rank calls this."""
         self.maximum(0)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks in place and return it. On a GPU this does not wait."""
-        if self.joined:
+        if self.joined and not is_alone():
             with detecting_lost_ranks():
                 torch.distributed.all_reduce(tensor)
         return tensor
@@ -138,6 +164,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+_alone: list[None] = []  # one for each `Ranks.alone` under way; of the process, as autograd has threads of its own
+
+
+def is_alone() -> bool:
+    """Return whether sums over the ranks are left out: see `Ranks.alone`."""
+    return bool(_alone)
 
 
 @contextlib.contextmanager

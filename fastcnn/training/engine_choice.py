@@ -11,7 +11,18 @@ from typing import Any
 
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
-from fastcnn.training.engines import ENGINES, Eager, Engine, Graphed, NoEngine, Step, build, graphed, on_gpu, time_step
+from fastcnn.training.engines import (
+    ENGINES,
+    Eager,
+    Engine,
+    Graphed,
+    Step,
+    build,
+    graphed,
+    on_gpu,
+    time_step,
+    try_to_make,
+)
 
 CANDIDATES = ("hybrid+graphed", "compiled+graphed")
 """Engines to try after the graphed one, which is ready in about a second."""
@@ -32,7 +43,6 @@ def choose(
     signature: str,
     *,
     strict: bool = False,
-    slowest: Callable[[float], float] = lambda seconds: seconds,
     one_by_one: bool = False,
 ) -> tuple[Engine, str, str]:
     """Return the engine that ends a run of `num_steps` soonest, its name, and why.
@@ -40,17 +50,17 @@ def choose(
     On a CPU that is eager. On a GPU the graphed engine is built and its step timed. Each of `CANDIDATES` is built and
     timed where that pays: by what an earlier run of the same `signature` measured on this machine, or, where none did,
     if the run is longer than `UNMEASURED_AFTER`. So is the best of them with `STEPS_PER_REPLAY` steps in a graph. The
-    fastest of those built is returned; all are remembered.
+    fastest of those built is returned; all are remembered. All ranks choose the same.
 
-    slowest: a time of this rank -> the longest of all ranks, so that all choose the same.
     one_by_one: whether the engine is run for a single step at a time.
     """
     if not on_gpu(step):
         return Eager(step), "eager", "compiling and capturing gain nothing on a CPU"
+    slowest = step.ranks.slowest
     engine, name = build("graphed", step, strict=strict)
-    if slowest(name == "eager"):  # on one rank at least
-        return Eager(step), "eager", "nothing can be captured here"
-    seconds = time_step(engine, step, slowest=slowest)
+    if name == "eager":
+        return engine, name, "nothing can be captured here"
+    seconds = time_step(engine, step)
     best, reasons = seconds, [f"{seconds * 1e6:,.0f} us a step when captured"]
 
     def faster(label: str, make: Callable[[Step], Engine]) -> Engine | None:
@@ -60,15 +70,12 @@ def choose(
         reasons.append(why)
         if not slowest(worth):
             return None
-        start, candidate, reason = time.perf_counter(), None, "another rank has none"
-        try:
-            candidate = make(step)
-        except NoEngine as error:
-            reason = str(error)
-        if slowest(candidate is None) or candidate is None:
-            reasons.append(f"no {label} here: {reason}")
+        start = time.perf_counter()
+        candidate, problem = try_to_make(make, step)
+        if candidate is None:
+            reasons.append(f"no {label} here: {problem}")
             return None
-        cost, its_seconds = slowest(time.perf_counter() - start), time_step(candidate, step, slowest=slowest)
+        cost, its_seconds = slowest(time.perf_counter() - start), time_step(candidate, step)
         _remember(signature, label, {"build_seconds": cost, "step_seconds": its_seconds})
         reasons.append(f"{its_seconds * 1e6:,.0f} us a step by {label}, built in {cost:,.1f} s")
         if its_seconds >= best:

@@ -22,6 +22,7 @@ from fastcnn.network.hybrid_forward import HybridForward, refusals, unavailable
 from fastcnn.network.small_cnn import SmallCNN
 from fastcnn.system.device import capture as cuda_graph
 from fastcnn.system.device import is_out_of_memory, synchronize
+from fastcnn.system.ranks import Ranks
 from fastcnn.system.switches import Compiling, compiling
 from fastcnn.training.augment import Batch
 from fastcnn.training.step import StepFunctions, TrainingStep
@@ -35,6 +36,9 @@ class Step(Protocol):
 
     num_steps: int
     """Steps from the feed's beginning to its end: no engine goes further while it tries a step out."""
+
+    ranks: Ranks
+    """Processes that take each step together; each builds its engine alone."""
 
     generator: torch.Generator | None
     """Draws what a call draws; None: torch's own, or nothing is drawn."""
@@ -94,7 +98,7 @@ class Graphed:
         self.functions, self.steps_per_replay = functions, steps_per_replay
         capture = capture or functools.partial(cuda_graph, generator=step.generator)
         eager = Eager(step, functions)
-        with rehearsal(step):
+        with rehearsal(step), step.ranks.alone():
             eager.run(min(REHEARSALS, step.num_steps))
         # A capture runs nothing, but one that breaks off may leave the RNG and the cursor where they were not.
         with rehearsal(step):
@@ -227,7 +231,7 @@ def engine(
         with compiling:
             try:
                 functions = build_functions(step)
-                with rehearsal(step):
+                with rehearsal(step), step.ranks.alone():
                     step(functions)
             except Exception as error:  # whatever dynamo, inductor, triton, the C++ compiler or the GPU trips over
                 raise NoEngine(_cause(error)) from None
@@ -272,23 +276,30 @@ NEXT_BEST = {
 
 
 def build(name: str, step: Step, *, strict: bool = False) -> tuple[Engine, str]:
-    """Return an engine and its name: the one asked for, or the next best that works, with a warning.
+    """Return an engine and its name, on all ranks the same: the one asked for, or the next best, with a warning.
 
     Raises FastCNNError instead of warning where `strict`, and where a failed capture has left a GPU that runs no step.
     """
     reason = ""
     while True:
-        try:
-            made = ENGINES[name](step)
-            if reason and name == "eager":
-                _try_out(step, reason)
+        made, problem = try_to_make(ENGINES[name], step)
+        if made and reason and name == "eager":
+            _try_out(step, reason)
+        if made:
             return made, name
-        except NoEngine as error:
-            reason = str(error)
-            # Before torch 2.12 a capture that failed counts as under way (pytorch #180395): no second one then.
-            following = "eager" if name.endswith("graphed") and _capture_under_way() else NEXT_BEST[name]
-            fall_back(f"no {name} engine here ({error}): using {following}", strict=strict)
-            name = following
+        # Before torch 2.12 a capture that failed counts as under way (pytorch #180395): no second one then.
+        under_way = name.endswith("graphed") and step.ranks.agree("yes" if _capture_under_way() else "")
+        tried, name, reason = name, "eager" if under_way else NEXT_BEST[name], problem
+        fall_back(f"no {tried} engine here ({problem}): using {name}", strict=strict)
+
+
+def try_to_make(make: Callable[[Step], Engine], step: Step) -> tuple[Engine | None, str]:
+    """Return an engine and ""; or None on all ranks, where one of them cannot make it, and why."""
+    try:
+        made, problem = make(step), step.ranks.agree("")
+    except NoEngine as error:
+        made, problem = None, step.ranks.agree(str(error) or "no reason given")
+    return None if problem else made, problem
 
 
 def _capture_under_way() -> bool:
@@ -298,7 +309,7 @@ def _capture_under_way() -> bool:
 def _try_out(step: Step, reason: str) -> None:
     """Run a step and put everything back. Raises FastCNNError where a failed capture has left nothing that runs."""
     try:
-        with rehearsal(step):
+        with rehearsal(step), step.ranks.alone():
             step()
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -312,21 +323,12 @@ def _try_out(step: Step, reason: str) -> None:
 MEASURED_SECONDS = 0.05  # of steps that are timed; shorter ones would be the clock's and the launch's
 
 
-def time_step(
-    engine: Engine,
-    step: Step,
-    num_steps: int = 20,
-    *,
-    slowest: Callable[[float], float] = lambda seconds: seconds,
-) -> float:
-    """Return the seconds per step of an engine; the step's state is restored.
+def time_step(engine: Engine, step: Step, num_steps: int = 20) -> float:
+    """Return the seconds per step of an engine on the slowest rank; the step's state is restored.
 
     The first steps are not timed: a graph's first replay brings it onto the GPU.
-
-    slowest: a time of this rank -> the longest of all ranks, so that all run as many steps: they add up gradients.
     """
-    num_steps = min(num_steps, step.num_steps)
-    device = step.state()[0].device
+    num_steps, device = min(num_steps, step.num_steps), step.state()[0].device
 
     def run(rounds: int) -> float:
         """Return the seconds of so many times the steps, each from the same state."""
@@ -342,6 +344,7 @@ def time_step(
 
     first = run(1)
     if not on_gpu(step):
-        return slowest(first) / num_steps
-    rounds = max(1, min(100, round(MEASURED_SECONDS / max(slowest(run(1)), 1e-6))))
-    return slowest(run(rounds)) / (rounds * num_steps)
+        return step.ranks.slowest(first) / num_steps
+    # As many on all ranks: they add up gradients.
+    rounds = max(1, min(100, round(MEASURED_SECONDS / max(step.ranks.slowest(run(1)), 1e-6))))
+    return step.ranks.slowest(run(rounds)) / (rounds * num_steps)

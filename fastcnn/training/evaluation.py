@@ -52,6 +52,7 @@ class EvaluationStep:
         self.probabilities = torch.zeros(count + 1, num_classes, device=device)
         self.sums = Sums(device)
         self.generator: torch.Generator | None = None  # nothing is drawn
+        self.ranks = ALONE  # nothing is summed over the ranks
 
     @property
     def functions(self) -> StepFunctions:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from fastcnn import errors
+from fastcnn.errors import FastCNNError
+from fastcnn.network.sync_layers import convert, operators
+from fastcnn.system.ranks import Ranks
 from fastcnn.training import engine_choice, engines
 from fastcnn.training.engines import Eager, Engine, Graphed, NoEngine
 from fastcnn.training.step import StepFunctions
 from tests.training.steps import (
     direct_call,
     make_feed,
+    make_model,
     make_step,
 )
 
@@ -59,7 +69,7 @@ def test_auto_takes_the_fastest_and_remembers_all(tmp_path: Path, monkeypatch: p
 
     for name in seconds:
         monkeypatch.setitem(engines.ENGINES, name, named(name))
-    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step, slowest: seconds[engine.name])
+    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step: seconds[engine.name])
 
     monkeypatch.setattr(engine_choice, "on_gpu", lambda step: True)
     step = make_step()
@@ -91,7 +101,7 @@ def test_auto_takes_several_steps_a_replay_where_that_was_faster(
     def no_engine(step: engines.Step) -> Engine:
         raise NoEngine("not here")
 
-    def time_step(engine: Graphed, step: engines.Step, slowest: Callable[[float], float]) -> float:
+    def time_step(engine: Graphed, step: engines.Step) -> float:
         return several if engine.steps_per_replay > 1 else 1e-4 if engine.functions else 4e-4
 
     for name, make in {
@@ -130,6 +140,11 @@ def test_steps_are_timed_after_a_first_run_and_long_enough(monkeypatch: pytest.M
 
 def test_ranks_time_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step adds up the gradients of all ranks: one that ran fewer would leave the others waiting."""
+
+    class Slow(Ranks):
+        def slowest(self, seconds: float) -> float:
+            return 0.025
+
     step, runs = make_step(), []
 
     class Counted:
@@ -138,9 +153,51 @@ def test_ranks_time_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engines, "synchronize", lambda device: None)
     monkeypatch.setattr(engines, "on_gpu", lambda step: True)
-    seconds = engines.time_step(Counted(), step, slowest=lambda seconds: 0.025)  # here it takes next to nothing
+    step.ranks = Slow()
+    seconds = engines.time_step(Counted(), step)  # here it takes next to nothing
     assert len(runs) == 2 + 2
     assert seconds == 0.025 / (2 * step.num_steps)
+
+
+@pytest.fixture
+def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Ranks], Any]], list[Any]]:
+    """Two threads as ranks, whose collectives wait for each other; returns what each returns, or its error."""
+    both, told, own = threading.Barrier(2), [None, None], threading.local()
+
+    def exchange(value: Any) -> list[Any]:
+        told[own.number] = value
+        both.wait(20)  # a rank that comes no more is waited for in vain
+        found = list(told)
+        both.wait(20)
+        return found
+
+    def all_reduce(tensor: Tensor, operation: Any = torch.distributed.ReduceOp.SUM) -> None:
+        parts = torch.stack(exchange(tensor.clone()))
+        tensor.copy_(parts.amax(0) if operation == torch.distributed.ReduceOp.MAX else parts.sum(0))
+
+    def all_gather(parts: list[Tensor], part: Tensor) -> None:
+        for to, value in zip(parts, exchange(part.clone()), strict=True):
+            to.copy_(value)
+
+    def broadcast(values: list[Any], source: int, device: torch.device) -> None:
+        values[:] = exchange(list(values))[source]
+
+    for name, call in (("reduce", all_reduce), ("gather", all_gather)):
+        monkeypatch.setattr(torch.distributed, f"all_{name}", call)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+
+    def run(work: Callable[[Ranks], Any]) -> list[Any]:
+        def one(number: int) -> Any:
+            own.number = number
+            try:
+                return work(Ranks(rank=number, count=2, joined=True))
+            except FastCNNError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(one, range(2)))
+
+    return run
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -148,18 +205,16 @@ def test_ranks_time_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     ("missing", "taken"), [("graphed", "eager"), ("hybrid+graphed", "compiled+graphed")], ids=["graphed", "hybrid"]
 )
 def test_ranks_choose_alike_where_one_has_no_engine(
-    missing: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    missing: str, taken: str, on_two_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two threads as ranks: each asks the other as often, whoever's engine it is that cannot be built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(engine_choice, "on_gpu", lambda step: True)
-    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step, slowest: slowest(seconds[engine.name]))
+    monkeypatch.setattr(engine_choice, "time_step", lambda engine, step: step.ranks.slowest(seconds[engine.name]))
     seconds = {"graphed": 4e-4, "hybrid+graphed": 1e-4, "compiled+graphed": 2e-4}
-    both, told, rank = threading.Barrier(2), [0.0, 0.0], threading.local()
 
     def named(name: str) -> Callable[[engines.Step], Engine]:
         def make(step: engines.Step) -> Engine:
-            if name == missing and rank.number == 1:
+            if name == missing and step.ranks.rank == 1:
                 raise NoEngine("not on this rank")
             engine = Eager(step)
             engine.name = name  # type: ignore[attr-defined]
@@ -167,21 +222,61 @@ def test_ranks_choose_alike_where_one_has_no_engine(
 
         return make
 
-    def slowest(value: float) -> float:
-        told[rank.number] = value
-        both.wait(60)  # a rank that asks no more is waited for in vain
-        longest = max(told)
-        both.wait(60)
-        return longest
-
-    def choose(number: int) -> str:
-        rank.number = number
-        return engine_choice.choose(make_step(), 10**6, "x", slowest=slowest)[1]
-
     for name in seconds:
         monkeypatch.setitem(engines.ENGINES, name, named(name))
-    with ThreadPoolExecutor(2) as ranks:
-        assert list(ranks.map(choose, range(2))) == [taken] * 2
+    assert on_two_ranks(lambda ranks: engine_choice.choose(make_step(ranks=ranks), 10**6, "x")[1]) == [taken] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("steps_before", [0, 1], ids=["at once", "in the midst"])
+def test_an_engine_that_one_rank_cannot_build_is_nobodys(
+    steps_before: int, on_two_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait for its sums for ever: what tries an engine out sums nothing up, then all agree."""
+
+    def functions_of(step: engines.Step) -> StepFunctions:
+        left = itertools.count(-steps_before)
+
+        def read() -> Any:
+            if step.ranks.rank == 1 and next(left) >= 0:
+                raise RuntimeError("no compiler here")
+            return step.functions.read()
+
+        return dataclasses.replace(step.functions, read=read)
+
+    def captured(step: engines.Step, functions: StepFunctions | None = None) -> Graphed:
+        try:
+            return Graphed(step, functions, capture=direct_call)
+        except RuntimeError as error:
+            raise NoEngine(str(error)) from None
+
+    def train(ranks: Ranks, *, strict: bool = False) -> tuple[str, Tensor]:
+        own = copy.deepcopy(model)
+        convert(own, ranks, batch_norm=True)
+        step = make_step(model=own, ranks=ranks)
+        engine, name = engines.build("hybrid+graphed", step, strict=strict)
+        engines.time_step(engine, step)
+        step.start_epoch(0, 1)
+        engine.run(3)
+        return name, step.parameters.values
+
+    model = make_model()
+    operators()  # not by two threads at once
+    monkeypatch.setitem(engines.ENGINES, "hybrid+graphed", engines.engine(functions_of, captured))
+    monkeypatch.setitem(engines.ENGINES, "graphed", captured)
+    told: list[str] = []  # by threads, for whom pytest catches no warnings
+
+    def fall_back(message: str, *, strict: bool) -> None:
+        told.append(message)
+        errors.fall_back(message, strict=strict)
+
+    monkeypatch.setattr(engines, "fall_back", fall_back)
+    (first, weights), (second, same) = on_two_ranks(train)
+    assert first == second == "graphed"
+    assert told == ["no hybrid+graphed engine here (rank 1: no compiler here): using graphed"] * 2
+    assert torch.equal(weights, same)
+    both = on_two_ranks(lambda ranks: train(ranks, strict=True))
+    assert [str(error) for error in both] == [f"{told[0]} (an error because of --strict)"] * 2
 
 
 def test_an_engine_history_that_is_damaged_is_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
