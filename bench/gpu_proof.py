@@ -23,9 +23,9 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.proof.lines import AGAIN, NO_TIME, OUT_OF_TIME, Line, Proof, is_late
 
@@ -40,23 +40,14 @@ SECONDS = {1: 290.0, 2: 350.0, 3: 470.0}
 SMALL_SECONDS = 1800.0  # of a phase, whose parts have no limits: it takes two minutes, but on a busy CPU
 
 
-@dataclass(frozen=True)
-class Step:
-    """Named part of a phase: a function of this project, or a command, in a process of its own."""
+class Step(NamedTuple):
+    """Named part of a phase: a function of this project in a process of its own."""
 
     name: str
     limit: float
     """Seconds after which it is ended, but for the small form."""
-    function: str = ""
+    function: str
     """module:name of what takes the Proof."""
-    command: Callable[[Proof], Sequence[str]] | None = None
-
-
-def group_of_one(proof: Proof) -> list[str]:
-    """Return the command that times a process group of this process alone, by NCCL on a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-W", "default", "-p", "no:cacheprovider"]
-    command += [f"--scale={'tiny' if proof.small else 'gpu'}", f"--lines={proof.out / 'rows.jsonl'}"]
-    return [*command, str(ROOT / "bench" / "suites" / "bench_ranks.py")]
 
 
 RUNS, WHY, TRUTH = "bench.proof.machine_and_steps", "bench.proof.causes", "bench.proof.truth"
@@ -83,7 +74,7 @@ PHASES: dict[int, list[Step]] = {
         Step("JPEG", 90, f"{TRUTH}:jpegs"),
         Step("parity", 150, f"{TRUTH}:parity"),
         Step("memory that runs out", 90, f"{TRUTH}:memory"),
-        Step("group of one", 60, command=group_of_one),
+        Step("group of one", 60, f"{TRUTH}:group_of_one"),
     ],
 }
 """Phase -> its steps in turn. What may take the GPU with it comes last."""
@@ -163,7 +154,7 @@ def run_step(proof: Proof, step: Step, limit: float) -> int:
         code = _run(proof, step, deadline)
         before, size = size, _num_ended(proof)
         timed_out = time.time() >= deadline - 0.5
-        if step.command or timed_out or not (code == AGAIN or code < 0) or size == before:
+        if timed_out or not (code == AGAIN or code < 0) or size == before:
             break
     if timed_out and code < 0:
         for line in {line["figure"]: line for line in proof.own_lines() if line["step"] == step.name}.values():
@@ -179,14 +170,10 @@ def _num_ended(proof: Proof) -> int:
 
 def _run(proof: Proof, step: Step, deadline: float) -> int:
     mark = f"{proof.session}/{step.name}"
-    command = step.command(proof) if step.command else _function_command(proof, step)
-    environment = {
-        **os.environ,
-        **proof.environment(deadline=deadline - 2, step=step.name),
-        MARK: mark,
-        "PYTHONUNBUFFERED": "1",
-    }
-    environment |= {"XDG_CACHE_HOME": str(proof.work / "cache"), "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "bench.gpu_proof", str(proof.out), "--phase", str(proof.phase)]
+    command += [*(["--small"] if proof.small else []), "--step", step.function]
+    environment = {**os.environ, **proof.environment(deadline=deadline - 2, step=step.name), MARK: mark}
+    environment |= {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(proof.work / "cache"), "WANDB_MODE": "disabled"}
     log = proof.out / "logs" / f"{proof.phase}-{step.name.replace(' ', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -202,11 +189,6 @@ def _run(proof: Proof, step: Step, deadline: float) -> int:
             process.wait()
 
 
-def _function_command(proof: Proof, step: Step) -> list[str]:
-    command = [sys.executable, "-m", "bench.gpu_proof", str(proof.out), "--phase", str(proof.phase)]
-    return [*command, *(["--small"] if proof.small else []), "--step", step.function]
-
-
 def end_all(mark: str) -> None:
     """End every process that a step started, those in sessions of their own too (torchrun's ranks, say)."""
     wanted = f"{MARK}={mark}".encode()
@@ -220,12 +202,10 @@ def end_all(mark: str) -> None:
 def pack(out: Path) -> tuple[Path, list[str]]:
     """Write OUT.tar.gz below 15 MB, the lines first, small files before large ones; return it and what is left out."""
     target = out.with_name(f"{out.name}.tar.gz")
-    files = [
-        path for path in out.rglob("*") if path.is_file() and path.relative_to(out).parts[0] not in ("work", "site")
-    ]
+    found = (path for path in out.rglob("*") if path.is_file())
+    files = [path for path in found if path.relative_to(out).parts[0] not in ("work", "site")]
     files.sort(key=lambda path: (path.name != "lines.jsonl", path.stat().st_size))
-    left_out: list[str] = []
-    total = 0
+    left_out, total = list[str](), 0
     with tarfile.open(target.with_name(f".{target.name}"), "w:gz") as tar:
         for path in files:
             total += path.stat().st_size

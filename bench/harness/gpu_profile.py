@@ -11,8 +11,8 @@ import torch
 from bench.harness.timing import synchronize
 
 
-def count_events(run: Callable[[], object], num_steps: int, device: torch.device) -> dict[str, float]:
-    """Return kernels and operators a step, the GPU's idle share and synchronisations; `run` does `num_steps`."""
+def events_of(run: Callable[[], object], device: torch.device) -> list[Any]:
+    """Return the profiler's events of what `run` does; on a GPU those of its kernels, too."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -21,10 +21,12 @@ def count_events(run: Callable[[], object], num_steps: int, device: torch.device
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=activities) as trace:
             run()
-        return _counted(list(trace.events() or []), num_steps)
+        return list(trace.events() or [])
 
 
-def _counted(events: list[Any], num_steps: int) -> dict[str, float]:
+def count_events(run: Callable[[], object], num_steps: int, device: torch.device) -> dict[str, float]:
+    """Return kernels a step, the GPU's idle share and synchronisations; `run` does `num_steps`."""
+    events = events_of(run, device)
     kernels = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
@@ -37,6 +39,4 @@ def _counted(events: list[Any], num_steps: int) -> dict[str, float]:
         "kernels_per_step": len(kernels) / num_steps,
         "idle_share": 1 - busy / span if span else 0.0,
         "synchronisations": sum(event.name in waits for event in events),
-        "host_to_device_copies": sum("HtoD" in event.name for event in events),
-        "operators_per_step": sum(event.name.startswith("aten::") for event in events) / num_steps,
     }

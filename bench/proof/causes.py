@@ -10,7 +10,6 @@ import functools
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -19,11 +18,23 @@ from pathlib import Path
 import torch
 
 from bench.baselines import loops
+from bench.harness.gpu_profile import events_of
 from bench.harness.step_setup import run_steps
-from bench.harness.timing import clocked, repeated, synchronize
-from bench.proof.ideas import FILTERS, ON_GPU, batches, step_of
+from bench.harness.timing import repeated, synchronize
+from bench.proof.ideas import batches
 from bench.proof.lines import Line, NotHere, Proof
-from bench.proof.machine_and_steps import DEVICE, ROOT, TABLE, step_rate
+from bench.proof.machine_and_steps import (
+    DEVICE,
+    ON_GPU,
+    REFERENCE,
+    ROOT,
+    SMALL,
+    TABLE,
+    built,
+    slices,
+    step_of,
+    step_rate,
+)
 from fastcnn.system.switches import torch_settings
 from fastcnn.training import engines
 
@@ -54,26 +65,18 @@ def kernel_tables(proof: Proof) -> None:
 
 def kernel_table(name: str, batch: int, path: Path, *, small: bool, num_steps: int = 16) -> Line:
     """Return launches and time of a step, and write a row a kernel (on a CPU an operator): name, launches, time."""
-    from bench.suites.bench_step import ENGINES
-
-    if "graphed" in name and not ON_GPU:
-        raise NotHere("CUDA graphs need an NVIDIA GPU")
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + ON_GPU]
-    kind = "CUDA" if ON_GPU else "CPU"
-    torch._dynamo.reset()
     with torch_settings(DEVICE, threads=None, deterministic=False):
-        step = step_of(batch, small=small)
-        try:
-            engine = ENGINES[name](step)
-        except engines.NoEngine as error:
-            raise NotHere(str(error)) from None
-        run_steps(step, engine, num_steps)
-        synchronize(DEVICE)
-        with torch.profiler.profile(activities=activities) as trace:
+        step, engine, _ = built(name, batch, small=small)
+
+        def steps() -> None:
             run_steps(step, engine, num_steps)
             synchronize(DEVICE)
+
+        steps()
+        events = events_of(steps, DEVICE)
+    kind = "CUDA" if ON_GPU else "CPU"
     times: dict[str, list[float]] = defaultdict(list)
-    for event in trace.events() or []:
+    for event in events:
         if str(event.device_type).endswith(kind) and (ON_GPU or event.name.startswith("aten::")):
             times[event.name].append(event.time_range.end - event.time_range.start)
     rows = sorted(times.items(), key=lambda row: -sum(row[1]))
@@ -107,21 +110,18 @@ def _counters(proof: Proof) -> Line:
     command = [tool, "--csv", "--clock-control", "none", "--metrics", ",".join(COUNTERS)]
     command += ["--kernel-name", f"regex:^({'|'.join(map(re.escape, names))})$", "--launch-skip", "30"]
     command += ["--launch-count", "60", sys.executable, "-m", "bench.proof.causes"]
-    done = subprocess.run(
-        [*command, WATCHED, str(batches(proof)[-1]), "4"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command += [WATCHED, str(batches(proof)[-1]), "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     (proof.out / "ncu.csv").write_text(done.stdout, encoding="utf-8")
     lines = done.stdout.splitlines()
     head = next((at for at, line in enumerate(lines) if line.startswith('"ID"')), None)
     if head is None:
         raise RuntimeError(f"ncu gave no table: {(done.stdout + done.stderr)[-500:]}")
-    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, str]] = defaultdict(dict)
     for row in csv.DictReader(lines[head:]):
-        if row["Metric Name"] in COUNTERS:
-            found[row["Kernel Name"]][COUNTERS[row["Metric Name"]]].append(
-                f"{row['Metric Value']} {row['Metric Unit']}"
-            )
-    return {"kernels": {name: {key: values[-1] for key, values in row.items()} for name, row in found.items()}}
+        if counter := COUNTERS.get(row["Metric Name"]):
+            found[row["Kernel Name"]][counter] = f"{row['Metric Value']} {row['Metric Unit']}"  # of its last launch
+    return {"kernels": found}
 
 
 def sanitizers(proof: Proof) -> None:
@@ -139,12 +139,11 @@ def _sanitized(proof: Proof, tool: str) -> Line:
     command += ["--error-exitcode", "9", *plain]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     (proof.out / f"{tool}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
-    said = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+    said = [line for line in done.stdout.splitlines() if "SUMMARY" in line] or [""]
     if done.returncode:
-        raise RuntimeError(
-            f"exit code {done.returncode}: {(said or (done.stdout + done.stderr).splitlines() or [''])[-1]}"
-        )
-    return {"summary": said[-1] if said else ""}
+        last = (done.stdout + done.stderr).splitlines() or [""]
+        raise RuntimeError(f"exit code {done.returncode}: {said[-1] or last[-1]}")
+    return {"summary": said[-1]}
 
 
 def _tool(name: str) -> str:
@@ -163,21 +162,15 @@ def rivals(proof: Proof) -> None:
     """Write the plain loops at two shapes, TF32 by that name, torch's max-autotune among them. Ours beside them."""
     from bench.suites.bench_step import ENGINES
 
-    size, filters = (32, (8,) * 5) if proof.small else (128, FILTERS)
-    kinds = [
-        ("plain", "fp32"),
-        ("plain", "tf32"),
-        ("plain", "bf16"),
-        ("max-autotune", "bf16"),
-        ("max-autotune", "tf32"),
-    ]
+    kinds = [("plain", "fp32"), ("plain", "tf32"), ("plain", "bf16")]
+    kinds += [("max-autotune", "bf16"), ("max-autotune", "tf32")]
     for batch in (8, 16) if proof.small else (32, 2048):
         for name in ("hybrid+graphed", "graphed") if ON_GPU else ("eager",):
             if name in ENGINES:
                 work = functools.partial(step_rate, name, "bf16" if ON_GPU else "fp32", batch, small=proof.small)
                 proof.measure(f"rivals: ours, {name}, bf16, batch {batch}", work, limit=90.0, least=8.0)
         for loop, precision in kinds if ON_GPU else kinds[:1]:
-            work = functools.partial(_rival, loop, precision, batch, size, filters)
+            work = functools.partial(_rival, loop, precision, batch, *(SMALL if proof.small else REFERENCE))
             least = 30.0 if loop == "max-autotune" else 5.0
             proof.measure(f"rivals: {loop}, {precision}, batch {batch}", work, limit=120.0, least=least)
 
@@ -185,17 +178,9 @@ def rivals(proof: Proof) -> None:
 def _rival(loop: str, precision: str, batch: int, size: int, filters: tuple[int, ...]) -> Line:
     torch._dynamo.reset()
     step = loops.random_steps(loop, max(512, 4 * batch), size, filters, batch, precision)
-    for _ in range(3):
-        step()
-    count = max(3, round(0.2 / clocked(step, DEVICE)()))
-    run = clocked(repeated(step, count), DEVICE)
-    seconds = [run() / count for _ in range(5)]
+    found = slices(lambda count: repeated(step, count)(), batch)
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    return {
-        "images_per_second": round(batch / statistics.median(seconds), 1),
-        "step_us": [round(1e6 * found(seconds), 2) for found in (min, statistics.median, max)],
-        "tf32": {"convolutions": flags[0], "matrices": flags[1]},
-    }
+    return {**found, "tf32": {"convolutions": flags[0], "matrices": flags[1]}}
 
 
 def main(engine: str, batch: str, num_steps: str) -> None:

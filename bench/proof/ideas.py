@@ -10,17 +10,14 @@ from unittest import mock
 
 import torch
 
-from bench.harness.step_setup import make_step, num_images, random_feed, run_steps
+from bench.harness.step_setup import random_feed, run_steps
 from bench.harness.timing import clocked, repeated
 from bench.proof.lines import Line, NotHere, Proof
-from bench.proof.machine_and_steps import DEVICE
-from fastcnn.system.device import pick_precision
+from bench.proof.machine_and_steps import DEVICE, ON_GPU, step_of
 from fastcnn.system.switches import torch_settings
 from fastcnn.training import engines
 from fastcnn.training.step import StepFunctions, TrainingStep
 
-ON_GPU = DEVICE.type == "cuda"
-FILTERS = (32,) * 5
 Variants = Mapping[str, Callable[[], object]]
 """Name -> what is timed."""
 
@@ -28,13 +25,6 @@ Variants = Mapping[str, Callable[[], object]]
 def batches(proof: Proof) -> tuple[int, ...]:
     """Return the batch sizes of this form."""
     return (8,) if proof.small else (32, 2048)
-
-
-def step_of(batch: int, *, small: bool) -> TrainingStep:
-    """Return a step of the reference network, or of a tiny one, in the machine's best precision."""
-    precision = pick_precision("auto", DEVICE, deterministic=False, strict=False)
-    feed = random_feed(DEVICE, num_images(DEVICE, batch), 32 if small else 128)
-    return make_step(feed, (8,) * 5 if small else FILTERS, batch, precision)
 
 
 def ideas(proof: Proof) -> None:
@@ -75,21 +65,9 @@ def _parts(batch: int, small: bool) -> Variants:
     return {name: _running(step, functions) for name, functions in kinds.items()}
 
 
-def _running(
-    step: TrainingStep, functions: StepFunctions | None = None, steps_per_replay: int = 1
-) -> Callable[[], None]:
-    if ON_GPU:
-        engine: engines.Engine = engines.graphed(step, functions, steps_per_replay)
-    else:
-        engine = engines.Eager(step, functions)
+def _running(step: TrainingStep, functions: StepFunctions) -> Callable[[], None]:
+    engine = engines.graphed(step, functions) if ON_GPU else engines.Eager(step, functions)
     return lambda: run_steps(step, engine, 8)
-
-
-def _replays(batch: int, small: bool) -> Variants:
-    step = step_of(batch, small=small)
-    if not ON_GPU:
-        raise NotHere("CUDA graphs need an NVIDIA GPU")
-    return {f"{count} a replay": _running(step, steps_per_replay=count) for count in (1, 8)}
 
 
 def _meeting(batch: int, small: bool) -> Variants:
@@ -140,10 +118,8 @@ def _gathers(batch: int, small: bool) -> Variants:
     """A batch out of (M, H, W, 3) uint8: as the step does, by indexing, and in words of 16 bytes."""
     size = 32 if small else 128
     images = random_feed(DEVICE, 16 * batch, size).images
-    words, chosen = (
-        images.view(len(images), -1).view(torch.complex128),
-        torch.randperm(len(images), device=DEVICE)[:batch],
-    )
+    words = images.view(len(images), -1).view(torch.complex128)
+    chosen = torch.randperm(len(images), device=DEVICE)[:batch]
     return {
         "index_select": lambda: images.index_select(0, chosen),
         "indexing": lambda: images[chosen],
@@ -153,11 +129,8 @@ def _gathers(batch: int, small: bool) -> Variants:
 
 def _channels(batch: int, small: bool) -> Variants:
     """The first convolution, forward and weight gradient, with 3 channels and with some that are zero."""
-    size, dtype, found = (
-        32 if small else 128,
-        torch.bfloat16 if ON_GPU else torch.float32,
-        dict[str, Callable[[], object]](),
-    )
+    size, dtype = 32 if small else 128, torch.bfloat16 if ON_GPU else torch.float32
+    found: dict[str, Callable[[], object]] = {}
     for channels in (3, 4, 8):
         x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
         conv = torch.nn.Conv2d(channels, 32, 3, padding=1, bias=False).to(DEVICE, dtype)
@@ -171,7 +144,6 @@ def _channels(batch: int, small: bool) -> Variants:
 
 IDEAS: dict[str, Callable[[int, bool], Variants]] = {
     "own kernels by part": _parts,
-    "steps a replay": _replays,
     "one launch or two": _meeting,
     "early launches that do not meet": functools.partial(_early, False),
     "early launches": functools.partial(_early, True),

@@ -93,19 +93,18 @@ class Proof:
         """Yield the lines of this card and this form."""
         return (line for line in self.lines() if (line["card"], line["small"]) == (self.card, self.small))
 
-    def latest(self, figure: str) -> Line | None:
-        """Return the last line of a figure."""
+    def latest(self, figure: str, *outcomes: str) -> Line | None:
+        """Return the last line of a figure, of those outcomes where some are given."""
         found = [line for line in self.own_lines() if line["figure"] == figure]
-        return found[-1] if found else None
+        return next((line for line in reversed(found) if not outcomes or line["outcome"] in outcomes), None)
 
     def measured(self, figure: str) -> bool:
         """Return whether a figure is there."""
-        return any(line["figure"] == figure and line["outcome"] == "measured" for line in self.own_lines())
+        return self.latest(figure, "measured") is not None
 
     def values(self, figure: str) -> Line:
         """Return the values of a figure; none where it was not measured."""
-        found = [line for line in self.own_lines() if line["figure"] == figure and line["outcome"] == "measured"]
-        return dict(found[-1].get("values", {})) if found else {}
+        return dict((self.latest(figure, "measured") or {}).get("values", {}))
 
     def write(self, figure: str, outcome: str, **more: Any) -> None:
         """Add a line: more is seconds, reason or values."""
@@ -139,9 +138,8 @@ class Proof:
             return None
         self.write(figure, "started")
         start = time.perf_counter()
-        signal.alarm(
-            0 if self.small else max(1, round(limit))
-        )  # its default action ends the process, whatever that waits for
+        # Its default action ends the process, whatever that waits for.
+        signal.alarm(0 if self.small else max(1, round(limit)))
         try:
             values = work()
         except NotHere as reason:

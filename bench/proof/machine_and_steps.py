@@ -12,21 +12,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from bench.harness import machine
-from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
+from bench.harness.step_setup import make_step, num_images, random_feed, run_steps
 from bench.harness.timing import clocked
 from bench.proof.lines import NO_TIME, Line, NotHere, Proof
 from fastcnn.system.device import describe_hardware, peak_memory_bytes, pick_precision, versions
 from fastcnn.system.switches import torch_settings
-from fastcnn.training.engines import NoEngine
+from fastcnn.training.engines import Engine, NoEngine
+from fastcnn.training.step import TrainingStep
 
 ROOT = Path(__file__).resolve().parents[2]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+REFERENCE, SMALL = (128, (32,) * 5), (32, (8,) * 5)
+"""Image size and filters of the network in both forms."""
 PACKAGES = "pytest xdist pytest_timeout pytest_benchmark triton nvidia.dali nvidia.nvimgcodec simplejpeg platformdirs"
 PACKAGES += " pydantic yaml click rich wandb matplotlib torchvision scipy"
 PROCESSES = 6
@@ -40,7 +44,7 @@ def versions_here(proof: Proof) -> None:
 
     def found() -> Line:
         missing = [name for name in PACKAGES.split() if not installed(name)]
-        driver = torch.cuda.get_device_properties(0) if DEVICE.type == "cuda" else "none"
+        driver = torch.cuda.get_device_properties(0) if ON_GPU else "none"
         return {
             "hardware": describe_hardware(DEVICE),
             "versions": versions(),
@@ -65,7 +69,7 @@ def rates_here(proof: Proof) -> None:
 
     def found() -> Line:
         rates = dict(machine.rates(DEVICE))
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             rates["fp16_flop_per_second"] = machine.matrix_rate(torch.float16, DEVICE)
             with torch_settings(DEVICE, threads=None, deterministic=False, tf32=True):
                 rates["tf32_flop_per_second"] = machine.matrix_rate(torch.float32, DEVICE)
@@ -85,7 +89,7 @@ def kernel_tests(proof: Proof) -> None:
 
     Last, as one that goes astray may take the GPU with it.
     """
-    marks = "not long" if proof.small or DEVICE.type == "cuda" else "cuda and not long"
+    marks = "not long" if proof.small or ON_GPU else "cuda and not long"
     run_tests(proof, [file for file in test_files(proof) if "network" in file.parts], marks)
 
 
@@ -105,7 +109,7 @@ def run_tests(proof: Proof, files: Sequence[Path], marks: str) -> None:
     Warnings are no errors: another torch than the pinned one may have its own.
     """
     if not installed("pytest"):
-        proof.measure("tests", lambda: _missing("pytest"))
+        proof.write("tests", "skipped", reason="pytest is not installed")
         return
     options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "bench.proof.pytest_lines", "-rf"]
     options += ["--benchmark-disable"] if installed("pytest_benchmark") else []
@@ -121,10 +125,6 @@ def run_tests(proof: Proof, files: Sequence[Path], marks: str) -> None:
         list(pool.map(lambda group: _pytest(proof, options, group), groups))
 
 
-def _missing(package: str) -> Line:
-    raise NotHere(f"{package} is not installed")
-
-
 def _pytest(proof: Proof, options: Sequence[str], files: Sequence[Path]) -> None:
     """Run some files in a process group of their own, ended when its time is over."""
     figure, left = f"tests of {', '.join(path.stem for path in files)}", proof.seconds_left() - 3
@@ -132,9 +132,8 @@ def _pytest(proof: Proof, options: Sequence[str], files: Sequence[Path]) -> None
         proof.write(figure, "skipped", reason=NO_TIME)
         return
     limit = min(left, FILE_SECONDS if len(files) == 1 else left)
-    with subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, *map(str, files)], cwd=ROOT, start_new_session=True
-    ) as process:
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -157,7 +156,7 @@ def step_table(proof: Proof) -> None:
     best = pick_precision("auto", DEVICE, deterministic=False, strict=False)
     shapes = [("bf16", 32), ("bf16", 2048), ("bf16", 256), ("fp16", 32), ("fp32", 32)]
     shapes += [("fp16", 2048), ("fp16", 256)]
-    if DEVICE.type != "cuda" or proof.small:
+    if not ON_GPU or proof.small:
         shapes = [(best, 8), ("fp32", 8)]
     for engine in TABLE:
         for precision, batch in shapes if engine in ENGINES else []:
@@ -168,33 +167,47 @@ def step_table(proof: Proof) -> None:
 
 def step_rate(name: str, precision: str, batch: int, *, small: bool) -> Line:
     """Return images a second of an engine on the reference network (a tiny one in the small form): five slices."""
-    from bench.suites.bench_step import ENGINES
-
-    if "graphed" in name and DEVICE.type != "cuda":  # before anything is compiled for it
-        raise NotHere("CUDA graphs need an NVIDIA GPU")
-    torch._dynamo.reset()
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    size, filters = (32, (8,) * 5) if small else (128, (32,) * 5)
     with torch_settings(DEVICE, threads=None, deterministic=False):
-        step = make_step(random_feed(DEVICE, num_images(DEVICE, batch), size), filters, batch, precision)
-        start = time.perf_counter()
-        try:
-            engine = ENGINES[name](step)
-        except NoEngine as error:
-            raise NotHere(str(error)) from None
-        build_seconds = time.perf_counter() - start
-        count = steps_a_slice(step, engine, 0.02 if small else 0.2)
-        run = clocked(lambda: run_steps(step, engine, count), DEVICE)
-        seconds = [run() / count for _ in range(5)]
+        step, engine, build_seconds = built(name, batch, small=small, precision=precision)
+        found = slices(functools.partial(run_steps, step, engine), batch, 0.02 if small else 0.2)
         loss = step.sums.read().loss
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
+    return {**found, "build_seconds": round(build_seconds, 2), "peak_memory_bytes": peak_memory_bytes(DEVICE)}
+
+
+def built(name: str, batch: int, *, small: bool, precision: str = "") -> tuple[TrainingStep, Engine, float]:
+    """Return a step, its engine and the seconds that building this took. Raises NotHere for an engine not to be had."""
+    from bench.suites.bench_step import ENGINES
+
+    if "graphed" in name and not ON_GPU:  # before anything is compiled for it
+        raise NotHere("CUDA graphs need an NVIDIA GPU")
+    torch._dynamo.reset()
+    step, start = step_of(batch, small=small, precision=precision), time.perf_counter()
+    try:
+        return step, ENGINES[name](step), time.perf_counter() - start
+    except NoEngine as error:
+        raise NotHere(str(error)) from None
+
+
+def step_of(batch: int, *, small: bool, precision: str = "") -> TrainingStep:
+    """Return a step of the reference network, or of a tiny one; precision: left out, the machine's best."""
+    size, filters = SMALL if small else REFERENCE
+    precision = precision or pick_precision("auto", DEVICE, deterministic=False, strict=False)
+    return make_step(random_feed(DEVICE, num_images(DEVICE, batch), size), filters, batch, precision)
+
+
+def slices(run: Callable[[int], object], batch: int, seconds: float = 0.2) -> Line:
+    """Return images a second of what runs a number of steps, over five slices of so many seconds."""
+    run(3)
+    count = max(3, math.ceil(3 * seconds / clocked(lambda: run(3), DEVICE)()))
+    slice_of_steps = clocked(lambda: run(count), DEVICE)
+    found = [slice_of_steps() / count for _ in range(5)]
     return {
-        "images_per_second": round(batch / statistics.median(seconds), 1),
-        "step_us": [round(1e6 * found(seconds), 2) for found in (min, statistics.median, max)],
-        "build_seconds": round(build_seconds, 2),
-        "peak_memory_bytes": peak_memory_bytes(DEVICE),
+        "images_per_second": round(batch / statistics.median(found), 1),
+        "step_us": [round(1e6 * chosen(found), 2) for chosen in (min, statistics.median, max)],
         "steps": count,
     }

@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import pipelines
 from bench.harness.machine import slug
 from bench.harness.whole_runs import Runs
 from bench.proof.lines import Line, NotHere, Proof
-from bench.proof.machine_and_steps import DEVICE, ROOT, installed
+from bench.proof.machine_and_steps import DEVICE, ON_GPU, ROOT, installed
 from fastcnn.config import Config, Interval
 from fastcnn.errors import FastCNNError
 from fastcnn.storage import checkpoint
@@ -32,7 +33,6 @@ from fastcnn.system.device import has_bf16, num_cores, release_memory
 from fastcnn.training.engines import ENGINES
 
 sys.path.insert(0, str(ROOT / "scripts"))
-ON_GPU = DEVICE.type == "cuda"
 PHOTOS_VARIABLE = "FASTCNN_PROOF_PHOTOS"
 BASELINES = ("seed", "tuned")
 SEEDS = 3
@@ -110,12 +110,9 @@ def fastest_engine(proof: Proof) -> str:
     return max(rates, key=lambda name: rates[name]) if rates else "hybrid+graphed"
 
 
-def compared(proof: Proof) -> list[tuple[str, str]]:
-    """Return the engines and precisions to compare with seed.py."""
-    if not ON_GPU:
-        return [("eager", "bf16" if has_bf16(DEVICE) else "fp32")]
-    names = [name for name in dict.fromkeys(["graphed", fastest_engine(proof)]) if name in ENGINES]
-    return [(name, precision) for precision in ("bf16", "fp16") for name in names]
+def engines_here(proof: Proof) -> list[str]:
+    """Return the engines to prove: captured ones, but for a CPU."""
+    return list(dict.fromkeys(["graphed", fastest_engine(proof)])) if ON_GPU else ["eager"]
 
 
 def parity(proof: Proof) -> None:
@@ -123,7 +120,8 @@ def parity(proof: Proof) -> None:
     from bench.parity import arms
     from bench.parity.__main__ import differences
 
-    ours = {f"{engine}, {precision}": (engine, precision) for engine, precision in compared(proof)}
+    precisions = ("bf16", "fp16") if ON_GPU else ("bf16" if has_bf16(DEVICE) else "fp32",)
+    ours = {f"{engine}, {one}": (engine, one) for one in precisions for engine in engines_here(proof)}
     how: dict[str, Any] = {"epochs": 2 if proof.small else 5, "batch_size": 8 if proof.small else 32, "lr": 1e-3}
     how |= {"schedule": "onecycle", "image_size": 32 if proof.small else 128, "threads": None}
     with arms.prepared(photos(proof, few(proof)), val_fraction=0.4, note=print, **how) as experiment:
@@ -132,17 +130,15 @@ def parity(proof: Proof) -> None:
                 if name == "seed.py":
                     work = functools.partial(arms.plain, experiment, seed)
                 else:
-                    engine, precision = ours[name]
-                    work = functools.partial(
-                        arms.fast, experiment, seed, engine=engine, precision=precision, **STRICTLY
-                    )
+                    chosen = dict(zip(("engine", "precision"), ours[name], strict=True))
+                    work = functools.partial(arms.fast, experiment, seed, **chosen, **STRICTLY)
                 proof.measure(f"parity: {name}, seed {seed}", work, limit=90.0, least=8.0)
-    runs = {
-        name: [proof.values(f"parity: {name}, seed {seed}") for seed in range(SEEDS)] for name in ("seed.py", *ours)
-    }
+
+    def runs(name: str) -> list[Line]:
+        return [proof.values(f"parity: {name}, seed {seed}") for seed in range(SEEDS)]
 
     def apart(name: str) -> Line:
-        pairs = [(a, b) for a, b in zip(runs[name], runs["seed.py"], strict=True) if a and b]
+        pairs = [(a, b) for a, b in zip(runs(name), runs("seed.py"), strict=True) if a and b]
         if len(pairs) < 2:
             raise NotHere("fewer than two seeds of both")
         found = {measure: differences(measure, pairs) for measure in ("accuracy", "held_out_losses", "train_losses")}
@@ -158,11 +154,6 @@ def config_of(proof: Proof, **options: Any) -> Config:
     size: dict[str, Any] = {"image_size": 32, "batch_size": 8, "filters": (8,)} if proof.small else {}
     shared = {"data": str(photos(proof, few(proof))), "epochs": 2, "report": False, "wandb": "disabled", **STRICTLY}
     return Config(**{**shared, **size, "deterministic": True, **options})
-
-
-def engines_here(proof: Proof) -> Sequence[str]:
-    """Return the engines to prove: captured ones, but for a CPU."""
-    return list(dict.fromkeys(["graphed", fastest_engine(proof)])) if ON_GPU else ["eager"]
 
 
 def deterministic(proof: Proof) -> None:
@@ -248,6 +239,14 @@ def _exhausted(proof: Proof, engine: str) -> Line:
     if "\n" in said:
         raise AssertionError(f"not one line: {said}")
     return {"said": said, "afterwards": fit(config, run_dir=folder / "again").summary["engine"]}
+
+
+def group_of_one(proof: Proof) -> None:
+    """Time a process group of this process alone, by NCCL on a GPU; figures go to rows.jsonl."""
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-W", "default", "-p", "no:cacheprovider"]
+    command += [f"--scale={'smoke' if proof.small else 'gpu'}", f"--lines={proof.out / 'rows.jsonl'}"]
+    command += [str(ROOT / "bench" / "suites" / "bench_ranks.py")]
+    proof.measure("group of one", lambda: {"exit_code": subprocess.run(command, cwd=ROOT, check=True).returncode})
 
 
 def jpegs(proof: Proof) -> None:

@@ -23,6 +23,10 @@ def failing(proof: Proof) -> None:
     proof.measure("after the failing one", value)
 
 
+def exiting(proof: Proof) -> None:
+    sys.exit(3)
+
+
 def dying(proof: Proof) -> None:
     """As the GPU's driver may end a process, and as a kernel may never end."""
     proof.measure("first", value)

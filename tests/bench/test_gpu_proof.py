@@ -62,8 +62,7 @@ def test_what_failed_is_tried_again_in_the_next_sitting(tmp_path: Path) -> None:
 def test_a_phase_goes_on_after_failures_and_is_repeated_where_it_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = [Step(name, 20, f"{STEPS}:{name}") for name in ("failing", "dying", "lost", "good")]
-    steps.insert(1, Step("command", 20, command=lambda proof: [sys.executable, "-c", "raise SystemExit(3)"]))
+    steps = [Step(name, 20, f"{STEPS}:{name}") for name in ("failing", "exiting", "dying", "lost", "good")]
     proof = proof_in(tmp_path)
     assert run_phase(proof, steps) == 1
     assert outcomes(proof) == {
@@ -79,9 +78,9 @@ def test_a_phase_goes_on_after_failures_and_is_repeated_where_it_failed(
     }
     said = capsys.readouterr().out
     assert "failed: failing  ZeroDivisionError: division by zero" in said
-    assert "step command: failed" in said
+    assert "step exiting: failed" in said
     with tarfile.open(tmp_path / "out.tar.gz") as tar:
-        assert {"out/lines.jsonl", "out/logs/1-command.txt", "out/summary-1.txt"} <= set(tar.getnames())
+        assert {"out/lines.jsonl", "out/logs/1-exiting.txt", "out/summary-1.txt"} <= set(tar.getnames())
     assert '| good | {"answer": 42' in (proof.out / "figures.md").read_text()
     assert run_phase(proof_in(tmp_path, session="b"), [Step("good", 20, f"{STEPS}:failing"), steps[-1]]) == 1
     assert "step good: done before" in capsys.readouterr().out
@@ -159,7 +158,7 @@ def test_phases_are_as_long_as_promised_and_their_steps_are_there() -> None:
         assert len({step.name for step in steps}) == len(steps)
         for step in steps:
             module, _, name = step.function.partition(":")
-            assert step.command or callable(getattr(importlib.import_module(module), name))
+            assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize("timeout", [True, False])
