@@ -12,7 +12,7 @@ from bench.accuracy.contenders import known, parse_seeds, parsed
 from bench.accuracy.experiment import Experiment
 from bench.harness.machine import slug
 from bench.harness.race import SCALES
-from bench.report.record import ROOT, Record, commit, own_record
+from bench.report.record import ROOT, Record, own_record
 from fastcnn.config import Config
 from fastcnn.data import dataset
 from fastcnn.errors import FastCNNError
@@ -59,7 +59,6 @@ def measure(args: argparse.Namespace, *, scale: str, budget: float, command: str
         command=command,
         settings={"scale": scale, "seeds": f"{seeds[0]}-{seeds[-1]}", **experiment.key},
         seconds=time.perf_counter() - start,
-        commit=commit(),
         skipped=measured.skipped,
         failed=measured.failed,
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 INDEX_BYTES = 1  # which of the four won
+NEURONS, NUM_CLASSES = 128, 10  # of the dense layers
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,6 @@ def passes(
     *,
     batch: int = 1,
     image_size: int = 128,
-    kernel_size: int = 3,
-    dense_neurons: int = 128,
-    num_classes: int = 10,
     element_bytes: int = 2,
 ) -> list[Pass]:
     """Return the passes of one training step, forward then backward."""
@@ -41,7 +39,7 @@ def passes(
         y = batch * out * side**2 * element_bytes
         pooled = batch * out * (side // 2) ** 2 * element_bytes
         index = batch * out * (side // 2) ** 2 * INDEX_BYTES
-        flops = 2.0 * batch * kernel_size**2 * channels * out * side**2
+        flops = 2.0 * batch * 3**2 * channels * out * side**2
         found += [
             Pass(f"block {number}: convolution", x + y, flops),
             Pass(f"block {number}: activation, pooling, statistics", y + pooled + index),
@@ -53,12 +51,7 @@ def passes(
         if number > 1:
             found.append(Pass(f"block {number}: input gradient", x + y, flops))
         channels, side = out, side // 2
-    return found + _dense_passes(channels * side**2, dense_neurons, num_classes, batch, element_bytes)
-
-
-def _dense_passes(features: int, dense_neurons: int, num_classes: int, batch: int, element_bytes: int) -> list[Pass]:
-    widths, found = [features, dense_neurons, num_classes], []
-    for name, into, out in zip(("dense", "output"), widths, widths[1:], strict=False):
+    for name, into, out in (("dense", channels * side**2, NEURONS), ("output", NEURONS, NUM_CLASSES)):
         moved = element_bytes * (batch * (into + out) + into * out)
         found.append(Pass(f"{name}: forward, weight and input gradient", 3 * moved, 6.0 * batch * into * out))
     return found

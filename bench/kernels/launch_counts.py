@@ -29,12 +29,10 @@ NO_LAUNCH = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_str
 CALLS = re.compile(r"\b(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+|\w+\.copy_)\(")
 
 
-def count_launches(
-    engine: str, precision: str, augment: Sequence[str] = (), batch: int = 32, size: int = 32
-) -> Counter[str]:
+def count_launches(engine: str, precision: str, augment: Sequence[str] = (), batch: int = 32) -> Counter[str]:
     """Return the launches of a step of the reference network: our own, and those of each part beside them."""
     strengths = [(name, STRENGTHS[name][0]) for name in augment]  # type: ignore[index]
-    step = make_step(random_feed(torch.device("cpu"), 2 * batch, size), REFERENCE, batch, precision, strengths)
+    step = make_step(random_feed(torch.device("cpu"), 2 * batch, 32), REFERENCE, batch, precision, strengths)
     counting = Counting()
     with (
         pretended_gpu(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import subprocess
 import tempfile
@@ -40,9 +41,9 @@ class Code:
     """Instructions that a warp issues."""
 
 
-def own_launches(precision: str, filters: Sequence[int] = REFERENCE, batch: int = 32, size: int = 128) -> list[Launch]:
+def own_launches(precision: str, filters: Sequence[int] = REFERENCE, batch: int = 32) -> list[Launch]:
     """Return the launches of our own kernels in a step of the hybrid engine. They are recorded, not run."""
-    step = make_step(random_feed(torch.device("meta"), 2 * batch, size), tuple(filters), batch, precision)
+    step = make_step(random_feed(torch.device("meta"), 2 * batch, 128), tuple(filters), batch, precision)
     # In fp16 the update is torch's, which has none for tensors without a device.
     with recorded_hybrid() as found, mock.patch.object(step.optimizer, "step"):
         step(engines.hybrid(step))
@@ -75,7 +76,7 @@ def _machine_code(launch: Launch) -> Code:
         kernel=launch.kernel.__name__,
         grid="x".join(map(str, launch.grid)),
         warps=launch.warps,
-        programs=launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1),
+        programs=math.prod(launch.grid),
         registers=numbers["REG"],
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=made.metadata.shared,

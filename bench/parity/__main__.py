@@ -26,10 +26,10 @@ from typing import Any
 
 from bench.harness.machine import slug
 from bench.parity import arms, curves
-from bench.parity.arms import FAST, INGREDIENTS, PLAIN, Arm, Experiment, Found
+from bench.parity.arms import FAST, INGREDIENTS, PLAIN, SHARED, Arm, Experiment, Found
 from bench.parity.equivalence import ALPHA, MOST, compare, overall
 from bench.report import tables
-from bench.report.record import Record, Row, commit, own_record, read, row_of_runs, without_paths
+from bench.report.record import Record, Row, own_record, read, row_of_runs, without_paths
 from fastcnn.errors import CheckError, FastCNNError, UsageError
 from fastcnn.runs.failures import RunInterrupted
 from fastcnn.system.device import describe_hardware, pick_device
@@ -95,12 +95,7 @@ def run(args: argparse.Namespace) -> int:
         args.data,
         val_fraction=args.val_fraction,
         note=lambda text: print(text, flush=True),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        schedule=args.schedule,
-        image_size=args.image_size,
-        threads=args.threads,
+        **{name: getattr(args, name) for name in (*SHARED, "threads")},
     ) as experiment:
         path = results_file(args, experiment)
         runs = resumed(path, args, experiment)
@@ -162,13 +157,12 @@ def results_file(args: argparse.Namespace, experiment: Experiment) -> Path:
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
     """Return the settings that a run's figures depend on, besides seed and code."""
-    names = ("epochs", "batch_size", "lr", "schedule", "image_size")
     return {
         "data": experiment.data.name,
         "num_train": len(experiment.train),
         "num_held_out": len(experiment.held_out),
         "photos": experiment.photos_key,
-        **{name: getattr(experiment, name) for name in names},
+        **{name: getattr(experiment, name) for name in SHARED},
     }
 
 
@@ -204,9 +198,8 @@ def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> Run
 
 def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skipped: dict[str, str]) -> Record:
     """Return the results file of the runs so far."""
-    largest = experiment.largest_class
-    order = [PLAIN, *INGREDIENTS]
-    rows = [row_of(args, name, runs, largest) for name in sorted(runs, key=order.index) if runs[name]]
+    names = [name for name in (PLAIN, *INGREDIENTS) if runs.get(name)]
+    rows = [row_of(args, name, runs, experiment.largest_class) for name in names]
     verdicts = {row["name"]: row["extra_info"].get("verdict", "undecided") for row in rows}
     return own_record(
         rows,
@@ -219,7 +212,6 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
             "verdict": verdicts.get(FAST, "undecided"),
         },
         seconds=sum(found["seconds"] for mine in runs.values() for found in mine.values()),
-        commit=commit(),
         skipped=[{"name": name, "reason": reason} for name, reason in skipped.items()],
     )
 
@@ -267,20 +259,15 @@ def differences(measure: str, pairs: Sequence[tuple[Found, Found]]) -> list[floa
     """
     if measure == "accuracy":
         return [ours["accuracy"] - theirs["accuracy"] for ours, theirs in pairs]
-    return [
-        statistics.fmean(_log_ratio(a, b) for a, b in zip(ours[measure], theirs[measure], strict=True))
-        for ours, theirs in pairs
-    ]
+    return [statistics.fmean(map(_log_ratio, ours[measure], theirs[measure])) for ours, theirs in pairs]
 
 
 def by_epoch(measure: str, pairs: Sequence[tuple[Found, Found]], margin: float) -> list[dict[str, Any]]:
     """Return each epoch's comparison of losses, in log ratios. The tests share their 5%, as Bonferroni has it: one in
     twenty sound experiments at the margin may have an epoch beyond it, not one epoch in twenty."""
-    count, found = len(pairs[0][0][measure]), []
-    for i in range(count):
-        ratios = [_log_ratio(ours[measure][i], theirs[measure][i]) for ours, theirs in pairs]
-        found.append(dataclasses.asdict(compare(ratios, margin, ALPHA / count)))
-    return found
+    ratios = [map(_log_ratio, ours[measure], theirs[measure]) for ours, theirs in pairs]
+    by_epoch = list(zip(*ratios, strict=True))
+    return [dataclasses.asdict(compare(epoch, margin, ALPHA / len(by_epoch))) for epoch in by_epoch]
 
 
 def _log_ratio(a: float, b: float) -> float:

@@ -34,6 +34,9 @@ from fastcnn.system.device import DTYPES
 from fastcnn.training.evaluation import BATCH_SIZE, Evaluator
 from fastcnn.training.parameters import FlatParameters
 
+SHARED = ("epochs", "batch_size", "lr", "schedule", "image_size")
+"""Options of a run, besides its seed, that its figures depend on."""
+
 Photo = tuple[Path, int]
 Found = dict[str, Any]
 """A run: accuracy (0 to 1) on the held-out photos after the last epoch, train_losses and held_out_losses (one an
@@ -160,9 +163,7 @@ def fast(experiment: Experiment, seed: int, **options: Any) -> Found:
     Whether that is the right one is judged by seed.py's labels, and so is the last epoch's loss.
     """
     start = time.perf_counter()
-    how = {
-        name: getattr(experiment, name) for name in ("epochs", "batch_size", "lr", "schedule", "image_size", "threads")
-    }
+    how = {name: getattr(experiment, name) for name in (*SHARED, "threads")}
     given = {"data": str(experiment.data), "split": str(experiment.split), "seed": seed, "max_bad": 1.0}
     config = resolve(read_recipe("seed"), how, given, {"wandb": "disabled", "report": False}, options)
     with tempfile.TemporaryDirectory(prefix="fastcnn-parity-") as folder:
@@ -212,21 +213,12 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class ChannelsLast(nn.Module):
-    """A network in channels_last layout."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, num_classes)."""
-        return self.model(images.contiguous(memory_format=torch.channels_last))  # type: ignore[no-any-return]
-
-
 def channels_last(num_classes: int, size: int) -> nn.Module:
     """Return seed.py's network in channels_last layout."""
-    return ChannelsLast(baseline.small_cnn(num_classes, size))
+    layout = torch.channels_last
+    model = baseline.small_cnn(num_classes, size).to(memory_format=layout)  # type: ignore[call-overload]
+    model.register_forward_pre_hook(lambda _, given: given[0].contiguous(memory_format=layout))
+    return model  # type: ignore[no-any-return]
 
 
 def pool_first(num_classes: int, size: int) -> nn.Module:

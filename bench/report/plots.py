@@ -45,11 +45,17 @@ class NothingToDraw(Exception):
     """The benchmarks that a picture shows were not run; the message says which."""
 
 
+def _rows(record: Record, group: str, figure: str = "images_per_second") -> list[Row]:
+    """Return a group's rows that have a figure. Raises NothingToDraw where there are none."""
+    if rows := [row for row in record.of(group) if row["extra_info"].get(figure)]:
+        return rows
+    raise NothingToDraw(f"{group} was not run")
+
+
 def throughput(plt: Any, record: Record) -> Figure:
     """Draw images/s of every contender and its baselines, a panel a group."""
-    panels: list[
-        tuple[str, float, Callable[[Axes, Any], None], Any]
-    ] = []  # title, height, what draws it, and from what
+    # Title, height, what draws it, and from what.
+    panels: list[tuple[str, float, Callable[[Axes, Any], None], Any]] = []
     for group in record.groups:
         rows = record.of(group)
         if group in ("growth", "accuracy"):
@@ -137,10 +143,7 @@ def _batch_axis(axes: Axes, batches: list[int]) -> None:
 
 def training_rate(plt: Any, record: Record) -> Figure:
     """Draw images/s from the second epoch on: fastcnn and the scripts that it was raced against."""
-    rows = [row for row in record.of("train") if "steady_images_per_second" in row["extra_info"]]
-    if not rows:
-        raise NothingToDraw("train was not run")
-    info = rows[0]["extra_info"]
+    info = _rows(record, "train", "steady_images_per_second")[0]["extra_info"]
     steady = info["steady_images_per_second"]
     figure, axes = plt.subplots(figsize=(8, 2.2))
     ours = (f"fastcnn\n{info['engine']} {info['precision']}", steady["fastcnn"], OURS)
@@ -152,9 +155,7 @@ def training_rate(plt: Any, record: Record) -> Figure:
 
 def busy(plt: Any, record: Record) -> Figure:
     """Draw images/s from the second epoch on, ours and the baseline's, by the processes that compute beside them."""
-    rows = [row for row in record.of("busy") if row["extra_info"]["steady_over"]]
-    if not rows:
-        raise NothingToDraw("busy was not run")
+    rows = _rows(record, "busy", "steady_over")
     figure, axes = plt.subplots(figsize=(8, 4))
     places, width = np.arange(len(rows)), 0.38
     scripts = dict.fromkeys(name for row in rows for name in row["extra_info"]["steady_images_per_second"])
@@ -179,10 +180,7 @@ def busy(plt: Any, record: Record) -> Figure:
 
 def stages(plt: Any, record: Record) -> Figure:
     """Draw the seconds of a cold and a warm run by stage, and the baselines' in all."""
-    rows = [row for row in record.of("train") if "stages" in row["extra_info"]]
-    if not rows:
-        raise NothingToDraw("train was not run")
-    info = rows[0]["extra_info"]
+    info = _rows(record, "train", "stages")[0]["extra_info"]
     names = [f"fastcnn, {cache} cache" for cache in info["stages"]]
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.5 * (len(names) + len(info["baseline_seconds"]))))
     left = np.zeros(len(names))
@@ -221,9 +219,7 @@ def _wrapped(name: str) -> str:
 
 def roofline(plt: Any, record: Record) -> Figure:
     """Draw steps' FLOP/s over FLOP a byte, beneath what the machine copies and multiplies, and their counted floors."""
-    rows = [row for row in record.of("step") if "flops" in row["extra_info"]]
-    if not rows:
-        raise NothingToDraw("step was not run")
+    rows = _rows(record, "step", "flops")
     figure, axes = plt.subplots(figsize=(9, 5.5))
     bandwidth = record.rates["copy_bytes_per_second"]
     intensities = [row["extra_info"]["flops"] / row["extra_info"]["bytes"] for row in rows]
@@ -262,24 +258,15 @@ def _limits(axes: Axes, rates: dict[str, float], x: Any) -> None:
     bandwidth = rates["copy_bytes_per_second"]
     for name, value in rates.items():
         if name != "copy_bytes_per_second":
-            kind = name.partition("_")[0]
-            (line,) = axes.plot(x, np.minimum(value, x * bandwidth) / 1e9, color="0.3" if kind == "bf16" else "0.6")
-            axes.annotate(
-                f"{kind} matrix products, {value / 1e9:,.0f} GFLOP/s",
-                (x[-1], value / 1e9),
-                ha="right",
-                va="bottom",
-                fontsize=9,
-                color=line.get_color(),
-            )
+            kind, end = name.partition("_")[0], (x[-1], value / 1e9)
+            colour = "0.3" if kind == "bf16" else "0.6"
+            axes.plot(x, np.minimum(value, x * bandwidth) / 1e9, color=colour)
+            text = f"{kind} matrix products, {value / 1e9:,.0f} GFLOP/s"
+            axes.annotate(text, end, ha="right", va="bottom", fontsize=9, color=colour)
+    near = x[len(x) // 12]
+    place = {"textcoords": "offset points", "xytext": (6, -6), "va": "top"}
     axes.annotate(
-        f"copying, {bandwidth / 1e9:,.0f} GB/s",
-        (x[len(x) // 12], x[len(x) // 12] * bandwidth / 1e9),
-        textcoords="offset points",
-        xytext=(6, -6),
-        va="top",
-        fontsize=9,
-        color="0.3",
+        f"copying, {bandwidth / 1e9:,.0f} GB/s", (near, near * bandwidth / 1e9), fontsize=9, color="0.3", **place
     )
 
 
@@ -327,9 +314,7 @@ def growth(plt: Any, record: Record) -> Figure:
 
 def accuracy(plt: Any, record: Record) -> Figure:
     """Draw accuracy over wall and processor time."""
-    rows = record.of("accuracy")
-    if not rows:
-        raise NothingToDraw("accuracy was not run")
+    rows = _rows(record, "accuracy")
     info = rows[0]["extra_info"]
     photos = f"{info['data']}, {info['image_size']} px, {info['num_train']:,} photos, {info['num_held_out']:,} held out"
     return learning_curves.picture(plt, rows, f"{photos}: {machine(record)}")

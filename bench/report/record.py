@@ -125,12 +125,13 @@ def own_record(rows: list[Row], **others: Any) -> Record:
         hardware=hardware,
         versions=versions() | {"scipy": metadata.version("scipy")},
         date=datetime.now(UTC).isoformat()[:19],
+        commit=_commit(),
         rows=rows,
         **others,
     )
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """Return the checkout's commit, with "+" where files were changed; None where it is not known."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:

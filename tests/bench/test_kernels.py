@@ -51,7 +51,7 @@ found = bounds.bounds("hybrid", 32)
 print(json.dumps({
     "all": found.num_launches,
     "augmented": count_launches("hybrid", "bf16", ["flip", "shift"]).total(),
-    "seconds": max(found.seconds(bounds.CARDS[0], "bf16").values()),
+    "seconds": max(found.seconds(bounds.CARDS[0]).values()),
 }))
 """
 
