@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,25 +15,38 @@ from bench.baselines.seed import Training, small_cnn
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def plain(
-    images: Tensor, labels: Tensor, filters: Sequence[int], batch_size: int, precision: str
+def loop(
+    images: Tensor, labels: Tensor, filters: Sequence[int], batch_size: int, precision: str, *, tuned: bool
 ) -> Callable[[], None]:
     """Return a step of the plain eager loop: NCHW, autocast for 16 bits, Adam, one batch after the other.
 
     images: (M, 3, H, W) fp32, normalised, on the device. labels: (M,).
+    tuned: in channels_last, compiled with mode="max-autotune", Adam fused.
     """
-    model = small_cnn(int(labels.max()) + 1, images.shape[-1], filters).to(images.device)
-    return _loop(model, images, labels, batch_size, precision, fused=False)
+    model: nn.Module = small_cnn(int(labels.max()) + 1, images.shape[-1], filters).to(images.device)
+    if tuned:
+        images = images.contiguous(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = torch.compile(model, mode="max-autotune")  # type: ignore[assignment]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=tuned)
+    dtype, at = DTYPES[precision], 0
+    scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == torch.float16)
+    order = torch.randperm(len(labels), device=images.device)
 
+    def step() -> None:
+        nonlocal at
+        if at + batch_size > len(order):
+            at = 0
+        batch = order[at : at + batch_size]
+        at += batch_size
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
-def max_autotune(
-    images: Tensor, labels: Tensor, filters: Sequence[int], batch_size: int, precision: str
-) -> Callable[[], None]:
-    """Return a step of the same loop in channels_last, compiled with mode="max-autotune", Adam fused."""
-    model = small_cnn(int(labels.max()) + 1, images.shape[-1], filters).to(images.device)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = images.contiguous(memory_format=torch.channels_last)
-    return _loop(torch.compile(model, mode="max-autotune"), images, labels, batch_size, precision, fused=True)
+    return step
 
 
 def cached(
@@ -60,7 +74,11 @@ def cached(
     return step
 
 
-LOOPS = {"plain": plain, "max-autotune": max_autotune, "cached": cached}
+LOOPS: dict[str, Callable[..., Callable[[], None]]] = {
+    "plain": functools.partial(loop, tuned=False),
+    "max-autotune": functools.partial(loop, tuned=True),
+    "cached": cached,
+}
 
 
 def random_steps(
@@ -75,28 +93,3 @@ def random_steps(
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     images = torch.randn(photos, 3, size, size, device=device)
     return LOOPS[name](images, torch.arange(photos, device=device) % 10, filters, batch_size, precision)
-
-
-def _loop(
-    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int, precision: str, *, fused: bool
-) -> Callable[[], None]:
-    assert isinstance(model, nn.Module)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
-    dtype, at = DTYPES[precision], 0
-    scaler = torch.amp.GradScaler(images.device.type, enabled=dtype == torch.float16)
-    order = torch.randperm(len(labels), device=images.device)
-
-    def step() -> None:
-        nonlocal at
-        if at + batch_size > len(order):
-            at = 0
-        batch = order[at : at + batch_size]
-        at += batch_size
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-    return step

@@ -72,16 +72,11 @@ class Probe:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin
-        assert self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
         try:
-            self._process.wait(5)
+            self._process.communicate(timeout=5)  # closes its standard input, at whose end it ends
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+            self._process.communicate()
         self._errors.close()
 
     def answer(self) -> dict[str, Any]:

@@ -168,26 +168,21 @@ def growth(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """
     if len(runs) < 2:
         return None
-    first, *larger = sorted(runs, key=lambda run: run["num_photos"])
-    points = [_point(first, first)]
-    for run in larger:
-        more_bytes = run["peak_memory_bytes"] - first["peak_memory_bytes"]
-        by_size = (run["num_photos"] - first["num_photos"]) * run["bytes_per_photo"]
-        memory = {"more_bytes": more_bytes, "more_bytes_by_size": by_size, "memory_over_sizes": more_bytes / by_size}
-        points.append(_point(run, first) | memory)
+    first, *_ = ordered = sorted(runs, key=lambda run: run["num_photos"])
+    points = []
+    for run in ordered:
+        seconds = run["photo_seconds"]["total"]
+        point = {name: run[name] for name in ("num_photos", "peak_memory_bytes")} | {"photo_seconds": seconds}
+        point["over_fewest"] = seconds / first["photo_seconds"]["total"]
+        if run is not first:
+            more_bytes = run["peak_memory_bytes"] - first["peak_memory_bytes"]
+            by_size = (run["num_photos"] - first["num_photos"]) * run["bytes_per_photo"]
+            point |= {"more_bytes": more_bytes, "more_bytes_by_size": by_size}
+            point["memory_over_sizes"] = more_bytes / by_size
+        points.append(point)
     return {
         "points": points,
         # Less is not growth: what all runs need alike is spread over more photos.
         "seconds_hold": all(point["over_fewest"] - 1 <= SECONDS_WITHIN for point in points),
         "memory_holds": all(point["memory_over_sizes"] - 1 <= MEMORY_WITHIN for point in points[1:]),
-    }
-
-
-def _point(run: dict[str, Any], fewest: dict[str, Any]) -> dict[str, float]:
-    seconds = run["photo_seconds"]["total"]
-    return {
-        "num_photos": run["num_photos"],
-        "photo_seconds": seconds,
-        "over_fewest": seconds / fewest["photo_seconds"]["total"],
-        "peak_memory_bytes": run["peak_memory_bytes"],
     }

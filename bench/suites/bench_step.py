@@ -13,21 +13,17 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from bench.harness import machine
 from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, passes
 from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
-from bench.harness.timing import Apart, RivalFailed, clocked
-from fastcnn.network import hybrid_forward
-from fastcnn.network.small_cnn import BatchNorm
+from bench.harness.timing import Apart, RivalFailed
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 from fastcnn.training.engine_choice import STEPS_PER_REPLAY
@@ -45,8 +41,6 @@ ENGINES: dict[str, Callable[[engines.Step], engines.Engine]] = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """List the combinations, the reference first: where time runs out, what is left is the least asked for."""
-    if "engine" not in metafunc.fixturenames:
-        return
     device, name = torch.device(metafunc.config.getoption("--device")), metafunc.config.getoption("--scale")
     best = pick_precision("auto", device, deterministic=False, strict=False)
     networks, batches = SCALES[name]["networks"], SCALES[name]["batches"]
@@ -135,41 +129,6 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
     if device.type == "cuda" and batch == min(race.scale["batches"]):
         race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
-
-
-@pytest.mark.parametrize("batch", [32, 2048])
-def bench_first_block(race: Race, batch: int) -> None:
-    """Ours: bias, activation, pooling and batch norm of the first block, forward and backward, against torch's."""
-    device, size = race.device, 128
-    if device.type != "cuda" or hybrid_forward.unavailable(device):
-        pytest.skip(hybrid_forward.unavailable(device) or "needs an NVIDIA GPU")
-    from fastcnn.network.kernels.pool_norm_layer import Norm, new_counters, pool_norm
-
-    channels, counters = 32, new_counters(device)
-    sums = torch.randn(batch, channels, size, size, device=device, dtype=torch.bfloat16)
-    sums = sums.to(memory_format=torch.channels_last).requires_grad_()
-    bias = torch.zeros(channels, device=device, dtype=torch.bfloat16, requires_grad=True)
-    layer = BatchNorm(channels).to(device)
-    gradient = torch.randn_like(sums[:, :, ::2, ::2])
-
-    def ours() -> Sequence[Tensor]:
-        norm = Norm(layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.momentum, layer.eps)
-        return torch.autograd.grad(pool_norm(sums, bias, "relu", norm, counters), [sums, bias], gradient)
-
-    def theirs() -> Sequence[Tensor]:
-        pooled = layer(F.relu(F.max_pool2d(sums + bias[:, None, None], 2)))
-        return torch.autograd.grad(pooled, [sums, bias], gradient)
-
-    for a, b in zip(ours(), theirs(), strict=True):
-        assert F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.98
-    race.benchmark.group = "block"
-    race(
-        f"first block after its convolution, forward and backward, bf16, {channels} filters, batch {batch}",
-        ours,
-        {"torch": clocked(theirs, device)},
-        images=batch,
-        batch=batch,
-    )
 
 
 def shares(
