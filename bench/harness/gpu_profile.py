@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.harness.timing import synchronize
+from fastcnn.system.device import synchronize
 
 
 def events_of(run: Callable[[], object], device: torch.device) -> list[Any]:

@@ -14,16 +14,11 @@ from unittest import mock
 
 import torch
 
+from fastcnn.system.device import synchronize
 from fastcnn.system.waiting import BLOCK_TIME, SPIN_COUNT
 
 Clocked = Callable[[], float]
 """Does a piece of work and returns the seconds that it took."""
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def clocked(call: Callable[[], object], device: torch.device) -> Clocked:

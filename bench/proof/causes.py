@@ -20,7 +20,7 @@ import torch
 from bench.baselines import loops
 from bench.harness.gpu_profile import events_of
 from bench.harness.step_setup import run_steps
-from bench.harness.timing import repeated, synchronize
+from bench.harness.timing import repeated
 from bench.proof.ideas import batches
 from bench.proof.lines import Line, NotHere, Proof
 from bench.proof.machine_and_steps import (
@@ -35,6 +35,7 @@ from bench.proof.machine_and_steps import (
     step_of,
     step_rate,
 )
+from fastcnn.system.device import synchronize
 from fastcnn.system.switches import torch_settings
 from fastcnn.training import engines
 

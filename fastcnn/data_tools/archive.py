@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import bz2
-import contextlib
 import gzip
 import json
 import lzma
 import shutil
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from fastcnn.data_tools import unzip
-from fastcnn.errors import DataError, FastCNNError, first_line
+from fastcnn.errors import FastCNNError
 from fastcnn.storage.files import check_space
 from fastcnn.storage.locks import locked
 from fastcnn.system.console import Console
@@ -32,8 +30,6 @@ _TARS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((".tar.xz", ".txz"), lzma.open),
 }
 SUFFIXES = (".zip", *_TARS)
-
-_DAMAGED = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, ValueError)
 
 
 def unpacked(data: str, console: Console | None = None) -> str:
@@ -94,7 +90,7 @@ def _unpack(path: Path, suffix: str, folder: Path, made_of: dict[str, int], cons
 
 def _untar(path: Path, opener: Callable[..., Any], folder: Path) -> None:
     """Write the regular files of a tar file below an empty folder, under the same rules as those of a zip file."""
-    with _explained(path), opener(path, "rb") as content:
+    with unzip.explained(path, "get it again"), opener(path, "rb") as content:
         limited = _Limited(content, max(unzip.ALWAYS_FINE, unzip.MAX_GROWTH * path.stat().st_size))
         with tarfile.open(fileobj=limited, mode="r|", errors="surrogateescape") as archive:  # type: ignore[call-overload]
             for member in archive:
@@ -126,16 +122,6 @@ class _Limited:
         if self.limit < 0:
             raise unzip.Refused(f"it unpacks to more than {unzip.MAX_GROWTH} times its size")
         return content
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except unzip.Refused as error:
-        raise DataError(f"the archive {printable(str(path))} is not unpacked: {error}; is it the right one?") from None
-    except _DAMAGED as error:
-        raise DataError(f"the archive {printable(str(path))} is damaged ({first_line(error)}): get it again") from None
 
 
 def _was_made_of(folder: Path, made_of: dict[str, int]) -> bool:

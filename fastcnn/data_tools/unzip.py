@@ -7,14 +7,18 @@ permissions: no links, no devices, no modes.
 from __future__ import annotations
 
 import contextlib
+import gzip
+import lzma
 import stat
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from fastcnn.errors import DataError, first_line
+from fastcnn.system.text import printable
 
 CHUNK = 2**20  # bytes
 MAX_GROWTH, ALWAYS_FINE = 20, 2**26  # photos do not compress: above 20 times the archive (and 64 MiB) it is a bomb
@@ -22,7 +26,8 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for g
 DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "123456789¹²³")})
 JUNK = frozenset({"__MACOSX", ".DS_Store", "Thumbs.db"})
 
-_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, RuntimeError)
+_BROKEN_FORMAT = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error)
+_DAMAGED = (*_BROKEN_FORMAT, EOFError, ValueError, OverflowError, RuntimeError)
 
 
 class Refused(Exception):
@@ -30,15 +35,21 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
+def explained(path: Path, way_on: str) -> Iterator[None]:
+    """Raise DataError where the body finds an archive, of any kind, damaged or unsafe."""
+    try:
+        yield
+    except Refused as error:
+        raise DataError(f"the archive {printable(str(path))} is not unpacked: {error}; is it the right one?") from None
+    except _DAMAGED as error:
+        raise DataError(f"the archive {printable(str(path))} is damaged ({first_line(error)}): {way_on}") from None
+
+
+@contextlib.contextmanager
 def opened(path: Path, way_on: str = "delete it and run the same command again") -> Iterator[zipfile.ZipFile]:
     """Open a zip file. Raises DataError where it is none, or where the body finds it damaged or unsafe."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except Refused as error:
-        raise DataError(f"the archive {path} is not unpacked: {error}; is it the right one?") from None
-    except _DAMAGED as error:
-        raise DataError(f"the archive {path} is damaged ({first_line(error)}): {way_on}") from None
+    with explained(path, way_on), zipfile.ZipFile(path) as archive:
+        yield archive
 
 
 def files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

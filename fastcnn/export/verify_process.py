@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -36,7 +37,9 @@ def verify_in_new_process(
         assert process.stdout
         try:
             for line in process.stdout:
-                answer = _message(line)
+                answer = {}
+                with contextlib.suppress(ValueError):  # it was cut off
+                    answer = json.loads(line)
                 if "done" in answer:
                     progress(answer["done"], answer["total"])
         except BaseException:
@@ -49,15 +52,6 @@ def verify_in_new_process(
             f"the process that verifies the export ended with code {process.returncode}: the file was not kept"
         )
     return Verification(**answer)
-
-
-def _message(line: str) -> dict[str, Any]:
-    """Return what a line of the process says; nothing if it was cut off."""
-    try:
-        message: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return {}
-    return message
 
 
 def main(path: str, run: str, moved_to: str, cache_dir: str, quick: str) -> None:

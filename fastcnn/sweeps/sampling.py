@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastcnn.sweeps.search_space import Choice, Hyperband, Normal, Parameter, Sweep
@@ -18,7 +18,8 @@ def sampler(sweep: Sweep, seed: int, number: int, attempt: int = 0) -> optuna.sa
     from optuna import samplers
 
     if sweep.method == "grid":
-        return _grid_point(sweep.grid_point(number))
+        indices = sweep.grid_point(number)
+        return _given(lambda name, distribution: distribution.choices[indices[name]])
     seed = (seed * 1_000_003 + number + attempt * 777_767_777) % 2**32
     if sweep.method == "random":
         return samplers.RandomSampler(seed=seed)
@@ -81,13 +82,7 @@ class Draft:
 
 def recorded(drawn: Mapping[str, Any]) -> optuna.samplers.BaseSampler:
     """Return the sampler that gives each parameter a known value, in Optuna's own terms."""
-    from optuna.samplers import RandomSampler
-
-    class Recorded(RandomSampler):
-        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-            return drawn[param_name]
-
-    return Recorded()
+    return _given(lambda name, distribution: drawn[name])
 
 
 def in_optunas_terms(parameter: Parameter, value: Any) -> Any:
@@ -125,13 +120,12 @@ def _label(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else json.dumps(value)
 
 
-def _grid_point(indices: Mapping[str, int]) -> optuna.samplers.BaseSampler:
+def _given(value: Callable[[str, Any], Any]) -> optuna.samplers.BaseSampler:
+    """Return the sampler that draws for a parameter what a function of its name and distribution returns."""
     from optuna.samplers import RandomSampler
 
-    class GridPoint(RandomSampler):
-        """Gives each parameter its value at a point of the grid."""
-
+    class Given(RandomSampler):
         def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-            return param_distribution.choices[indices[param_name]]
+            return value(param_name, param_distribution)
 
-    return GridPoint()
+    return Given()

@@ -28,9 +28,6 @@ SAME_FAILURES = 3  # a sweep ends when its first trials fail this often in a row
 # Options that may differ between the machines that share a sweep.
 LOCAL = frozenset({"data", "cache_dir", "device", "loader", "memory_limit", "strict", "threads", "wandb", "workers"})
 
-_STATES = {"done": "finished", "pruned": "pruned", "failed": "failed"}
-
-
 _RESUME = "run the same command to resume"
 
 
@@ -268,7 +265,7 @@ class Runner:
             if ending.reason:
                 raise FastCNNError(f"{trial.folder}: {ending.reason}; to go on with the sweep, {_RESUME}")
             return
-        record = self.study.tell(trial, _STATES[ending.state], ending.reason)
+        record = self.study.tell(trial, ending.state, ending.reason)
         if record.state == "failed":
             self.failures.append(record.reason.replace(record.folder, "its folder"))
         else:

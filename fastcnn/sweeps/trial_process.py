@@ -49,7 +49,7 @@ class Job:
 class Ending:
     """How a trial ended."""
 
-    state: Literal["done", "pruned", "failed", "stopped"]
+    state: Literal["finished", "pruned", "failed", "stopped"]
     """A stopped one is resumed by the next sweep."""
     reason: str = ""
     """Why it failed, or was stopped other than by a signal."""
@@ -218,7 +218,7 @@ def _run(job: Job, connection: Connection) -> Ending:
     try:
         with locked(Path(job.lock), lambda: None):  # waits, as the trial's previous process may not be gone yet
             _train(job, connection)
-        return Ending(state="done")
+        return Ending(state="finished")
     except Pruned:
         return Ending(state="pruned")
     except (RunInterrupted, KeyboardInterrupt):

@@ -66,7 +66,7 @@ class Scripted:
         if isinstance(event, float):
             row = {**dict.fromkeys(METRICS, event), "epoch": 1.0}
             self.on_epoch(Epoch(row=row, is_last=True))
-            return Ending(state="done")
+            return Ending(state="finished")
         if event == "pruned":
             return Ending(state="pruned")
         return Ending(state="failed", reason=str(event).format(folder=Path(self.job.run_dir).name))

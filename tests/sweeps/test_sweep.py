@@ -205,10 +205,10 @@ def test_a_process_that_dies_takes_its_trial_alone(job: Job, process: TrialProce
 
     process.on_epoch = kill_once
     assert process.run(job) == Ending(state="failed", reason="its process was ended by SIGKILL")
-    assert process.run(job) == Ending(state="done"), "in another process, from where the first one was"
+    assert process.run(job) == Ending(state="finished"), "in another process, from where the first one was"
     assert epochs == [1, 1, 2]
     process.on_epoch = lambda epoch: epochs.append(epoch.row["epoch"]) is None
-    assert process.run(job) == Ending(state="done"), "a run that is finished is not trained again"
+    assert process.run(job) == Ending(state="finished"), "a run that is finished is not trained again"
     assert epochs[3:] == [1, 2]
     job = Job(options=job.options, run_dir=f"{job.run_dir}-2", lock=job.lock)
     assert process.run(job) == Ending(state="pruned")
