@@ -89,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.step:
-        return run_function(Proof.of_this_process(), args.step)
+        module, _, name = args.step.partition(":")
+        proof = Proof.of_this_process()
+        getattr(importlib.import_module(module), name)(proof)
+        return proof.exit_code()
     if missing := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
         advice = "where there is a network, scripts/gpu_pack.sh gathers what this machine lacks, torch aside"
         print(f"gpu_proof: error: {', '.join(missing)}: not installed; {advice}", file=sys.stderr)
@@ -99,13 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out.resolve()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that steps are ended, too
     return run_phase(Proof(out, args.phase, args.small, session, time.time() + seconds), PHASES[args.phase])
-
-
-def run_function(proof: Proof, name: str) -> int:
-    """Run a step's function in this process; return the exit code of what it wrote."""
-    module, _, function = name.partition(":")
-    getattr(importlib.import_module(module), function)(proof)
-    return proof.exit_code()
 
 
 def run_phase(proof: Proof, steps: Sequence[Step]) -> int:

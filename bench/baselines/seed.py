@@ -217,13 +217,13 @@ def photos_of(args: argparse.Namespace) -> tuple[list[str], list[Photo], list[Ph
     return read_split(args.split, args.data) if args.split else split_photos(args.data, args.seed)
 
 
-def steps_a_second(losses: Iterable[object], num_steps: int = 6) -> float:
-    """Return the rate at which steps give their losses, after three that warm up."""
+def steps_a_second(losses: Iterable[object]) -> float:
+    """Return the rate at which six steps give their losses, after three that warm up."""
     steps = iter(losses)
     for _ in itertools.islice(steps, 3):
         pass
     start = time.perf_counter()
-    done = sum(1 for _ in itertools.islice(steps, num_steps))
+    done = sum(1 for _ in itertools.islice(steps, 6))
     return done / (time.perf_counter() - start)
 
 

@@ -43,6 +43,7 @@ TOOLS_VARIABLE = "FASTCNN_PROOF_TOOLS"
 """Folder of tools that stand in for ncu and compute-sanitizer, for tests: they are taken without a GPU, too."""
 WATCHED = "hybrid" if ON_GPU else "eager"
 """Engine that the tools watch."""
+NUM_STEPS = 16  # that are profiled
 COUNTERS = {
     "gpu__time_duration.sum": "seconds",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
@@ -64,13 +65,13 @@ def kernel_tables(proof: Proof) -> None:
             proof.measure(f"kernels: {engine}, batch {batch}", work, least=25.0 if "compiled" in engine else 5.0)
 
 
-def kernel_table(name: str, batch: int, path: Path, *, small: bool, num_steps: int = 16) -> Line:
+def kernel_table(name: str, batch: int, path: Path, *, small: bool) -> Line:
     """Return launches and time of a step, and write a row a kernel (on a CPU an operator): name, launches, time."""
     with torch_settings(DEVICE, threads=None, deterministic=False):
         step, engine, _ = built(name, batch, small=small)
 
         def steps() -> None:
-            run_steps(step, engine, num_steps)
+            run_steps(step, engine, NUM_STEPS)
             synchronize(DEVICE)
 
         steps()
@@ -87,10 +88,10 @@ def kernel_table(name: str, batch: int, path: Path, *, small: bool, num_steps: i
         table.writerow(["kernel", "launches a step", "us a step", "share"])
         for kernel, found in rows:
             share = f"{sum(found) / total:.4f}"
-            table.writerow([kernel, len(found) / num_steps, f"{sum(found) / num_steps:.2f}", share])
+            table.writerow([kernel, len(found) / NUM_STEPS, f"{sum(found) / NUM_STEPS:.2f}", share])
     return {
-        "launches_a_step": sum(map(len, times.values())) / num_steps,
-        "us_a_step": total / num_steps,
+        "launches_a_step": sum(map(len, times.values())) / NUM_STEPS,
+        "us_a_step": total / NUM_STEPS,
         "most": [kernel for kernel, _ in rows if not kernel.startswith(("Mem", "mem"))][:6],
         "table": path.name,
     }
