@@ -17,9 +17,16 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 mkdir -p "$out"
 path=$PWD
 if [ -d "$carry/wheels" ]; then
-  # Into a folder of its own: the environment stays as it is.
-  [ -d "$out/site" ] || "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
-    --no-cache-dir --target "$out/site" "$carry"/wheels/*.whl || { rm -rf "$out/site" && echo "no carried packages" >&2; }
+  # Into a folder of its own: the environment stays as it is. One that uv has made has no pip.
+  unpack() {
+    if "$python" -c 'import pip' 2> /dev/null; then
+      "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$out/site" "$carry"/wheels/*.whl
+    else
+      for wheel in "$carry"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$out/site" || return; done
+    fi
+  }
+  [ -d "$out/site" ] || unpack || { rm -rf "$out/site" && echo "no carried packages" >&2; }
   path=$path:$out/site
 fi
 [ -d "$carry/photos" ] && export FASTCNN_PROOF_PHOTOS=$carry/photos

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,28 @@ def test_what_a_box_without_network_lacks_is_packed(size: int, code: int, photos
     assert {path.parts[0] for path in carried} == {path.name for path in photos.iterdir() if path.is_dir()}
     assert 0 < sum((photos / path).stat().st_size for path in carried) <= 20_000_000
     assert "2 wheels and" in done.stdout
+
+
+WITHOUT_PIP = """#!/bin/sh
+case "$*" in
+  *"import pip"* | "-m pip"*) exit 1 ;;
+  "-m bench.gpu_proof"*) exec {python} -c "import carried; print(carried.__file__)" ;;
+esac
+exec {python} "$@"
+"""
+
+
+def test_what_was_carried_is_used_in_an_environment_without_pip(tmp_path: Path) -> None:
+    carry, python = tmp_path / "carry", tmp_path / "python"
+    (carry / "wheels").mkdir(parents=True)
+    with zipfile.ZipFile(carry / "wheels" / "carried-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "")
+    python.write_text(WITHOUT_PIP.format(python=sys.executable))
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CARRY": str(carry)}
+    command = [str(ROOT / "scripts" / "gpu_proof.sh"), str(tmp_path / "out"), "--phase", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(tmp_path / "out" / "site" / "carried.py"), done.stderr
 
 
 NCU = """#!{python}
