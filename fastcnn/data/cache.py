@@ -3,10 +3,11 @@
 A cache is a folder named by the hash of what determines pixels (data folder, image size, resize rule, decoder), with
 
     cache.json     header: format version and those values
-    pixels.bin     rows of (size, size, 3) uint8, only ever appended to
+    pixels.bin     rows of (size, size, 3) uint8; new photos come behind those that are there
     photos.index   the journal as arrays, where it is long (`journal_files`)
     photos.jsonl   journal, one line a photo: path, size, mtime, ctime, inode, digest of its bytes, row, CRC-32 of the
                    row or the reason why there is none, and the CRC-32 of the line
+    photos.N.jsonl the lines of rank N, until the first rank appends them to the journal
     lock           held by the run that builds the cache
 
 A photo whose path, size, times and inode are those of a line is not read. Any other is read once, and is the one whose
@@ -27,6 +28,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ import pipelines
 from fastcnn.config import DataConfig
 from fastcnn.data import cache_files, journal_files
 from fastcnn.data.arrays import Pixels, Positions
-from fastcnn.data.cache_files import CacheFiles, chunks_of, folders_in, read_header
+from fastcnn.data.cache_files import CacheFiles, Place, folders_in, read_header
 from fastcnn.data.cache_folders import default_folder
 from fastcnn.data.cached_photos import Cache, Decode
 from fastcnn.data.index import Index
@@ -65,7 +67,8 @@ def build(
 ) -> Cache:
     """Return the cache of an index, after decoding the photos that it lacks.
 
-    Ranks decode chunks in turn and append them in order, so the files are those that one process writes.
+    Ranks decode chunks and write them side by side: which row a photo gets depends on its number among the missing
+    ones alone, so the pixels are those that one process writes, and lines go to a segment of the journal a rank.
 
     Args:
         index: the photos.
@@ -87,18 +90,18 @@ def build(
         lock = locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
         with lock if ranks.first else contextlib.nullcontext() as unwritable:
             found: list[Journal] = []
-            missing = ranks.broadcast(lambda: _look(index, files, found, unwritable, config))
+            missing, row = ranks.broadcast(lambda: _look(index, files, found, unwritable, config))
             if read_header(folder) != files.header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
             with _workers(config, gpu) as decoding:
-                _decode(index, missing, files, decoding, ranks, progress)
+                _decode(index, missing, row, files, decoding, ranks, progress)
             end_early()
             if reason := decoding.note:
                 fall_back(f"photos were decoded in this process, which a damaged one may end: {reason}", strict=strict)
-            ranks.wait()  # the lock is the first rank's
+            _join_segments(folder, ranks)
             known = found[0] if found and not len(missing) else journal_files.read(folder, index.paths)
             if ranks.first and not unwritable:
                 journal_files.write_index(folder, known)
@@ -110,6 +113,15 @@ def build(
         ) from None
     decode = functools.partial(pipelines.decode, decoder=config.decoder, gpu=gpu, max_pixels=config.max_pixels)
     return _open(index, files, known, decode, len(missing), time.perf_counter() - start)
+
+
+def _join_segments(folder: Path, ranks: Ranks) -> None:
+    """Make one journal of the segments of all ranks, after each has written all of its own."""
+    if ranks.count > 1:
+        ranks.wait()
+        if ranks.first:
+            journal_files.join_segments(folder)
+    ranks.wait()  # the lock is the first rank's
 
 
 def fits_on_disk(index: Index, config: DataConfig, *, gpu: int | None = None) -> bool:
@@ -140,12 +152,14 @@ def _files(index: Index, config: DataConfig, gpu: int | None, keep_pixels: bool)
 
 def _look(
     index: Index, files: CacheFiles, found: list[Journal], unwritable: OSError | None, config: DataConfig
-) -> Positions:
-    """Read the journal of a cache into `found`; return the positions of the photos that have to be decoded.
+) -> tuple[Positions, int]:
+    """Read the journal of a cache into `found`; return the photos that have to be decoded and the first one's row.
 
     Raises `unwritable` where there are some, FastCNNError where the disk has no room for them.
     """
     files.ensure_header(unwritable)
+    if not unwritable:
+        journal_files.join_segments(files.folder)  # of a build that was interrupted
     others = folders_in(default_folder(config.cache_dir))
     known = recognise(index, files, journal_files.read(files.folder, index.paths), others, read_all=config.verify_cache)
     found.append(known)
@@ -154,7 +168,7 @@ def _look(
         raise unwritable
     advice = "`fastcnn cache clear`, or choose another place with --cache-dir"
     check_space(files.folder, len(missing) * files.row_bytes * files.keeps_pixels, "the cache", advice)
-    return missing
+    return missing, files.end_row()
 
 
 def _workers(config: DataConfig, gpu: int | None) -> Workers:
@@ -164,32 +178,28 @@ def _workers(config: DataConfig, gpu: int | None) -> Workers:
 
 
 def _decode(
-    index: Index, missing: Positions, files: CacheFiles, decoding: Workers, ranks: Ranks, progress: _Progress
+    index: Index, missing: Positions, row: int, files: CacheFiles, decoding: Workers, ranks: Ranks, progress: _Progress
 ) -> None:
-    """Decode this rank's chunks of the missing photos and append each in its turn, while the next is decoded."""
+    """Decode this rank's chunks of the missing photos, whose rows begin with `row`, and write each beside the next."""
     side, size = files.image_size, max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
-    chunks = chunks_of(missing, size)
-    mine = range(ranks.rank, len(chunks), ranks.count)
-    buffers = [shared((size, side, side, 3)) for _ in range(2 if mine else 0)]
+    starts = range(0, len(missing), size)[ranks.rank :: ranks.count]
+    buffers = [shared((size, side, side, 3)) for _ in range(2 if starts else 0)]
+
+    def write(photos: Positions, pixels: Pixels, verdicts: Sequence[pipelines.Verdict], place: Place) -> None:
+        # A file that is still as scanned now was so when it was decoded.
+        files.write_chunk(index, photos, pixels, verdicts, digests(index, photos), place)
+
     with ThreadPoolExecutor(1) as writer:
         writing = writer.submit(lambda: None)
-        for number in mine:
-            photos = chunks[number]
+        for start in starts:
+            photos = missing[start : start + size]
             buffers.reverse()
             pixels = buffers[0][: len(photos)]
             verdicts = decoding.decode(index.sources(photos), side, pixels)
             writing.result()
-            append = functools.partial(_append, index, files, photos, pixels, verdicts)
-            writing = writer.submit(ranks.take_turn, number, len(chunks) - 1, append)
-            progress(int(np.searchsorted(missing, photos[-1])) + 1, len(missing))
+            writing = writer.submit(write, photos, pixels, verdicts, Place(row + start, ranks.rank))
+            progress(start + len(photos), len(missing))
         writing.result()
-
-
-def _append(
-    index: Index, files: CacheFiles, photos: Positions, pixels: Pixels, verdicts: Sequence[pipelines.Verdict]
-) -> None:
-    # After decoding: a file that is still as scanned now was so when it was decoded.
-    files.append_chunk(index, photos, pixels, verdicts, digests(index, photos))
 
 
 def _open(index: Index, files: CacheFiles, known: Journal, decode: Decode, num_decoded: int, seconds: float) -> Cache:

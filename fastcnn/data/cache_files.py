@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,13 @@ _TRANSIENT = frozenset({"unreadable", "decoder killed"})  # verdicts on the mome
 
 Rows = npt.NDArray[np.int64]
 """(n,) rows of pixels.bin."""
+
+
+class Place(NamedTuple):
+    """Where the photos of a chunk are written: the row of the first, and the segment of the journal."""
+
+    row: int
+    segment: int
 
 
 class CacheFiles:
@@ -62,7 +69,7 @@ class CacheFiles:
             path
             for name in (journal_files.NAME, journal_files.INDEX_NAME, self.pixels.name)
             if (path := self.folder / name).exists()
-        ]
+        ] + journal_files.segments(self.folder)
         if old or found:
             other = next((name for name in self.header if found.get(name) != self.header[name]), "format")
             why = f"its {other} is another" if found else "its header is damaged"
@@ -94,19 +101,25 @@ class CacheFiles:
         """Return whether the photo took longer than a time limit that is higher now."""
         return note["reason"] == "decoder hung" and bool(note.get("decode_timeout", 0) < self.decode_timeout)
 
-    def append_chunk(
+    def write_chunk(
         self,
         index: Index,
         photos: Positions,
         pixels: Pixels,
         verdicts: Sequence[pipelines.Verdict],
         digests: Sequence[str],
+        place: Place,
     ) -> None:
-        """Append the rows of usable photos, then a line for every photo: a line is never there without its row."""
-        good = np.array([self.keeps_pixels and verdict.ok for verdict in verdicts])
-        row = self.append_rows(pixels[good]) if self.keeps_pixels else 0
+        """Write the rows of photos, then a line for each: a line is never there without its row.
+
+        The row of an unusable photo holds zeros, so that a rank's rows do not depend on the verdicts of others.
+        """
+        if self.keeps_pixels:
+            self.write_rows(place.row, pixels)
         entries = []
-        for i, verdict, image, kept, digest in zip(photos, verdicts, pixels, good, digests, strict=True):
+        chunk = zip(photos, verdicts, pixels, digests, strict=True)
+        for row, (i, verdict, image, digest) in enumerate(chunk, place.row):
+            kept = self.keeps_pixels and verdict.ok
             entry: dict[str, Any] = {
                 **facts(index, i),
                 "digest": digest,
@@ -118,9 +131,8 @@ class CacheFiles:
                 entry["damage"] = verdict.warning
             if verdict.reason == "decoder hung":  # asked again by a run that gives it more time
                 entry["decode_timeout"] = self.decode_timeout
-            row += bool(kept)
             entries.append(entry)
-        journal_files.append(self.folder, entries)
+        journal_files.append(self.folder, entries, place.segment)
 
     def map_rows(self) -> tuple[Pixels, int | None]:
         """Return the rows as (R, size, size, 3) uint8, memory-mapped, and the inode of their file."""
@@ -131,13 +143,16 @@ class CacheFiles:
             locks.share(file.fileno())  # for as long as the map lives: it keeps the file open
             return np.memmap(file, np.uint8, "r", shape=shape), os.fstat(file.fileno()).st_ino
 
-    def append_rows(self, pixels: Pixels) -> int:
-        """Append rows; return the number of the first."""
-        with self.pixels.open("ab") as file:  # not the map: a full disk is an error here, a SIGBUS there
-            row = -(-file.tell() // self.row_bytes)
-            file.truncate(row * self.row_bytes)  # completes the row that an interrupted build left cut short
+    def end_row(self) -> int:
+        """Return the number of the row behind all others, one that an interrupted build left cut short among them."""
+        return -(-self.pixels.stat().st_size // self.row_bytes) if self.pixels.exists() else 0
+
+    def write_rows(self, row: int, pixels: Pixels) -> None:
+        """Write rows from `row` on, which may lie behind the end of the file."""
+        self.pixels.touch()
+        with self.pixels.open("r+b") as file:  # not the map: a full disk is an error here, a SIGBUS there
+            file.seek(row * self.row_bytes)
             file.write(pixels.data)
-        return row
 
 
 def folders_in(parent: Path) -> list[Path]:

@@ -252,9 +252,9 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
     memory = default_folder(config.cache_dir)
     index = ranks.broadcast(
         lambda: (
-            scan(config.data, memory, config.layout)
+            scan(config.data, memory, config.layout, ranks)
             if classes is None
-            else scan_held_out(config.data, classes, memory, config.layout)
+            else scan_held_out(config.data, classes, memory, config.layout, ranks)
         )
     )
     note(f"layout of {printable(str(index.root))}: {index.layout}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastcnn.data.split_names import SPLITS, splits_in
-from fastcnn.data.walk import Skipped, files_below, visible_folders
-from fastcnn.errors import DataError, warn
+from fastcnn.data.walk import Skipped, files_below, is_folder, visible_folders
+from fastcnn.errors import DataError, nearest, warn
 from fastcnn.system.text import comparable, printable
 
 OTHER_TOOLS = re.compile(
@@ -157,3 +158,14 @@ def _some(names: Sequence[str]) -> str:
 
 def _has_photos(root: Path, folder: Path) -> bool:
     return any(True for _ in files_below(root, folder, Skipped()))
+
+
+def sibling(root: Path) -> str:
+    """Return what a folder that does not exist may be meant for, of the folders beside where it would be."""
+    try:
+        beside = [entry.name for entry in os.scandir(root.parent) if is_folder(entry)]
+        if comparable(root.name) in map(comparable, beside):
+            return "; that name is there in another Unicode form: have the shell complete it"
+        return nearest(root.name, beside)
+    except OSError:
+        return ""

@@ -7,23 +7,26 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcnn.config import LayoutOptions
 from fastcnn.data import class_names, layout, manifest, shards
-from fastcnn.data.doubts import way_deeper
+from fastcnn.data.doubts import sibling, way_deeper
 from fastcnn.data.layout import NO_OPTIONS, Layout
 from fastcnn.data.listing import COLUMNS, Listing, join, list_folders, list_rows
 from fastcnn.data.manifest import Manifest
 from fastcnn.data.path_list import PathList
 from fastcnn.data.shards import Shards
 from fastcnn.data.split_names import SPLITS
-from fastcnn.data.walk import Skipped, Stamp, is_folder, visible_folders
+from fastcnn.data.walk import Stamp, visible_folders
 from fastcnn.errors import DataError, UsageError, nearest, warn
 from fastcnn.system.text import comparable, printable
+
+if TYPE_CHECKING:
+    from fastcnn.system.ranks import Ranks
 from pipelines.verdict import Member
 
 
@@ -110,6 +113,7 @@ def scan(
     root: str | Path,
     memory: Path | None = None,
     options: LayoutOptions = NO_OPTIONS,
+    ranks: Ranks | None = None,
 ) -> Index:
     """Return the index of a folder laid out as root/<class>/... or root/train/<class>/... with val and test beside it.
 
@@ -120,6 +124,7 @@ def scan(
         root: the folder, or the table.
         memory: a folder for remembered scans of archives.
         options: what is not to be found by names and content.
+        ranks: they list a share each, where the first calls this in what it broadcasts.
 
     Raises UsageError for columns of a folder, DataError for a folder that is missing, empty, has fewer than two
     classes, or whose held-out folders have a class that the training folder lacks.
@@ -147,7 +152,7 @@ def scan(
     if len(classes) == 1:
         deeper = "" if "train" in found else way_deeper(root, train_folder / classes[0], read.exclude)
         raise DataError(f"only one class, '{classes[0]}', in {train_folder}: a classifier needs two or more{deeper}")
-    index = _read(root, read, classes, found)
+    index = _read(root, read, classes, found, ranks)
     check_classes(index)
     return index
 
@@ -157,6 +162,7 @@ def scan_held_out(
     classes: Sequence[str],
     memory: Path | None = None,
     options: LayoutOptions = NO_OPTIONS,
+    ranks: Ranks | None = None,
 ) -> Index:
     """Return the index of the photos in a folder on which a model of these classes is scored.
 
@@ -178,7 +184,7 @@ def scan_held_out(
     for place in read.splits.values():
         for name in read.class_names(place):
             _check_known(f"{place / name}", name, known)
-    index = _read(root, read, known, _read_shards(root, read, memory))
+    index = _read(root, read, known, _read_shards(root, read, memory), ranks)
     if not len(index):
         raise DataError(
             f"no photos in {root}: expected {root.name}/<class>/<photos>, or a val or test folder with them"
@@ -251,7 +257,7 @@ def _check_folder(root: Path, options: LayoutOptions) -> None:
     except OSError as error:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         where = "does not exist" if missing else f"cannot be read: {error.strerror}"
-        raise DataError(f"the data folder {printable(str(root))} {where}{_sibling(root) if missing else ''}") from None
+        raise DataError(f"the data folder {printable(str(root))} {where}{sibling(root) if missing else ''}") from None
     if not stat.S_ISDIR(kind):
         raise DataError(
             f"the data folder {printable(str(root))} is a file, not a folder: expected a folder with one folder of "
@@ -290,16 +296,17 @@ def _check_known(shown: str, name: str, classes: Sequence[str]) -> None:
         )
 
 
-def _read(root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards]) -> Index:
+def _read(
+    root: Path, read: Layout, classes: tuple[str, ...], found: Mapping[str, Shards], ranks: Ranks | None = None
+) -> Index:
     """Return the index of the class folders in each split folder, or of the shards `found` in their place."""
-    skipped = Skipped()
     places = [
         (split_folder / name, label, split)
         for split, split_folder in read.splits.items()
         if split not in found
         for label, name in ([(0, "")] if classes == ("",) else _labelled(read, split, classes))
     ]
-    files = list_folders(root, places, skipped)
+    files, skipped = list_folders(root, places, ranks)
     archives = []
     for split, part in found.items():
         labels = part.labels(root, classes)
@@ -337,13 +344,3 @@ def _labelled(read: Layout, split: str, classes: tuple[str, ...]) -> Iterator[tu
                 f"its {split} photos cannot be scored"
             )
         yield labels[comparable(name)], name
-
-
-def _sibling(root: Path) -> str:
-    try:
-        beside = [entry.name for entry in os.scandir(root.parent) if is_folder(entry)]
-        if comparable(root.name) in map(comparable, beside):
-            return "; that name is there in another Unicode form: have the shell complete it"
-        return nearest(root.name, beside)
-    except OSError:
-        return ""

@@ -69,12 +69,27 @@ def read_sizes(folder: Path) -> dict[str, int]:
     return {}
 
 
-def append(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Append a line for each entry."""
-    lines = b"".join(map(line, entries))
+def append(folder: Path, entries: Iterable[Mapping[str, Any]], segment: int = 0) -> None:
+    """Append a line for each entry to the journal, or to a segment of it, from 1 on, that another process writes."""
+    _append(folder / (f"photos.{segment}.jsonl" if segment else NAME), b"".join(map(line, entries)))
+
+
+def segments(folder: Path) -> list[Path]:
+    """Return the segments of a journal that are not part of it yet."""
+    return sorted(folder.glob("photos.*.jsonl"))
+
+
+def join_segments(folder: Path) -> None:
+    """Append the segments to the journal. Where it was interrupted, lines are there twice, which harms nothing."""
+    for path in segments(folder):
+        _append(folder / NAME, path.read_bytes())
+        path.unlink()
+
+
+def _append(path: Path, lines: bytes) -> None:
     if not lines:
         return
-    with (folder / NAME).open("ab+") as file:
+    with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":  # a line that was cut short must not swallow the first of these

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data.path_list import PathList
 from fastcnn.data.walk import Skipped, Stamp, files_below
+
+if TYPE_CHECKING:
+    from fastcnn.system.ranks import Ranks
 
 COLUMNS = ("sizes", "mtimes", "ctimes", "inodes")
 """Columns of an index that are facts of files."""
@@ -32,14 +37,43 @@ class Listing:
     splits: npt.NDArray[np.str_]
 
 
-def list_folders(root: Path, places: Iterable[tuple[Path, int, str]], skipped: Skipped) -> Listing:
-    """Return the files that may be photos below folders with a label and a split each, sorted by path.
+_Place = tuple[str, Path, int, str]  # how paths begin there, folder, label, split
 
-    The columns grow folder by folder, so that nothing but one folder is in memory twice.
+
+def list_folders(
+    root: Path, places: Iterable[tuple[Path, int, str]], ranks: Ranks | None = None
+) -> tuple[Listing, Skipped]:
+    """Return the files that may be photos below folders with a label and a split each, sorted by path; and the others.
+
+    ranks: they list a share each, where the first calls this in what it broadcasts.
     """
     named = sorted(
         ((_prefix(root, folder), folder, label, split) for folder, label, split in places), key=itemgetter(0)
     )
+    if ranks is None:
+        found, skipped = _list_share(root, named)
+    else:
+        cuts = [len(named) * rank // ranks.count for rank in range(ranks.count + 1)]
+        shares = ranks.map(functools.partial(_list_share, root), [named[start:end] for start, end in pairwise(cuts)])
+        found = join([listing for listing, _ in shares])
+        skipped = functools.reduce(operator.add, (left_out for _, left_out in shares))
+    if any(after.startswith(before) for before, after in pairwise(prefix for prefix, *_ in named)):
+        order = np.array(
+            sorted(range(len(found.paths)), key=list(found.paths).__getitem__), np.intp
+        )  # --val-dir in train
+        sorted_facts = tuple(column[order] for column in found.facts)
+        found = Listing(
+            found.paths.take(order), found.labels[order], sorted_facts, found.offsets[order], found.splits[order]
+        )
+    return found, skipped
+
+
+def _list_share(root: Path, named: Sequence[_Place]) -> tuple[Listing, Skipped]:
+    """Return the photos of some places, and what is left out.
+
+    The columns grow folder by folder, so that nothing but one folder is in memory twice.
+    """
+    skipped = Skipped()
     letters, ends, columns, counts = bytearray(), array("q"), [array("q") for _ in COLUMNS], list[int]()
     for _, folder, _, _ in named:
         paths, facts = _files(root, folder, skipped)
@@ -56,14 +90,7 @@ def list_folders(root: Path, places: Iterable[tuple[Path, int, str]], skipped: S
         np.broadcast_to(np.int64(-1), len(ends)),
         _repeated([split for *_, split in named], num_photos),
     )
-    prefixes = [prefix for prefix, *_ in named]
-    if not any(after.startswith(before) for before, after in pairwise(prefixes)):
-        return found
-    order = np.array(sorted(range(len(ends)), key=list(found.paths).__getitem__), np.intp)  # --val-dir in train
-    sorted_facts = tuple(column[order] for column in found.facts)
-    return Listing(
-        found.paths.take(order), found.labels[order], sorted_facts, found.offsets[order], found.splits[order]
-    )
+    return found, skipped
 
 
 def _prefix(root: Path, folder: Path) -> str:

@@ -145,6 +145,7 @@ def _copied(files: CacheFiles, folder: Path, entries: dict[int, dict[str, Any]])
                 out = pixels[len(whole)]
                 if entry["row"] >= 0 and read_row(file, entry["row"], out) and zlib.crc32(out.data) == entry["crc"]:
                     whole.append(i)
-        first = files.append_rows(pixels[: len(whole)])
+        first = files.end_row()
+        files.write_rows(first, pixels[: len(whole)])
         rows |= {i: first + k for k, i in enumerate(whole)}
     return rows

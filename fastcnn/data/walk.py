@@ -44,6 +44,10 @@ class Skipped:
     others: Counter[str] = field(default_factory=Counter)
     """Files that nobody meant as photos: number by extension, with its dot."""
 
+    def __add__(self, other: Skipped) -> Skipped:
+        """Return what two walks have left out."""
+        return Skipped(self.hidden + other.hidden, self.unreadable + other.unreadable, self.others + other.others)
+
 
 def folders_in(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted, without those of the system and without links to itself or above.

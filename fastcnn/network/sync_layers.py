@@ -81,30 +81,39 @@ class _SyncNorm(torch.autograd.Function):
 
 
 @functools.cache
-def operators() -> None:
-    """Register the collectives as custom operators, which torch.compile does not trace into."""
+def operators() -> torch.library.Library:
+    """Register the collectives as operators, which torch.compile does not trace into.
 
-    @torch.library.custom_op("fastcnn::every_rank", mutates_args=())
-    def every_rank(part: Tensor, count: int) -> Tensor:
-        if is_alone():
-            return torch.stack([part] * count)
-        parts = part.new_empty((count, *part.shape))
+    `torch.library.custom_op` would import dynamo at the first call: seconds on every rank, where nothing is compiled.
+    """
+    library = torch.library.Library("fastcnn", "DEF")
+    for schema, call, shape in (
+        ("every_rank(Tensor part, int count) -> Tensor", _every_rank, _every_shape),
+        ("sum_of_ranks(Tensor part) -> Tensor", _sum_of_ranks, torch.empty_like),
+    ):
+        library.define(schema)
+        name = schema.partition("(")[0]
+        library.impl(name, call, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastcnn::{name}", shape, lib=library)
+    return library
+
+
+def _every_rank(part: Tensor, count: int) -> Tensor:
+    if is_alone():
+        return torch.stack([part] * count)
+    parts = _every_shape(part, count)
+    with detecting_lost_ranks():
+        torch.distributed.all_gather(list(parts.unbind(0)), part)
+    return parts
+
+
+def _every_shape(part: Tensor, count: int) -> Tensor:
+    return part.new_empty((count, *part.shape))
+
+
+def _sum_of_ranks(part: Tensor) -> Tensor:
+    whole = part.clone()
+    if not is_alone():
         with detecting_lost_ranks():
-            torch.distributed.all_gather(list(parts.unbind(0)), part)
-        return parts
-
-    @every_rank.register_fake
-    def _(part: Tensor, count: int) -> Tensor:
-        return part.new_empty((count, *part.shape))
-
-    @torch.library.custom_op("fastcnn::sum_of_ranks", mutates_args=())
-    def sum_of_ranks(part: Tensor) -> Tensor:
-        whole = part.clone()
-        if not is_alone():
-            with detecting_lost_ranks():
-                torch.distributed.all_reduce(whole)
-        return whole
-
-    @sum_of_ranks.register_fake
-    def _(part: Tensor) -> Tensor:
-        return torch.empty_like(part)
+            torch.distributed.all_reduce(whole)
+    return whole

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, first_line
 from fastcnn.system import launch
 from fastcnn.system.device import release_captures
 
+Part = TypeVar("Part")
 Value = TypeVar("Value")
 JOIN_TIMEOUT = timedelta(minutes=10)  # until all ranks have started
 # For a rank that is alive: it may be waiting for another run that decodes. A dead one is noticed at once.
@@ -58,13 +59,38 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, make: Callable[[], Value]) -> Value:
-        """Return on all ranks what `make` returns on the first; it is called only there."""
+        """Return on all ranks what `make` returns on the first; it is called only there, and may use `map`."""
         if not self.joined:
             return make()
-        values = [make() if self.first else None]
+        task, value = self._tell((None, make()) if self.first else None)
+        while task is not None:  # on the others
+            self._gather(task(value[self.rank]))
+            task, value = self._tell(None)
+        return value  # type: ignore[no-any-return]
+
+    def map(self, task: Callable[[Part], Value], parts: Sequence[Part]) -> list[Value]:
+        """Return what `task` returns for each of some parts, one a rank, which is called there.
+
+        To be called by the first rank while the others wait for it in `broadcast`. Both must be possible to pickle.
+        """
+        if not self.joined:
+            return [task(part) for part in parts]
+        self._tell((task, parts))
+        return self._gather(task(parts[0]))
+
+    def _tell(self, message: object) -> tuple[Any, Any]:
+        """Return the first rank's message on all."""
+        messages = [message]
         with detecting_lost_ranks():
-            torch.distributed.broadcast_object_list(values, device=torch.device("cpu"))
-        return values[0]  # type: ignore[return-value]
+            torch.distributed.broadcast_object_list(messages, device=torch.device("cpu"))
+        return messages[0]  # type: ignore[return-value]
+
+    def _gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks on the first; on the others nothing."""
+        values: list[Any] = [None] * (self.count if self.first else 0)
+        with detecting_lost_ranks():
+            torch.distributed.gather_object(value, values if self.first else None)
+        return values
 
     def maximum(self, *numbers: int) -> list[int]:
         """Return the maximum of each number over the ranks."""
@@ -127,20 +153,6 @@ class Ranks:
         with detecting_lost_ranks():
             torch.distributed.all_gather(parts, padded)
         return torch.stack(parts, 1).flatten(0, 1)[:count]
-
-    def take_turn(self, turn: int, last: int, act: Callable[[], None]) -> None:
-        """Call `act` in this rank's turn: turns 0 to `last` go round the ranks, each after the one before has returned.
-
-        May be called in a thread, while no other collective is under way.
-        """
-        token = torch.zeros(1)
-        with detecting_lost_ranks():
-            if self.count > 1 and turn > 0:
-                torch.distributed.recv(token, (self.rank - 1) % self.count)
-        act()
-        with detecting_lost_ranks():
-            if self.count > 1 and turn < last:
-                torch.distributed.send(token, (self.rank + 1) % self.count)
 
     def is_first_to(self, what: str) -> bool:
         """Return whether no other rank has called this with the same `what`."""

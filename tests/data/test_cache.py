@@ -364,6 +364,18 @@ def test_an_interrupted_build_goes_on(data: Path, tmp_path: Path, monkeypatch: p
     assert build(index, tmp_path).num_decoded == 0
 
 
+def test_what_ranks_decoded_before_a_build_was_interrupted_is_kept(data: Path, tmp_path: Path) -> None:
+    index = scan(data)
+    folder = build(index, tmp_path).folder
+    lines = (folder / "photos.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "photos.jsonl").write_bytes(b"".join(lines[:5]))
+    (folder / "photos.1.jsonl").write_bytes(b"".join(lines[5:9]) + b'{"path": "cut sh')
+    (folder / "photos.3.jsonl").write_bytes(b"".join(lines[9:]))
+    assert build(index, tmp_path).num_decoded == 0
+    assert not list(folder.glob("photos.*.jsonl"))
+    assert_right(build(index, tmp_path), index)
+
+
 def flip(path: Path, position: int, bit: int) -> None:
     content = bytearray(path.read_bytes())
     content[position % len(content)] ^= 1 << bit
@@ -457,7 +469,8 @@ def test_damaged_pixels_of_a_photo_that_changed_are_an_error(
 
 def test_lost_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
     index = scan(data)
-    os.truncate(build(index, tmp_path).folder / "pixels.bin", 18 * SIZE**2 * 3 + 7)
+    built = build(index, tmp_path)
+    os.truncate(built.folder / "pixels.bin", np.sort(built.rows)[-2] * SIZE**2 * 3 + 7)
     with pytest.warns(FastCNNWarning, match=r"has lost the pixels of 2 photos: decoding them again"):
         built = build(index, tmp_path)
     assert built.num_decoded == 2
