@@ -88,9 +88,11 @@ def _fit(config: Config, run_dir: str | None, resume: str | None, quiet: bool, s
 
     with signals.raising():  # while torch is imported, too, so that no process is left
         try:
-            if not resume:
-                start_early(config.data, config.decoder, config.cache_dir, strict=config.strict)
+            # Several ranks leave no core on which another process could import the same meanwhile.
+            forked = launch.num_ranks() is not None
             with quick_start.importing():
+                if not resume:
+                    start_early(config.data, config.decoder, config.cache_dir, strict=config.strict, fork=forked)
                 from fastcnn.runs.fit import fit
 
             spent = time.perf_counter() - start

@@ -22,16 +22,20 @@ def default_folder(cache_dir: str | Path | None = None, *, strict: bool = False)
     return Path(cache_dir) if cache_dir else user_cache_folder(strict=strict)
 
 
-def start_early(root: str | Path, decoder: str, cache_dir: str | Path | None = None, *, strict: bool = False) -> None:
+def start_early(
+    root: str | Path, decoder: str, cache_dir: str | Path | None = None, *, strict: bool = False, fork: bool = False
+) -> None:
     """Begin to import the CPU decoder in its own process where a folder has no cache; `workers.end_early` ends it.
 
     That takes a second, as does importing torch in this process: on two cores they take it together.
+
+    fork: see `workers.start_early`.
     """
     with contextlib.suppress(OSError):
         here = str(Path(root).resolve(strict=True))
         known = [read_header(folder).get("root") for folder in folders_in(default_folder(cache_dir, strict=strict))]
         if pipelines.num_cores() > 1 and here not in known and not Path("/proc/driver/nvidia").exists():
-            workers.start_early({"auto": "turbo"}.get(decoder, decoder))
+            workers.start_early({"auto": "turbo"}.get(decoder, decoder), fork=fork)
 
 
 def list_caches(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
