@@ -15,7 +15,7 @@ from fastcnn.data.arrays import Labels, Pixels, Positions
 from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.cached_photos import Cache
 from fastcnn.data.crops import crop_boxes
-from fastcnn.data.feeds import CHUNK, Epoch, Feed, Fill, RankSlice, ShardedFeed
+from fastcnn.data.feeds import READERS, Epoch, Feed, Fill, RankSlice, ShardedFeed, in_chunks
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system.device import free_memory_bytes
@@ -47,9 +47,11 @@ def resident(index: Index, cache: Cache, photos: Positions, options: Options) ->
     if device.type == "cpu":
         cache.read(photos, images.numpy())
     else:
-        for start in range(0, len(photos), CHUNK):
-            part = slice(start, start + CHUNK)
+
+        def copy(part: slice) -> None:
             images[part] = torch.from_numpy(cache.pixels(photos[part])).to(device)
+
+        in_chunks(copy, 0, len(photos))
     return Feed(
         images=images,
         labels=torch.from_numpy(index.labels[photos]).to(device),
@@ -81,9 +83,9 @@ def shared(index: Index, cache: Cache, photos: Positions, options: Options) -> F
 
 
 def mapped(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
-    """Return a feed of two batches of `photos`, whose pixels are read from the cache while the step works."""
+    """Return a feed of a few batches of `photos`, whose pixels are read from the cache while the step works."""
     fill = _fill_from_cache(index, cache, photos)
-    return BufferedFeed(fill, len(photos), cache.images.shape[1], options, options.device)
+    return BufferedFeed(fill, len(photos), cache.images.shape[1], options, options.device, num_threads=READERS)
 
 
 def sharded(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from fastcnn.config import Config
+from fastcnn.data.buffered_feed import BUFFERS_A_THREAD
 from fastcnn.data.cached_photos import CacheLost
 from fastcnn.data.dataset import Dataset
-from fastcnn.data.feeds import Feed, shuffled
+from fastcnn.data.feeds import READERS, Feed, shuffled
 from fastcnn.errors import FastCNNError, warn
 from fastcnn.network.small_cnn import all_finite
 from fastcnn.runs.build import start
@@ -146,7 +147,7 @@ def memory_advice(config: Config, why: str, run_dir: Path) -> str:
 def largest_batch_size(config: Config) -> int | None:
     """Return the largest of the batch size, its half, its quarter ... with which one step fits into memory.
 
-    Each is tried here, with one device's part of the batch, beside the two batches that a loader holds. None if not
+    Each is tried here, with one device's part of the batch, beside the batches that a loader holds. None if not
     even 2 images per device fit.
     """
     size = config.batch_size // config.devices
@@ -160,7 +161,7 @@ def largest_batch_size(config: Config) -> int | None:
 
 
 def _fits(config: Config) -> bool:
-    device, count = torch.device(config.device), 2 * config.batch_size
+    device, count = torch.device(config.device), BUFFERS_A_THREAD * READERS * config.batch_size
     with contextlib.suppress(Exception):  # any other failure does not answer the question
         try:
             feed = Feed(
