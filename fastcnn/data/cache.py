@@ -101,10 +101,8 @@ def build(
             end_early()
             if reason := decoding.note:
                 fall_back(f"photos were decoded in this process, which a damaged one may end: {reason}", strict=strict)
-            _join_segments(folder, ranks)
-            known = found[0] if found and not len(missing) else journal_files.read(folder, index.paths)
-            if ranks.first and not unwritable:
-                journal_files.write_index(folder, known)
+            whole = found[0] if found and not len(missing) else None
+            known = _journal(folder, index, ranks, whole, writable=not unwritable)
     except pipelines.DecoderUnavailable as error:
         raise FastCNNError(str(error)) from None
     except OSError as error:
@@ -115,13 +113,17 @@ def build(
     return _open(index, files, known, decode, len(missing), time.perf_counter() - start)
 
 
-def _join_segments(folder: Path, ranks: Ranks) -> None:
-    """Make one journal of the segments of all ranks, after each has written all of its own."""
-    if ranks.count > 1:
-        ranks.wait()
-        if ranks.first:
+def _journal(folder: Path, index: Index, ranks: Ranks, known: Journal | None, *, writable: bool) -> Journal:
+    """Return the journal, read where it is not known: by the first rank, whose index the others read far faster."""
+    ranks.wait()  # each has written all of its segment
+    if ranks.first:
+        if writable:
             journal_files.join_segments(folder)
+        known = journal_files.read(folder, index.paths) if known is None else known
+        if writable:
+            journal_files.write_index(folder, known)
     ranks.wait()  # the lock is the first rank's
+    return journal_files.read(folder, index.paths) if known is None else known
 
 
 def fits_on_disk(index: Index, config: DataConfig, *, gpu: int | None = None) -> bool:
