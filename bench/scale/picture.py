@@ -27,7 +27,7 @@ def draw(path: Path) -> None:
     used = set()
     for axes, title, rates, plan in (
         (panels[0], "as built", rate_values(), AS_BUILT),
-        (panels[1], "with the five changes that docs/scale.md names", rate_values(threads=True), ALL_BUILT),
+        (panels[1], "with the four changes that docs/scale.md names", rate_values(threads=True), ALL_BUILT),
     ):
         runs = [[run_of(photos, gpus, rates, plan) for gpus in PICTURE_GPUS] for photos in reversed(PHOTOS)]
         causes = [[one.bottleneck if isinstance(one, Run) else "" for one in row] for row in runs]

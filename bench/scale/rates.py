@@ -58,8 +58,6 @@ def _measured_rates(record: Record) -> dict[str, float]:
     a_photo = row["growth", "50,000 photos, batch 32, 1 epoch"]["extra_info"]["photo_seconds"]
     step = row["step", "eager, bf16, 32,32,32,32,32, batch 32"]
     images = step["extra_info"]["images_per_second"] * step["median_seconds"]
-    assert record.growth
-    first, last = record.growth["points"][0], record.growth["points"][-1]
     return {
         "start": cold["start"] + cold["import"] + cold["report"],
         "scan": 1 / a_photo["scan"],
@@ -71,5 +69,4 @@ def _measured_rates(record: Record) -> dict[str, float]:
         "check": run["num_photos"] * PHOTO_BYTES / warm["decode"] / 2,
         "upload": PHOTO_BYTES / a_photo["upload"],
         "checkpoint": cold["checkpoint"] / run["epochs"],
-        "index": (last["more_bytes"] - last["more_bytes_by_size"]) / (last["num_photos"] - first["num_photos"]),
     }

@@ -20,13 +20,12 @@ class Plan:
     """How a run is organised. The defaults are what is built."""
 
     decoder: str = "dali"  # on the GPU; turbo: on the node's cores
-    list_dealt_out: bool = False  # a rank lists, checks and remembers its part of the photos; else the first all
-    caches_apart: bool = False  # each rank appends to a cache of its own; else all take turns with one
+    list_dealt_out: bool = False  # a rank reads and remembers its part of the list; else each has all of it
     dealt_once: bool = False  # a rank keeps its part of the photos for all epochs; else it gets another one each time
 
 
 AS_BUILT = Plan()
-ALL_BUILT = Plan("turbo", list_dealt_out=True, caches_apart=True, dealt_once=True)
+ALL_BUILT = Plan("turbo", list_dealt_out=True, dealt_once=True)
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,11 @@ def run(photos: int, gpus: int, rates: Values, plan: Plan = AS_BUILT, *, epochs:
     decoded = _longest(
         decode=share / decode_rate,
         storage=max(photos * rates["jpeg"] / storage, written / disk_write),
-        append=written / rates["append"] / (ranks if plan.caches_apart else 1),
+        append=written / rates["append"] / ranks,
     )
     stages = {
         "start": {"start-up": rates["start"] + (rates["start_gpu"] if gpus else 0) + joined},
-        "list": {"list": listed / rates["scan"] + (listed / rates["journal"] if ranks > 1 else 0)},
+        "list": {"list": share / rates["scan"] + (listed / rates["journal"] if ranks > 1 else 0)},
         "decode": decoded,
         "load": load,
         "train": {cause: seconds * steps for cause, seconds in trained.items()},
