@@ -58,9 +58,8 @@ def list_folders(
         found = join([listing for listing, _ in shares])
         skipped = functools.reduce(operator.add, (left_out for _, left_out in shares))
     if any(after.startswith(before) for before, after in pairwise(prefix for prefix, *_ in named)):
-        order = np.array(
-            sorted(range(len(found.paths)), key=list(found.paths).__getitem__), np.intp
-        )  # --val-dir in train
+        in_order = sorted(range(len(found.paths)), key=list(found.paths).__getitem__)  # --val-dir in train
+        order = np.array(in_order, np.intp)
         sorted_facts = tuple(column[order] for column in found.facts)
         found = Listing(
             found.paths.take(order), found.labels[order], sorted_facts, found.offsets[order], found.splits[order]
