@@ -90,14 +90,14 @@ def build(
         lock = locked(folder / "lock", lambda: note("another run is decoding these photos: waiting for it"))
         with lock if ranks.first else contextlib.nullcontext() as unwritable:
             found: list[Journal] = []
-            missing, row = ranks.broadcast(lambda: _look(index, files, found, unwritable, config))
+            missing, first_row = ranks.broadcast(lambda: _look(index, files, found, unwritable, config))
             if read_header(folder) != files.header:  # the first rank has just written it
                 raise FastCNNError(
                     f"rank {ranks.rank} does not see the cache {folder}, which the first rank has made: give a "
                     "--cache-dir that all machines share"
                 )
             with _workers(config, gpu) as decoding:
-                _decode(index, missing, row, files, decoding, ranks, progress)
+                _decode(index, missing, first_row, files, decoding, ranks, progress)
             end_early()
             if reason := decoding.note:
                 fall_back(f"photos were decoded in this process, which a damaged one may end: {reason}", strict=strict)
@@ -180,9 +180,15 @@ def _workers(config: DataConfig, gpu: int | None) -> Workers:
 
 
 def _decode(
-    index: Index, missing: Positions, row: int, files: CacheFiles, decoding: Workers, ranks: Ranks, progress: _Progress
+    index: Index,
+    missing: Positions,
+    first_row: int,
+    files: CacheFiles,
+    decoding: Workers,
+    ranks: Ranks,
+    progress: _Progress,
 ) -> None:
-    """Decode this rank's chunks of the missing photos, whose rows begin with `row`, and write each beside the next."""
+    """Decode this rank's chunks of the missing photos and write each, to rows from `first_row` on, beside the next."""
     side, size = files.image_size, max(1, min(cache_files.CHUNK, -(-len(missing) // ranks.count)))
     starts = range(0, len(missing), size)[ranks.rank :: ranks.count]
     buffers = [shared((size, side, side, 3)) for _ in range(2 if starts else 0)]
@@ -199,7 +205,7 @@ def _decode(
             pixels = buffers[0][: len(photos)]
             verdicts = decoding.decode(index.sources(photos), side, pixels)
             writing.result()
-            writing = writer.submit(write, photos, pixels, verdicts, Place(row + start, ranks.rank))
+            writing = writer.submit(write, photos, pixels, verdicts, Place(first_row + start, ranks.rank))
             progress(start + len(photos), len(missing))
         writing.result()
 

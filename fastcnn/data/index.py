@@ -24,10 +24,10 @@ from fastcnn.data.split_names import SPLITS
 from fastcnn.data.walk import Stamp, visible_folders
 from fastcnn.errors import DataError, UsageError, nearest, warn
 from fastcnn.system.text import comparable, printable
+from pipelines.verdict import Member
 
 if TYPE_CHECKING:
     from fastcnn.system.ranks import Ranks
-from pipelines.verdict import Member
 
 
 @dataclass(frozen=True, kw_only=True)

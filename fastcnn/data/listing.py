@@ -37,7 +37,7 @@ class Listing:
     splits: npt.NDArray[np.str_]
 
 
-_Place = tuple[str, Path, int, str]  # how paths begin there, folder, label, split
+_Folder = tuple[str, Path, int, str]  # how paths begin there, the folder itself, label, split
 
 
 def list_folders(
@@ -67,8 +67,8 @@ def list_folders(
     return found, skipped
 
 
-def _list_share(root: Path, named: Sequence[_Place]) -> tuple[Listing, Skipped]:
-    """Return the photos of some places, and what is left out.
+def _list_share(root: Path, named: Sequence[_Folder]) -> tuple[Listing, Skipped]:
+    """Return the photos below some folders, and what is left out.
 
     The columns grow folder by folder, so that nothing but one folder is in memory twice.
     """

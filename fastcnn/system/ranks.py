@@ -78,12 +78,12 @@ class Ranks:
         self._tell((task, parts))
         return self._gather(task(parts[0]))
 
-    def _tell(self, message: object) -> tuple[Any, Any]:
-        """Return the first rank's message on all."""
+    def _tell(self, message: object, source: int = 0) -> Any:
+        """Return the message of one rank on all."""
         messages = [message]
         with detecting_lost_ranks():
-            torch.distributed.broadcast_object_list(messages, device=torch.device("cpu"))
-        return messages[0]  # type: ignore[return-value]
+            torch.distributed.broadcast_object_list(messages, source, device=torch.device("cpu"))
+        return messages[0]
 
     def _gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks on the first; on the others nothing."""
@@ -112,10 +112,7 @@ class Ranks:
         first = self.count - self.maximum(self.count - self.rank if problem else 0)[0]
         if first == self.count:
             return ""
-        values = [problem]
-        with detecting_lost_ranks():
-            torch.distributed.broadcast_object_list(values, first, device=torch.device("cpu"))
-        return f"rank {first}: {values[0]}"
+        return f"rank {first}: {self._tell(problem, first)}"
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
