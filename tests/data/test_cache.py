@@ -1,7 +1,7 @@
+"""Building a cache: which photos are decoded, and which were already."""
+
 from __future__ import annotations
 
-import functools
-import io
 import json
 import os
 import random
@@ -9,63 +9,19 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import filelock
 import numpy as np
 import pytest
-import torch
 
 import pipelines
 from fastcnn.config import Config, DataConfig
-from fastcnn.data import cache, cache_files, cache_folders, dataset, journal_files, loaders, recognise
-from fastcnn.data.cached_photos import Cache
-from fastcnn.data.index import Index, scan
+from fastcnn.data import cache, cache_files, cache_folders, dataset, journal_files, recognise
+from fastcnn.data.index import scan
 from fastcnn.data.journal import facts
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning
 from pipelines.workers import Workers
-
-SIZE = 32
-
-
-@pytest.fixture
-def data(photos: Path, tmp_path: Path) -> Path:
-    """A copy of some photos, and a text file that passes for one."""
-    folder = tmp_path / "data"
-    for source in sorted(photos.iterdir()):
-        if source.is_dir():
-            (folder / source.name).mkdir(parents=True)
-            for photo in sorted(source.glob("*.jpg"))[:5]:
-                shutil.copy2(photo, folder / source.name)
-    (next(folder.iterdir()) / "page.jpg").write_text("<html>not found</html>")
-    return folder
-
-
-def build(index: Index, tmp_path: Path, *, progress: Any = print, note: Any = print, **options: Any) -> Cache:
-    options = {"image_size": SIZE, "decoder": "pillow", "cache_dir": tmp_path / "cache", **options}
-    return cache.build(index, DataConfig(**options), progress=progress, note=note)
-
-
-@functools.cache
-def expected_pixels(root: Path, paths: tuple[str, ...]) -> np.ndarray:
-    pixels = np.zeros((len(paths), SIZE, SIZE, 3), np.uint8)
-    pipelines.decode([root / path for path in paths], SIZE, pixels, decoder="pillow")
-    return pixels
-
-
-def expected(index: Index) -> np.ndarray:
-    return expected_pixels(index.root, tuple(index.paths))
-
-
-def assert_right(built: Cache, index: Index) -> None:
-    pixels = expected(index)
-    for i in range(len(index)):
-        assert (built.rows[i] < 0) == index.paths[i].endswith("page.jpg")
-    usable = np.flatnonzero(built.usable)
-    assert (built.pixels(usable) == pixels[usable]).all()
+from tests.data.caches import SIZE, assert_right, build, expected_pixels
 
 
 def test_pixels_and_reasons(data: Path, tmp_path: Path) -> None:
@@ -376,97 +332,6 @@ def test_what_ranks_decoded_before_a_build_was_interrupted_is_kept(data: Path, t
     assert_right(build(index, tmp_path), index)
 
 
-def flip(path: Path, position: int, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position % len(content)] ^= 1 << bit
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ["pixels.bin", "photos.jsonl", "cache.json"])
-def test_a_flipped_bit_never_gives_a_wrong_pixel(data: Path, tmp_path: Path, name: str, count: int) -> None:
-    index = scan(data)
-    folder = build(index, tmp_path).folder
-    content = {path: path.read_bytes() for path in folder.iterdir()}
-    chance, noticed = random.Random(0), 0
-    for _ in range(count):
-        for path, whole in content.items():
-            path.write_bytes(whole)
-        flip(folder / name, chance.randrange(len(content[folder / name])), chance.randrange(8))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FastCNNWarning)  # "damaged: decoding them again"
-            built = build(index, tmp_path)
-            assert_right(built, index)
-        noticed += built.num_decoded > 0 or bool(built.damaged)
-    print(f"{name}: {count} bits, {noticed} noticed, the others harmless")
-
-
-@pytest.mark.parametrize("writable", [True, False])
-@pytest.mark.parametrize("loader", ["resident", "shared", "mapped"])
-def test_damaged_pixels_are_decoded_again_when_they_are_read(
-    data: Path, tmp_path: Path, loader: str, writable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next run finds them whole, where the cache can be written."""
-    index = scan(data)
-    file = build(index, tmp_path).folder / "pixels.bin"
-    whole = file.read_bytes()
-    for row in (1, 3):
-        flip(file, row * SIZE**2 * 3 + 100, 3)
-    damaged = file.read_bytes()
-    built = build(index, tmp_path)
-    assert built.num_decoded == 0
-    photos = np.flatnonzero(built.usable)
-    options = loaders.Options(device=torch.device("cpu"), batch_size=len(photos))
-    if not writable:
-        monkeypatch.setattr(Path, "open", forbidden(file, Path.open))
-    for _ in range(2):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            feed = loaders.LOADERS[loader](index, built, photos, options)
-            with feed.start_in_order():
-                feed.drive(lambda steps: None, 1)
-                seen = feed.images[feed.permutation[: len(photos)]].numpy()
-            assert (seen == expected(index)[photos]).all()
-        assert [str(one.message) for one in said] == [
-            f"the cache {file.parent} has damaged pixels, first those of {index.paths[photos[1]]}: decoding them again"
-        ][: len(said)]
-    assert file.read_bytes() == (whole if writable else damaged)
-    assert len(built.damaged) == 2
-
-
-def forbidden(file: Path, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a Path.open that refuses to write one file, as a read-only disk does."""
-
-    def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if path == file and "+" in mode:
-            raise PermissionError
-        return plain(path, mode, *arguments, **options)
-
-    return opened
-
-
-@pytest.mark.parametrize(
-    ("content", "why"), [(None, "unreadable"), (slice(400), "truncated"), (slice(None), "other pixels")]
-)
-def test_damaged_pixels_of_a_photo_that_changed_are_an_error(
-    data: Path, tmp_path: Path, content: slice | None, why: str
-) -> None:
-    """After the scan: before it, the photo is another one and decoded."""
-    index = scan(data)
-    folder = build(index, tmp_path).folder
-    flip(folder / "pixels.bin", 5000, 3)
-    built = build(index, tmp_path)
-    photo = int(np.flatnonzero(built.rows == 5000 // SIZE**2 // 3)[0])
-    path = data / index.paths[photo]
-    path.unlink()
-    if content:
-        path.write_bytes((data / index.paths[-1]).read_bytes()[content])
-    with pytest.warns(FastCNNWarning, match="damaged pixels"), pytest.raises(FastCNNError) as caught:
-        built.pixels(np.flatnonzero(built.usable))
-    assert why in str(caught.value)
-    assert f"run: fastcnn cache clear {folder.name} --cache-dir {folder.parent}" in str(caught.value)
-
-
 def test_lost_pixels_are_decoded_again_and_it_says_so(data: Path, tmp_path: Path) -> None:
     index = scan(data)
     built = build(index, tmp_path)
@@ -508,49 +373,6 @@ def test_a_cache_under_another_header_is_built_anew_and_it_says_so(
     assert build(index, tmp_path).num_decoded == 0
 
 
-def test_a_cache_that_was_replaced_in_use_gives_no_pixels(data: Path, tmp_path: Path) -> None:
-    """`fastcnn cache clear` and a new build, while a run still reads: its rows mean other photos by then."""
-    index = scan(data)
-    old = build(index, tmp_path)
-    cache_folders.clear(tmp_path / "cache", force=True)
-    with pytest.raises(FastCNNError, match=r"cannot read the cache .* any more"):
-        old.pixels(np.arange(3))
-    build(index.take(np.arange(len(index)) > 2), tmp_path)
-    with pytest.raises(FastCNNError, match=r"was replaced while it was used: run the command again"):
-        old.pixels(np.arange(3))
-
-
-def test_a_cache_that_a_run_reads_is_left_alone(data: Path, tmp_path: Path) -> None:
-    index = scan(data)
-    held = build(index, tmp_path)
-    build(index, tmp_path, image_size=40)
-    with pytest.warns(FastCNNWarning, match=f"a run reads the cache {held.folder}: it is left alone; --force"):
-        assert cache_folders.clear(tmp_path / "cache") > 0
-    assert [entry["key"] for entry in cache_folders.list_caches(tmp_path / "cache")] == [held.folder.name]
-    with pytest.raises(FastCNNError, match="a run reads the cache"):
-        cache_folders.clear(tmp_path / "cache", held.folder.name)
-    assert_right(held, index)
-    del held
-    assert cache_folders.clear(tmp_path / "cache") > 0
-    assert not cache_folders.list_caches(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_cache_that_is_being_built_is_left_alone_and_all_others_are_cleared(
-    force: bool, data: Path, tmp_path: Path
-) -> None:
-    index, root = scan(data), tmp_path / "cache"
-    folders = sorted(build(index, tmp_path, image_size=size).folder for size in (SIZE, 40, 48))
-    message = f"a run is decoding photos into the cache {folders[0]}: it is left alone"
-    with filelock.FileLock(folders[0] / "lock"):
-        with pytest.raises(FastCNNError, match=message):
-            cache_folders.clear(root, folders[0].name, force=force)
-        with pytest.warns(FastCNNWarning, match=message):
-            assert cache_folders.clear(root, force=force) > 0
-        assert [entry["key"] for entry in cache_folders.list_caches(root)] == [folders[0].name]
-    assert cache_folders.clear(root) > 0
-
-
 def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
     folder = build(scan(data), tmp_path).folder
     hold = (
@@ -571,20 +393,6 @@ def test_a_second_builder_waits(data: Path, tmp_path: Path) -> None:
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize("most", [1, 2, 100])
-def test_rows_are_those_asked_for_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    pixels = np.random.default_rng(0).integers(256, size=(20, 2, 2, 3), dtype=np.uint8)
-    (tmp_path / "pixels.bin").write_bytes(pixels.tobytes())
-    monkeypatch.setattr(cache_files, "READ_BYTES", most * pixels[0].nbytes)
-    orders = [[*range(20)], [*range(19, -1, -1)], [3, 4, 5, 0, 1, 19, 18, 4, 5, 5], [7]]
-    with io.FileIO(tmp_path / "pixels.bin") as file:
-        for order in orders:
-            out = np.zeros((len(order), *pixels.shape[1:]), np.uint8)
-            assert cache_files.read_rows(file, np.array(order), out)
-            assert (out == pixels[order]).all()
-        assert not cache_files.read_rows(file, np.array([18, 19, 20]), out[:1].repeat(3, 0))
-
-
 def test_no_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     with pytest.raises(FastCNNError, match="MiB free"):
@@ -595,21 +403,6 @@ def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FastCNNError, match="--cache-dir"):
         build(scan(data), tmp_path, cache_dir=tmp_path / "file")
-
-
-def test_list_and_clear(data: Path, tmp_path: Path) -> None:
-    index = scan(data)
-    build(index, tmp_path)
-    build(index, tmp_path, image_size=40)
-    (tmp_path / "cache" / "not-ours").mkdir()
-    (tmp_path / "cache" / "not-ours" / "photo.jpg").touch()
-    first, second = cache_folders.list_caches(tmp_path / "cache")
-    assert {first["image_size"], second["image_size"]} == {SIZE, 40}
-    assert first["photos"] == second["photos"] == 20
-    assert cache_folders.clear(tmp_path / "cache", first["key"]) == first["bytes"]
-    assert [entry["key"] for entry in cache_folders.list_caches(tmp_path / "cache")] == [second["key"]]
-    cache_folders.clear(tmp_path / "cache")
-    assert (tmp_path / "cache" / "not-ours" / "photo.jpg").exists()
 
 
 def test_the_journal_is_plain_data(data: Path, tmp_path: Path) -> None:
