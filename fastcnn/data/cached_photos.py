@@ -29,11 +29,14 @@ Decode = Callable[[Sequence[Source], int, Pixels], Sequence[Verdict]]
 """Writes photos of a side in pixels into an array, as the cache had them decoded."""
 
 CHECKED_BYTES = 2**20  # read at once by a thread where pixels are checked and not kept
-_AGAIN = "run the command again, which decodes its photos again"
 
 
 class CacheLost(FastCNNError):
     """The pixels of a cache that is in use are gone: what began before can go on once they are decoded again."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}: run the command again, which decodes its photos again")
+        self.problem = problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ class Cache:
             list(threads.map(self._check, blocks))
         with self._opened() as file:
             if os.fstat(file.fileno()).st_size < self.images.nbytes:
-                raise CacheLost(f"{file.name} became shorter while it was used: {_AGAIN}")
+                raise CacheLost(f"{file.name} became shorter while it was used")
             return None if self.unchecked[photos].any() else np.memmap(file, np.uint8, "c", shape=self.images.shape)
 
     def _check(self, photos: Positions) -> None:
@@ -142,7 +145,7 @@ class Cache:
             return
         with self._opened() as file:
             if not read_rows(file, self.rows[photos], out):
-                raise CacheLost(f"{file.name} became shorter while it was used: {_AGAIN}")
+                raise CacheLost(f"{file.name} became shorter while it was used")
         new = self.unchecked[photos]
         for i, photo in zip(np.flatnonzero(new).tolist(), photos[new].tolist(), strict=True):
             whole = zlib.crc32(out[i].data) == self.checksums[photo] or self._mend(photo, out[i : i + 1])
@@ -179,7 +182,7 @@ class Cache:
         try:
             with io.FileIO(path) as file:
                 if self.inode is not None and os.fstat(file.fileno()).st_ino != self.inode:
-                    raise CacheLost(f"{path} was replaced while it was used: {_AGAIN}")
+                    raise CacheLost(f"{path} was replaced while it was used")
                 yield file
         except OSError as error:
-            raise CacheLost(f"cannot read the cache {path} any more: {error.strerror or error}; {_AGAIN}") from None
+            raise CacheLost(f"cannot read the cache {path} any more: {error.strerror or error}") from None

@@ -59,7 +59,7 @@ def explained(run_dir: Path) -> Iterator[None]:
     except StopSignal as stopped:
         raise RunInterrupted(stopped.signum, run_dir) from None
     except CacheLost as error:
-        raise FastCNNError(f"{error}; {how_to_continue(run_dir)}") from None
+        raise FastCNNError(f"{error.problem}; {how_to_continue(run_dir)}") from None
     except OSError as error:
         path = error.filename or run_dir
         raise FastCNNError(f"cannot write {path}: {error.strerror or error}; {how_to_continue(run_dir)}") from None
