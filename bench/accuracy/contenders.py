@@ -12,12 +12,12 @@ from fastcnn.errors import UsageError, nearest
 SCRIPTS = ("seed", "tuned", "cached")
 """Baselines in bench/baselines that train the network of `seed.py`."""
 PEERS = {
-    "timm_train": ["timm_train"],
-    "fastai_learner": ["fastai_learner"],
-    "ultralytics_classify": ["ultralytics_classify", "--settings=own"],
-    "seed.py@peers": ["seed"],
+    "timm_train": "timm_train",
+    "fastai_learner": "fastai_learner",
+    "ultralytics_classify": "ultralytics_classify",
+    "seed.py@peers": "seed",
 }
-"""Peer -> its script in bench/baselines and options. The last is `seed.py` with the peers' versions of torch."""
+"""Peer -> its script in bench/baselines. The last is `seed.py` with the peers' versions of torch."""
 PEERS_PYTHON = ROOT / ".peers" / "bin" / "python"
 """Interpreter of the environment that scripts/peers.sh makes."""
 
@@ -54,15 +54,11 @@ class Contender:
     @property
     def script(self) -> str:
         """Name of its script in bench/baselines."""
-        return PEERS.get(self.name, [self.name.removesuffix(".py")])[0]
+        return PEERS.get(self.name, self.name.removesuffix(".py"))
 
     @property
     def missing(self) -> str:
         """Why it cannot run here; "" where it can."""
-        if self.is_recipe:
-            return ""
-        if not (ROOT / "bench" / "baselines" / f"{self.script}.py").is_file():
-            return f"there is no bench/baselines/{self.script}.py"
         if self.name in PEERS and not PEERS_PYTHON.exists():
             return f"its environment {PEERS_PYTHON.parents[1].name}/ is not there: scripts/peers.sh makes it"
         return ""

@@ -68,7 +68,6 @@ class Experiment:
         else:
             python = str(PEERS_PYTHON) if contender.name in PEERS else sys.executable
             start = [python, "-m", f"bench.baselines.{contender.script}"]
-            options = [*PEERS.get(contender.name, [])[1:], *options]
         return [*start, str(self.data), *options]
 
 

@@ -11,11 +11,9 @@ network and the order of work are those of `seed.py`; nothing of fastcnn is impo
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ class Trainer:
     """A network, its optimizer and batches from photos in memory, in one of the two layouts."""
 
     def __init__(self, num_classes: int, size: int, filters: Sequence[int], lr: float, channels_last: bool) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = seed.device_here()
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = seed.MEAN.to(self.device) * 255, seed.STD.to(self.device) * 255
         network = seed.small_cnn(num_classes, size, filters)
@@ -52,18 +50,17 @@ class Trainer:
 
     def training(self, images: Images, held_out: Images, batch_size: int) -> seed.Training:
         """Return the training on some photos."""
-
-        def score() -> tuple[float, float]:
-            return seed.evaluate(self.model, self.batches(held_out, batch_size, shuffle=False), self.device)
-
-        batches = functools.partial(self.batches, images, batch_size, shuffle=True)
-        return seed.Training(self.model, batches, self.step, score)
+        return seed.Training(
+            self.model,
+            lambda: self.batches(images, batch_size, shuffle=True),
+            self.step,
+            lambda: seed.evaluate(self.model, self.batches(held_out, batch_size, shuffle=False), self.device),
+        )
 
 
 def decode(photos: list[seed.Photo], args: argparse.Namespace) -> Images:
     """Return the photos, decoded by Pillow in as many threads as workers were asked for, else one a core."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reader = seed.Photos(photos, args.image_size)
+    device, reader = seed.device_here(), seed.Photos(photos, args.image_size)
     pixels = torch.empty(len(photos), args.image_size, args.image_size, 3, dtype=torch.uint8)
 
     def read(item: int) -> None:
@@ -75,38 +72,33 @@ def decode(photos: list[seed.Photo], args: argparse.Namespace) -> Images:
     return pixels.permute(0, 3, 1, 2).contiguous().to(device), labels.to(device)
 
 
-def best_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the layout asked for, else the faster."""
-    if args.channels_last is not None:
-        return {"channels_last": args.channels_last == "on"}
-    classes, photos, _ = seed.photos_of(args)
-    images = decode(photos[: 10 * args.batch_size], args)
-    rates = {
-        layout: trainer(args, len(classes), channels_last=layout).training(images, images, args.batch_size).rate()
-        for layout in (False, True)
-    }
-    return {"channels_last": max(rates, key=rates.__getitem__)}
-
-
-def trainer(args: argparse.Namespace, num_classes: int, *, channels_last: bool) -> Trainer:
+def trainer(args: argparse.Namespace, num_classes: int, channels_last: str) -> Trainer:
     """Return the trainer of a command."""
     torch.manual_seed(args.seed)
-    return Trainer(num_classes, args.image_size, (32,) * 5, args.lr, channels_last)
+    return Trainer(num_classes, args.image_size, (32,) * 5, args.lr, channels_last == "on")
 
 
-def train(args: argparse.Namespace, channels_last: bool) -> Iterator[seed.Row]:
-    """Decode, train and yield a row an epoch."""
+def rate(args: argparse.Namespace, channels_last: str) -> float:
+    """Return steps a second in a layout, over as many photos as that takes."""
+    classes, photos, _ = seed.photos_of(args)
+    images = decode(photos[: 10 * args.batch_size], args)
+    return trainer(args, len(classes), channels_last).training(images, images, args.batch_size).rate()
+
+
+def train(args: argparse.Namespace, say: seed.Say, channels_last: str) -> None:
+    """Decode, train and hand on a row an epoch."""
     classes, *photos = seed.photos_of(args)
     images, held_out = (decode(listed, args) for listed in photos)
-    made = trainer(args, len(classes), channels_last=channels_last)
-    return made.training(images, held_out, args.batch_size).epochs(args.epochs)
+    training = trainer(args, len(classes), channels_last).training(images, held_out, args.batch_size)
+    for row in training.epochs(args.epochs):
+        say(row)
 
 
 def main() -> None:
     """Train in the layout asked for, else the faster."""
     parser = seed.arguments(__doc__)
     parser.add_argument("--channels-last", choices=["on", "off"], help="left out: the faster")
-    seed.run_command(parser.parse_args(), best_settings, train)
+    seed.run(parser.parse_args(), rate, train, {"channels_last": ("off", "on")})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastai.vision.all import (
@@ -31,7 +30,7 @@ from fastai.vision.all import (
 )
 from torchvision.models import resnet18
 
-from bench.baselines.seed import Row, arguments, as_they_come, photos_of, run_with_workers
+from bench.baselines.seed import Say, arguments, photos_of, run
 
 BATCH_SIZE = 64  # fastai's own
 
@@ -41,7 +40,7 @@ class Epochs(Callback):  # type: ignore[misc]
 
     order = 60  # after the recorder, whose figures it takes
 
-    def __init__(self, say: Callable[[Row], None]) -> None:
+    def __init__(self, say: Say) -> None:
         self.say = say
 
     def before_train(self) -> None:
@@ -91,15 +90,11 @@ def learner(args: argparse.Namespace, workers: int) -> Any:
     return vision_learner(loaders, resnet18, pretrained=False, metrics=accuracy)
 
 
-def train(args: argparse.Namespace, workers: int) -> Iterator[Row]:
-    """Train and yield a row an epoch."""
+def train(args: argparse.Namespace, say: Say, workers: int) -> None:
+    """Train and hand on a row an epoch."""
     trained = learner(args, workers)
-
-    def fit(say: Callable[[Row], None]) -> None:
-        with trained.no_bar(), trained.no_logging(), contextlib.redirect_stdout(sys.stderr):  # its log is not ours
-            trained.fit_one_cycle(args.epochs, cbs=Epochs(say))
-
-    return as_they_come(fit)
+    with trained.no_bar(), trained.no_logging(), contextlib.redirect_stdout(sys.stderr):  # its log is not ours
+        trained.fit_one_cycle(args.epochs, cbs=Epochs(say))
 
 
 def rate(args: argparse.Namespace, workers: int) -> float:
@@ -110,10 +105,5 @@ def rate(args: argparse.Namespace, workers: int) -> float:
     return float(found.found)
 
 
-def main() -> None:
-    """Train with the workers asked for, else the faster of none and one a core."""
-    run_with_workers(arguments(__doc__, batch_size=BATCH_SIZE).parse_args(), rate, train)
-
-
 if __name__ == "__main__":
-    main()
+    run(arguments(__doc__, batch_size=BATCH_SIZE).parse_args(), rate, train)

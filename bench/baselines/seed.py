@@ -14,11 +14,9 @@ import csv
 import itertools
 import json
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +34,9 @@ Photo = tuple[Path, int]
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, float]
 """Figures of an epoch."""
+Say = Callable[[Row], None]
+
+WORKERS = {"workers": (0, os.cpu_count() or 1)}
 
 
 class Photos(Dataset[tuple[Tensor, int]]):
@@ -166,7 +167,7 @@ def training_on(
 ) -> Training:
     """Return this baseline's training on some photos."""
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
     train_loader = DataLoader(train_set, shuffle=True, drop_last=True, **options)
     val_loader = DataLoader(val_set, **options)
@@ -178,6 +179,11 @@ def training_on(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
     step = training_step(model, optimizer, device, schedule)
     return Training(model, train_loader.__iter__, step, lambda: evaluate(model, val_loader, device))
+
+
+def device_here() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def update(
@@ -250,66 +256,48 @@ def own_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(
+def run(
     args: argparse.Namespace,
-    choose: Callable[[argparse.Namespace], dict[str, Any]],
-    train: Callable[..., Iterable[Row]],
+    rate: Callable[..., float],
+    train: Callable[..., object],
+    choices: Mapping[str, Sequence[Any]] = WORKERS,
 ) -> None:
     """Train and print a JSON line an epoch, then one with everything; with --probe the fastest settings alone.
 
-    choose: returns the settings asked for, and the fastest of those left open.
-    train: (args, **settings) -> a row an epoch.
+    rate: (args, **settings) -> speed.
+    train: (args, say, **settings) hands `say` a row an epoch.
+    choices: settings that are options too, and their values. What was not asked for is tried, one setting after the
+        other with the rest fixed, the first value to begin with.
     """
-    settings = choose(args)
+    asked = {name: getattr(args, name) for name in choices}
+    settings = {name: values[0] if asked[name] is None else asked[name] for name, values in choices.items()}
+    for name, values in choices.items():
+        if asked[name] is None and len(values) > 1:
+            rates = {value: rate(args, **{**settings, name: value}) for value in values}
+            settings[name] = max(rates, key=rates.__getitem__)
     if args.probe:
         print(json.dumps(settings))
         return
-    start, rows, output = time.perf_counter(), [], sys.stdout  # which a package's log may be led away from
-    for row in train(args, **settings):
+    start, rows, output = time.perf_counter(), list[Row](), sys.stdout  # which a package's log may be led away from
+
+    def say(row: Row) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True, file=output)
+
+    train(args, say, **settings)
     print(json.dumps({"settings": settings, "seconds": time.perf_counter() - start, "epochs": rows}))
 
 
-def run_with_workers(
-    args: argparse.Namespace,
-    rate: Callable[[argparse.Namespace, int], float],
-    train: Callable[..., Iterable[Row]],
+def run_training(
+    args: argparse.Namespace, make: Callable[..., Training], choices: Mapping[str, Sequence[Any]] = WORKERS
 ) -> None:
-    """Run a command whose only setting is its DataLoader workers: those asked for, else the faster of 0 and one a core.
+    """Run a command whose training `make` returns: (args, **settings) -> Training."""
 
-    rate: (args, workers) -> speed.
-    train: (args, workers) -> a row an epoch.
-    """
+    def train(args: argparse.Namespace, say: Say, **settings: Any) -> None:
+        for row in make(args, **settings).epochs(args.epochs):
+            say(row)
 
-    def fastest(args: argparse.Namespace) -> dict[str, Any]:
-        if args.workers is not None:
-            return {"workers": args.workers}
-        rates = {workers: rate(args, workers) for workers in (0, os.cpu_count() or 1)}
-        return {"workers": max(rates, key=rates.__getitem__)}
-
-    run_command(args, fastest, train)
-
-
-def as_they_come(train: Callable[[Callable[[Row], None]], None]) -> Iterator[Row]:
-    """Yield the rows that a training in one call, as other packages have it, hands to the function it is given.
-
-    It runs in a thread, so that a row is there when its epoch ends.
-    """
-    came: queue.SimpleQueue[Row | BaseException | None] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            train(came.put)
-        except BaseException as error:  # raised below
-            came.put(error)
-        came.put(None)
-
-    threading.Thread(target=run, daemon=True).start()
-    while (row := came.get()) is not None:
-        if isinstance(row, BaseException):
-            raise row
-        yield row
+    run(args, lambda args, **settings: make(args, **settings).rate(), train, choices)
 
 
 def training(args: argparse.Namespace, workers: int) -> Training:
@@ -319,17 +307,5 @@ def training(args: argparse.Namespace, workers: int) -> Training:
     return training_on(args, workers, len(classes), train_set, val_set)
 
 
-def run_trainings(args: argparse.Namespace, make: Callable[[argparse.Namespace, int], Training]) -> None:
-    """Run a command that trains with so many workers. make: (args, workers) -> its training."""
-    run_with_workers(
-        args, lambda *given: make(*given).rate(), lambda args, workers: make(args, workers).epochs(args.epochs)
-    )
-
-
-def main() -> None:
-    """Train with the workers asked for, else the faster of none and one a core."""
-    run_trainings(own_arguments().parse_args(), training)
-
-
 if __name__ == "__main__":
-    main()
+    run_training(own_arguments().parse_args(), training)

@@ -14,20 +14,41 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from timm.data import ImageDataset, create_loader, resolve_data_config
+from timm.data.readers.reader import Reader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from bench.baselines.seed import Photo, Training, arguments, evaluate, photos_of, run_trainings, update
-from bench.baselines.timm_loader import Listed
+from bench.baselines.seed import Photo, Training, arguments, device_here, evaluate, photos_of, run_training, update
 
 BATCH_SIZE, WARMUP_EPOCHS = 128, 5
+
+
+class Listed(Reader):  # type: ignore[misc]
+    """Photos of a given list instead of a folder's, for timm's ImageDataset."""
+
+    def __init__(self, photos: list[Photo]) -> None:
+        super().__init__()
+        self.photos = photos
+
+    def __getitem__(self, item: int) -> tuple[BinaryIO, int]:
+        """Return the open file and the label."""
+        path, label = self.photos[item]
+        return path.open("rb"), label
+
+    def __len__(self) -> int:
+        """Return the number of photos."""
+        return len(self.photos)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.photos[index][0]
+        return path.name if basename else str(path)
 
 
 def loader(
@@ -52,7 +73,7 @@ def loader(
 def training(args: argparse.Namespace, workers: int) -> Training:
     """Return the training of test_resnet, from scratch, with train.py's SGD at the learning rate of its rule."""
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     classes, train_photos, val_photos = photos_of(args)
     model: nn.Module = create_model("test_resnet", num_classes=len(classes)).to(device)
     train_loader = loader(train_photos, args, model, workers, device, True)
@@ -73,10 +94,5 @@ def training(args: argparse.Namespace, workers: int) -> Training:
     return Training(model, train_loader.__iter__, step, score)
 
 
-def main() -> None:
-    """Train with the workers asked for, else the faster of none and one a core."""
-    run_trainings(arguments(__doc__, batch_size=BATCH_SIZE).parse_args(), training)
-
-
 if __name__ == "__main__":
-    main()
+    run_training(arguments(__doc__, batch_size=BATCH_SIZE).parse_args(), training)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,15 +36,14 @@ class Photos(seed.Photos):
 class Trainer:
     """A network, its optimizer and its loaders under some settings."""
 
-    def __init__(self, args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    def __init__(self, args: argparse.Namespace, *, workers: int, amp: str, channels_last: str, compile: str) -> None:
         torch.manual_seed(args.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = seed.device_here()
         on_gpu = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = on_gpu
-        self.format = torch.channels_last if settings["channels_last"] else torch.contiguous_format
-        self.dtype = torch.bfloat16 if settings["amp"] else torch.float32
+        self.format = torch.channels_last if channels_last == "on" else torch.contiguous_format
+        self.dtype = torch.bfloat16 if amp == "on" else torch.float32
         classes, train_photos, val_photos = seed.photos_of(args)
-        workers = settings["workers"]
         options: dict[str, Any] = {
             "batch_size": args.batch_size,
             "num_workers": workers,
@@ -56,7 +55,7 @@ class Trainer:
         self.val_loader = DataLoader(Photos(val_photos, args.image_size), **options)
         self.mean, self.std = seed.MEAN.to(self.device) * 255, seed.STD.to(self.device) * 255
         plain = seed.small_cnn(len(classes), args.image_size).to(self.device, memory_format=self.format)  # type: ignore[call-overload]
-        self.model: nn.Module = torch.compile(plain) if settings["compile"] else plain  # type: ignore[assignment]
+        self.model: nn.Module = torch.compile(plain) if compile == "on" else plain  # type: ignore[assignment]
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, fused=True)
 
     def batches(self, loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,27 +90,11 @@ class Trainer:
         loss, correct = (total / count).tolist()
         return loss, correct
 
-    def training(self) -> seed.Training:
-        """Return the training with these settings."""
-        return seed.Training(self.model, lambda: self.batches(self.train_loader), self.step, self.evaluate)
 
-
-def best_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings asked for, and the fastest of what was left open: one after the other, the rest fixed."""
-    cores = os.cpu_count() or 1
-    choices: dict[str, list[Any]] = {
-        name: [False, True] if (given := getattr(args, name)) is None else [given == "on"] for name in SWITCHES
-    }
-    # Last: how many serve best depends on how fast the step has become.
-    choices["workers"] = [cores, 0] if args.workers is None else [args.workers]
-    if not has_bf16():
-        choices["amp"] = [False]  # bf16 would be emulated, a tenth as fast
-    settings = {name: values[0] for name, values in choices.items()}
-    for name, values in choices.items():
-        if len(values) > 1:
-            rates = {value: Trainer(args, {**settings, name: value}).training().rate() for value in values}
-            settings[name] = max(rates, key=rates.__getitem__)
-    return settings
+def training(args: argparse.Namespace, **settings: Any) -> seed.Training:
+    """Return the training with some settings."""
+    trainer = Trainer(args, **settings)
+    return seed.Training(trainer.model, lambda: trainer.batches(trainer.train_loader), trainer.step, trainer.evaluate)
 
 
 def has_bf16() -> bool:
@@ -127,11 +110,12 @@ def main() -> None:
     parser = seed.arguments(__doc__)
     for name in SWITCHES:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=["on", "off"], help="left out: the faster")
-    seed.run_command(
-        parser.parse_args(),
-        best_settings,
-        lambda args, **settings: Trainer(args, settings).training().epochs(args.epochs),
-    )
+    choices: dict[str, Sequence[Any]] = dict.fromkeys(SWITCHES, ("off", "on"))
+    if not has_bf16():
+        choices["amp"] = ("off",)  # bf16 would be emulated, a tenth as fast
+    # Last: how many serve best depends on how fast the step has become.
+    choices["workers"] = (os.cpu_count() or 1, 0)
+    seed.run_training(parser.parse_args(), training, choices)
 
 
 if __name__ == "__main__":

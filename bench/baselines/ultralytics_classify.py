@@ -1,9 +1,8 @@
 """Ultralytics' classification trainer with its smallest network, as a careful user of it runs it. Needs ultralytics.
 
 Photos and split are those of `seed.py`. The network is not: the trainer takes models of its own, so it is the smallest
-that the package has (nano), from scratch. Its ways are kept where they cost no time that others save: photos in memory
-after the first look, no augmentation, Adam at a constant rate, one update a batch; with --settings own its defaults are
-left. Squares are cropped, not squashed.
+that the package has (nano), from scratch, trained with the package's defaults on squares, cropped; photos in memory
+after the first look.
 Nothing is downloaded or sent; nothing of fastcnn is imported.
 
     python -m bench.baselines.ultralytics_classify DATA --epochs 5   # tries 0 workers and one a core, takes the faster
@@ -14,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.baselines.seed import Row, arguments, as_they_come, photos_of, run_with_workers
+from bench.baselines.seed import Row, Say, arguments, photos_of, run
 
 MODELS = ("yolo26n-cls.yaml", "yolo11n-cls.yaml", "yolov8n-cls.yaml")  # the package's own files, newest first
 QUIET = {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false", "YOLO_AUTOINSTALL": "false"}
@@ -47,8 +46,8 @@ def smallest_model() -> str:
     return next(name for name in MODELS if name.replace("n-cls", "-cls") in known)
 
 
-def train(args: argparse.Namespace, photos: Path, workers: int, say: Callable[[Row], None]) -> None:
-    """Train and say a row an epoch: loss, accuracy, seconds and images a second."""
+def train(args: argparse.Namespace, say: Say, photos: Path, workers: int) -> None:
+    """Train and hand on a row an epoch: loss, accuracy, seconds and images a second."""
     import torch
     from ultralytics import YOLO, settings
 
@@ -94,48 +93,23 @@ def train(args: argparse.Namespace, photos: Path, workers: int, say: Callable[[R
             verbose=False,
             project=str(photos.parent),
             name="run",
-            **({} if args.settings == "own" else equal(args)),
         )
-
-
-def equal(args: argparse.Namespace) -> dict[str, Any]:
-    """Return settings by which it trains as `seed.py` does."""
-    return {
-        "batch": args.batch_size,
-        "nbs": args.batch_size,  # else gradients are gathered over 64 photos
-        "optimizer": "Adam",
-        "lr0": args.lr,
-        "lrf": 1.0,
-        "weight_decay": 0.0,
-        "momentum": 0.9,
-        "warmup_epochs": 0,
-        **dict.fromkeys(("scale", "fliplr", "flipud", "erasing", "hsv_h", "hsv_s", "hsv_v"), 0.0),
-        "auto_augment": None,
-    }
 
 
 def rate(args: argparse.Namespace, photos: Path, workers: int) -> float:
     """Return images a second of an epoch with so many workers."""
-    rows: list[Row] = []
-    train(argparse.Namespace(**{**vars(args), "epochs": 1}), photos, workers, rows.append)
+    rows = list[Row]()
+    train(argparse.Namespace(**{**vars(args), "epochs": 1}), rows.append, photos, workers)
     return rows[-1]["images_per_second"]
 
 
 def main() -> None:
     """Train with the workers asked for, else the faster of none and one a core."""
-    parser = arguments(__doc__)
-    parser.add_argument(
-        "--settings", choices=("equal", "own"), default="equal", help="as seed.py trains, or the package's defaults"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {**QUIET, "YOLO_CONFIG_DIR": folder}  # read when the package is imported; the user's own stays
         photos = laid_out(args, Path(folder) / "photos")
-        run_with_workers(
-            args,
-            lambda args, workers: rate(args, photos, workers),
-            lambda args, workers: as_they_come(lambda say: train(args, photos, workers, say)),
-        )
+        run(args, functools.partial(rate, photos=photos), functools.partial(train, photos=photos))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FULL: dict[str, Any] = {
     "train_rounds": 3,
     "computing": [0, 1, 2, 4],
     "try_compile": True,
-    "baselines": ["seed", "tuned", "cached", "timm_loader", "ultralytics_classify"],
+    "baselines": ["seed", "tuned", "cached"],
     "growth_photos": [1000, 5000, 20_000, 50_000],
     "growth_batches": [32, 128, 512, 2048],
     "infer_rounds": {1: 200, 64: 30},
@@ -39,7 +39,6 @@ LITTLE = {
     "train_rounds": 1,
     "computing": [0, 2],
     "try_compile": False,
-    "baselines": ["seed", "tuned", "cached"],
 }
 QUICK = FULL | LITTLE | {"rounds": 5, "num_photos": 1000, "batches": [32]}
 QUICK |= {"growth_photos": [1000, 3000], "growth_batches": [32, 256]}

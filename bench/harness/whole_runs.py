@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -19,9 +18,6 @@ import torch
 from bench.harness.timing import environment_of_torch, ratios
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS = {"timm_loader": "timm", "ultralytics_classify": "ultralytics"}
-"""Baselines that need a package: left out where it is not installed."""
-SHOWN = {"True": "on", "False": "off"}
 
 
 class Runs:
@@ -44,12 +40,6 @@ class Runs:
             [sys.executable, *script], {**os.environ, "XDG_CACHE_HOME": str(cache), "WANDB_MODE": "disabled"}
         )
         return {**json.loads((run_dir / "result.json").read_text()), "wall_seconds": seconds, "run_dir": str(run_dir)}
-
-    @property
-    def baselines(self) -> list[str]:
-        """Return the names of the baselines to race."""
-        names: list[str] = self.scale["baselines"]
-        return [name for name in names if name not in PEERS or importlib.util.find_spec(PEERS[name])]
 
     def baseline(self, name: str, split: Path) -> float:
         """Run a baseline with its best settings on the photos of a split and return its seconds."""
@@ -106,7 +96,7 @@ def fastest_settings(name: str, command: list[str], environment: Mapping[str, st
     left_out = ["--compile", "off"] if name == "tuned" and not compiling else []
     _, output = run([*command, "--probe", *left_out], environment)
     found = json.loads(output.splitlines()[-1])
-    return [f"--{key.replace('_', '-')}={SHOWN.get(str(value), value)}" for key, value in found.items()]
+    return [f"--{key.replace('_', '-')}={value}" for key, value in found.items()]
 
 
 def run(command: list[Any], environment: Mapping[str, str]) -> tuple[float, str]:

@@ -26,13 +26,12 @@ def bench_beside(race: Race, runs: Runs, tmp_path: Path, count: int) -> None:
     here = Runs(tmp_path, runs.photos, runs.device, {**race.scale, "epochs": EPOCHS})
     first = here.train(here.photos, tmp_path / "cache", epochs=1)  # decodes; both get its split
     split = Path(first["run_dir"]) / "split.csv"
-    rivals = [RIVAL] if RIVAL in here.baselines else []
     ours: list[dict[str, Any]] = []
     with computing(count):
         race(
             "quiet" if not count else f"beside {count} computing process{'es' * (count > 1)}",
             lambda: ours.append(here.train(here.photos, tmp_path / "cache", recipe="seed")),
-            {here.named(name): functools.partial(here.baseline, name, split) for name in rivals},
+            {here.named(RIVAL): functools.partial(here.baseline, RIVAL, split)},
             images=first["num_train"] * EPOCHS,
             rounds=race.scale["train_rounds"],
             warm_up=False,

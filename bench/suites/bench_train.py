@@ -25,7 +25,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
     race(
         "cold start to the end",
         cold,
-        {runs.named(name): functools.partial(runs.baseline, name, split) for name in runs.baselines},
+        {runs.named(name): functools.partial(runs.baseline, name, split) for name in race.scale["baselines"]},
         images=first["num_train"] * epochs,
         rounds=rounds,
         warm_up=False,
@@ -45,7 +45,7 @@ def bench_run(race: Race, runs: Runs, tmp_path: Path) -> None:
                 name: statistics.median(
                     max(row["val_accuracy"] for row in found["epochs"]) for found in runs.done[name]
                 )
-                for name in runs.baselines
+                for name in runs.done
             },
         },
         engine=ours[0]["engine"],
