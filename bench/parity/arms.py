@@ -194,7 +194,7 @@ def judged(state: dict[str, Any], truth: dict[Path, int]) -> tuple[Tensor, Tenso
     for split in ("train", "val"):
         photos = data.photos(split)
         labels = torch.tensor([truth[data.index.root / data.index.paths[photo]] for photo in photos])
-        feed = LOADERS["resident"](data.index, data.cache, photos, Options(device=device, batch_size=BATCH_SIZE))
+        feed = LOADERS["resident"](data.cache, photos, Options(device=device, batch_size=BATCH_SIZE))
         wrong += int((feed.labels.cpu() != labels).sum())
     parameters = FlatParameters(restore(state).to(device), dtype)
     normalise = Normalise(config.mean, config.std, config.image_size, dtype, device)

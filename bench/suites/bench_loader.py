@@ -66,7 +66,7 @@ def make_data(photos: Path, device: torch.device, scale: dict[str, Any], work_di
 def train_with(race: Race, loader: str, data: Dataset) -> Training:
     """Return a training with a loader, on the engine that is the default here."""
     options = Options(device=race.device, batch_size=race.scale["batches"][0], decoder=data.decoder)
-    step = reference_step(race, LOADERS[loader](data.index, data.cache, data.photos("train"), options))
+    step = reference_step(race, LOADERS[loader](data.cache, data.photos("train"), options))
     return Training(step, default_engine(step))
 
 

@@ -38,8 +38,8 @@ SPLITS = ("train", "val", "test", "all")
 class Dataset:
     """The usable photos of a folder, with pixels, labels and splits."""
 
-    index: Index
     cache: Cache
+    """The photos and their pixels."""
     split_numbers: npt.NDArray[np.uint8]
     """(N,) position in `SPLITS` of the split of each photo of the index."""
     bad: dict[str, str]
@@ -54,6 +54,11 @@ class Dataset:
     """Why this loader, where it was auto."""
     max_pixels: int
     """Pixels above which photos were left out."""
+
+    @property
+    def index(self) -> Index:
+        """The photos."""
+        return self.cache.index
 
     @property
     def splits(self) -> npt.NDArray[np.str_]:
@@ -88,7 +93,8 @@ class Dataset:
                 f"{root} has no folder of the run's class '{printable(missing[0])}' any more; give a folder of photos"
             )
         labels = np.array([known[comparable(name)] for name in here])[self.index.labels]
-        return dataclasses.replace(self, index=dataclasses.replace(self.index, classes=tuple(classes), labels=labels))
+        index = dataclasses.replace(self.index, classes=tuple(classes), labels=labels)
+        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, index=index))
 
 
 def prepare(
@@ -132,15 +138,13 @@ def prepare(
             index, config, gpu=decoding, keep_pixels=keep, strict=strict, ranks=ranks, progress=progress, note=note
         )
     pipelines.close()  # no DALI work may be in flight while a CUDA graph is captured
-    index, cache, bad, damaged = _without_bad(index, cache, config.max_bad, scoring=classes is not None)
-    splits = index.folders
+    cache, bad, damaged = _without_bad(cache, config.max_bad, scoring=classes is not None)
+    splits = cache.index.folders
     if classes is None:
         cache, splits = _split(cache, config, seed, ranks, moved_from)
-        index = cache.index
-        if not config.split and (reading := explain_split(index, config.val_fraction)):
+        if not config.split and (reading := explain_split(cache.index, config.val_fraction)):
             note(reading)
     return Dataset(
-        index=index,
         cache=cache,
         split_numbers=split_numbers(splits),
         bad=bad,
@@ -229,22 +233,20 @@ def _tell_loader(loader: Loader, why: str, strict: bool, note: Callable[[str], N
         note(f"loader {loader}: {why}")
 
 
-def _without_bad(
-    index: Index, cache: Cache, max_bad: float, *, scoring: bool
-) -> tuple[Index, Cache, dict[str, str], dict[str, str]]:
-    """Return index and cache of the usable photos, path -> reason of the others, and path -> damage of those kept."""
+def _without_bad(cache: Cache, max_bad: float, *, scoring: bool) -> tuple[Cache, dict[str, str], dict[str, str]]:
+    """Return the cache of the usable photos, path -> reason of the others, and path -> damage of those kept."""
+    index = cache.index
     bad = {index.paths[photo]: reason for photo, reason in cache.reasons.items()}
     if bad:
         _report_bad(bad, len(index), max_bad, "" if scoring else "; see bad_images.csv")
-        usable = cache.usable
-        cache = cache.take(usable)
+        cache = cache.take(cache.usable)
         index = cache.index
         if not scoring:
             check_classes(index)
     damaged = {index.paths[photo]: damage for photo, damage in cache.damage.items()}
     if damaged:
         _report_damaged(damaged, len(index))
-    return index, cache, bad, damaged
+    return cache, bad, damaged
 
 
 def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note: Callable[[str], None]) -> Index:

@@ -16,7 +16,6 @@ from fastcnn.data.buffered_feed import BufferedFeed
 from fastcnn.data.cached_photos import Cache
 from fastcnn.data.crops import crop_boxes
 from fastcnn.data.feeds import READERS, Epoch, Feed, Fill, RankSlice, ShardedFeed, in_chunks
-from fastcnn.data.index import Index
 from fastcnn.errors import DataError, FastCNNError
 from fastcnn.system.device import free_memory_bytes
 from fastcnn.system.ranks import ALONE, Ranks
@@ -40,8 +39,8 @@ class Options(RankSlice):
     """Pixels above which a streamed photo is refused."""
 
 
-def resident(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
-    """Return a feed that holds all of `photos` (positions in the index) on the device."""
+def resident(cache: Cache, photos: Positions, options: Options) -> Feed:
+    """Return a feed that holds all of `photos` (positions in the cache's index) on the device."""
     device = options.device
     images = torch.empty((len(photos), *cache.images.shape[1:]), dtype=torch.uint8, device=device)
     if device.type == "cpu":
@@ -54,25 +53,25 @@ def resident(index: Index, cache: Cache, photos: Positions, options: Options) ->
         in_chunks(copy, 0, len(photos))
     return Feed(
         images=images,
-        labels=torch.from_numpy(index.labels[photos]).to(device),
+        labels=torch.from_numpy(cache.index.labels[photos]).to(device),
         permutation=torch.arange(len(photos), device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
 
-def shared(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
+def shared(cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed of `photos` whose pixels are the cache's own pages: in memory once for all processes.
 
     Only a CPU can read those pages; on any other device the feed is a resident one.
     """
     if options.device.type != "cpu" or not len(cache.images):
-        return resident(index, cache, photos, options)
+        return resident(cache, photos, options)
     pages = cache.pages(photos)
     if pages is None:  # a cache that is damaged, and that cannot be written
-        return resident(index, cache, photos, options)
+        return resident(cache, photos, options)
     labels = torch.zeros(len(cache.images), dtype=torch.int64)
     rows = cache.rows[photos]
-    labels[rows] = torch.from_numpy(index.labels[photos])
+    labels[rows] = torch.from_numpy(cache.index.labels[photos])
     return Feed(
         images=torch.from_numpy(pages),
         labels=labels,
@@ -82,27 +81,27 @@ def shared(index: Index, cache: Cache, photos: Positions, options: Options) -> F
     )
 
 
-def mapped(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
+def mapped(cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed of a few batches of `photos`, whose pixels are read from the cache while the step works."""
-    fill = _fill_from_cache(index, cache, photos)
+    fill = _fill_from_cache(cache, photos)
     return BufferedFeed(fill, len(photos), cache.images.shape[1], options, options.device, num_threads=READERS)
 
 
-def sharded(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
+def sharded(cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed that holds this rank's slice of every batch of an epoch; with one rank, a resident one."""
     if options.num_ranks == 1:
-        return resident(index, cache, photos, options)
-    fill = _fill_from_cache(index, cache, photos)
+        return resident(cache, photos, options)
+    fill = _fill_from_cache(cache, photos)
     return ShardedFeed(fill, len(photos), cache.images.shape[1], options, options.device)
 
 
-def stream(index: Index, cache: Cache, photos: Positions, options: Options) -> Feed:
+def stream(cache: Cache, photos: Positions, options: Options) -> Feed:
     """Return a feed of two batches of `photos`, decoded from their files while the step works.
 
     A training photo that cannot be decoded any more is replaced by the next usable one of its batch; in an evaluation
     it raises DataError.
     """
-    size, device = cache.images.shape[1], options.device
+    index, size, device = cache.index, cache.images.shape[1], options.device
     gpu = device.index if device.type == "cuda" and options.decoder == "dali" else None
 
     def fill(positions: Positions, images: Pixels, labels: Labels, epoch: Epoch | None) -> dict[str, str]:
@@ -133,7 +132,7 @@ def stream(index: Index, cache: Cache, photos: Positions, options: Options) -> F
     return BufferedFeed(fill, len(photos), size, options, device)
 
 
-LOADERS: dict[str, Callable[[Index, Cache, Positions, Options], Feed]] = {
+LOADERS: dict[str, Callable[[Cache, Positions, Options], Feed]] = {
     "resident": resident,
     "shared": shared,
     "sharded": sharded,
@@ -142,10 +141,10 @@ LOADERS: dict[str, Callable[[Index, Cache, Positions, Options], Feed]] = {
 }
 
 
-def _fill_from_cache(index: Index, cache: Cache, photos: Positions) -> Fill:
+def _fill_from_cache(cache: Cache, photos: Positions) -> Fill:
     def fill(positions: Positions, images: Pixels, labels: Labels, epoch: Epoch | None) -> dict[str, str]:
         cache.read(photos[positions], images)
-        labels[:] = index.labels[photos[positions]]
+        labels[:] = cache.index.labels[photos[positions]]
         return {}
 
     return fill

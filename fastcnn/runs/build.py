@@ -121,7 +121,7 @@ def _make_feeds(run: RunContext, config: Config, data: Dataset) -> dict[str, Fee
             max_pixels=config.max_pixels,
             **share,
         )
-        return LOADERS[config.loader](data.index, data.cache, photos, options)
+        return LOADERS[config.loader](data.cache, photos, options)
 
     feeds = {"train": feed(data.photos("train"), config.batch_size, rank=ranks.rank, num_ranks=ranks.count)}
     for split in ("val", "test"):  # each rank scores its own part

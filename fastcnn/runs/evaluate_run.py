@@ -146,7 +146,7 @@ def _score(model: SmallCNN, normalise: Normalise, data: Dataset, split: str) -> 
     options = Options(
         device=normalise.scale.device, batch_size=BATCH_SIZE, decoder=data.decoder, max_pixels=data.max_pixels
     )
-    feed = LOADERS[data.loader](data.index, data.cache, photos, options)
+    feed = LOADERS[data.loader](data.cache, photos, options)
     found = Evaluator(model, feed, normalise, num_classes=len(data.index.classes))()
     if not math.isfinite(found.score.loss):
         raise FastCNNError(

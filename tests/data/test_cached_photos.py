@@ -65,7 +65,7 @@ def test_damaged_pixels_are_decoded_again_when_they_are_read(
     for _ in range(2):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            feed = loaders.LOADERS[loader](index, built, photos, options)
+            feed = loaders.LOADERS[loader](built, photos, options)
             with feed.start_in_order():
                 feed.drive(lambda steps: None, 1)
                 seen = feed.images[feed.permutation[: len(photos)]].numpy()

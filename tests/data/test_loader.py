@@ -72,7 +72,7 @@ def decoded(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def make_feed(loader: str, index: Index, decoded: Cache, count: int = 37, **options: Any) -> Feed:
     """A feed of `count` photos in no order of the index."""
     chosen = np.random.default_rng(0).permutation(len(index))[:count]
-    return LOADERS[loader](index, decoded, chosen, Options(**{"device": CPU, "batch_size": BATCH, **options}))
+    return LOADERS[loader](decoded, chosen, Options(**{"device": CPU, "batch_size": BATCH, **options}))
 
 
 def batches(feed: Feed, num_steps: int) -> list[tuple[Tensor, Tensor]]:
@@ -276,7 +276,7 @@ def test_photos_are_checked_and_not_stored(fragile: tuple[Index, Cache], tmp_pat
 
 def test_a_photo_that_vanishes_is_replaced_in_training(fragile: tuple[Index, Cache]) -> None:
     index, checked = fragile
-    feed = LOADERS["stream"](index, checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
+    feed = LOADERS["stream"](checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
     order = shuffled(40, (7, 1))
     with feed.start_epoch(7, 1):
         before = batches(feed, 2)
@@ -297,7 +297,7 @@ def test_a_photo_that_vanishes_is_replaced_in_training(fragile: tuple[Index, Cac
 
 def test_a_photo_that_vanishes_is_an_error_in_evaluation(fragile: tuple[Index, Cache]) -> None:
     index, checked = fragile
-    feed = LOADERS["stream"](index, checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
+    feed = LOADERS["stream"](checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
     (index.root / index.paths[33]).unlink()
     with pytest.raises(DataError, match=f"{index.paths[33]} .*unreadable"), feed.start_in_order():
         batches(feed, 3)
@@ -305,7 +305,7 @@ def test_a_photo_that_vanishes_is_an_error_in_evaluation(fragile: tuple[Index, C
 
 def test_a_batch_without_any_photo_is_an_error(fragile: tuple[Index, Cache]) -> None:
     index, checked = fragile
-    feed = LOADERS["stream"](index, checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
+    feed = LOADERS["stream"](checked, np.arange(40), Options(device=CPU, batch_size=BATCH))
     shutil.rmtree(index.root)
     with pytest.raises(DataError, match="cannot be decoded any more"), feed.start_epoch(7, 1):
         batches(feed, 2)

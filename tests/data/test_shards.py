@@ -178,7 +178,7 @@ def test_every_loader_gives_the_files_batches(loader: str, folder: Path, sharded
     seen = []
     for some, photos in ((files, which[usable]), (found, usable)):
         built = cache.build(some, DataConfig(image_size=SIZE, decoder="turbo", cache_dir=cache_dir))
-        feed = LOADERS[loader](some, built, photos, Options(device=torch.device("cpu"), batch_size=16, crop_scale=None))
+        feed = LOADERS[loader](built, photos, Options(device=torch.device("cpu"), batch_size=16, crop_scale=None))
         batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def run(steps: int, feed: Feed = feed, batches: list[tuple[torch.Tensor, torch.Tensor]] = batches) -> None:
