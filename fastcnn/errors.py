@@ -63,6 +63,15 @@ def fall_back(message: str, *, strict: bool) -> None:
     warn(message)
 
 
+@contextlib.contextmanager
+def os_error_as(problem: str, advice: str = "", kind: type[FastCNNError] = FastCNNError) -> Iterator[None]:
+    """Raise an error of our own where the system refuses something inside: the problem, its reason and the advice."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem}: {error.strerror or error}{advice}") from None
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

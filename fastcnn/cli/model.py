@@ -25,7 +25,7 @@ from fastcnn.cli.options import (
     sha256_option,
 )
 from fastcnn.config import Export, as_choice, resolve
-from fastcnn.errors import CheckError, FastCNNError, UsageError
+from fastcnn.errors import CheckError, FastCNNError, UsageError, os_error_as
 from fastcnn.system import quick_start, signals
 from fastcnn.system.text import printable, to_json
 
@@ -75,10 +75,8 @@ def evaluate(
         )
     text = to_json(scores.to_dict())
     if output:
-        try:
+        with os_error_as(f"cannot write {output}"):
             Path(output).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FastCNNError(f"cannot write {output}: {error.strerror or error}") from None
     if as_json:
         click.echo(text)
         return

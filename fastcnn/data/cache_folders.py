@@ -11,7 +11,7 @@ import pipelines
 from fastcnn.data import cache_files, journal_files
 from fastcnn.data.cache_files import folders_in, read_header
 from fastcnn.data.shards import forget
-from fastcnn.errors import FastCNNError, warn
+from fastcnn.errors import FastCNNError, os_error_as, warn
 from fastcnn.storage.locks import locked
 from fastcnn.storage.paths import user_cache_folder
 from pipelines import workers
@@ -86,10 +86,7 @@ def _delete(folder: Path, *, force: bool) -> int:
 
     if not force and cache_files.is_read(folder):
         raise _InUse(f"a run reads the cache {folder}: it is left alone; --force deletes it all the same")
-    try:
-        with locked(folder / "lock", refuse):
-            freed = sum(path.stat().st_size for path in folder.iterdir())
-            shutil.rmtree(folder)
-            return freed
-    except OSError as error:
-        raise FastCNNError(f"cannot delete the cache {folder}: {error.strerror or error}") from None
+    with os_error_as(f"cannot delete the cache {folder}"), locked(folder / "lock", refuse):
+        freed = sum(path.stat().st_size for path in folder.iterdir())
+        shutil.rmtree(folder)
+    return freed

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from fastcnn.data import class_names, tar
 from fastcnn.data.walk import Stamp
-from fastcnn.errors import DataError, warn
+from fastcnn.errors import DataError, os_error_as, warn
 from fastcnn.storage import files
 from fastcnn.system.text import comparable, printable
 from pipelines.verdict import EXTENSIONS
@@ -187,10 +187,8 @@ def _scans(folder: Path, memory: Path | None) -> dict[Path, _Scan]:
     known = _remembered(file) if file else {}
 
     def scan(path: Path) -> _Scan:
-        try:
+        with os_error_as(f"{printable(str(path))} cannot be read", kind=DataError):
             info = path.stat()
-        except OSError as error:
-            raise DataError(f"{printable(str(path))} cannot be read: {error.strerror or error}") from None
         old = known.get(path.name)
         return old if old and old[:4] == (info.st_size, *Stamp.of(info)) else _scan(path, info)
 
@@ -295,10 +293,8 @@ def _names(root: Path, folder: Path) -> dict[int, str] | None:
     if path is None:
         return None
     shown = printable(str(path))
-    try:
+    with os_error_as(f"{shown} cannot be read", kind=DataError):
         text = path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from None
     lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
     names: dict[str, int] = {}
     for number, line in enumerate(lines):

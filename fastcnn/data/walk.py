@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fastcnn.errors import DataError
+from fastcnn.errors import DataError, os_error_as
 from fastcnn.storage.own_folders import is_ours
 from fastcnn.system.text import comparable, printable
 from pipelines.meant import meant_as_photo, named_as_photo, of_the_system
@@ -54,12 +54,10 @@ def folders_in(folder: Path) -> list[Path]:
 
     Such a link would be a class of all photos. Raises DataError where it cannot be read.
     """
-    try:
+    with os_error_as(f"the folder {printable(str(folder))} cannot be read", kind=DataError):
         found = [
             folder / entry.name for entry in os.scandir(folder) if is_folder(entry) and not of_the_system(entry.name)
         ]
-    except OSError as error:
-        raise DataError(f"the folder {printable(str(folder))} cannot be read: {error.strerror}") from None
     here = folder.resolve()
     return sorted(path for path in found if not (path.is_symlink() and path.resolve() in (here, *here.parents)))
 

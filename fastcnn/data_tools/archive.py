@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastcnn.data_tools import unzip
-from fastcnn.errors import FastCNNError
+from fastcnn.errors import FastCNNError, os_error_as
 from fastcnn.storage.files import check_space
 from fastcnn.storage.locks import locked
 from fastcnn.system.console import Console
@@ -49,20 +49,18 @@ def unpacked(data: str, console: Console | None = None) -> str:
     def wait() -> None:
         console.line(f"another command is unpacking {printable(str(path))}: waiting for it")
 
-    try:
-        with locked(folder.with_name(f".{folder.name}.lock"), wait, remove=True):
-            if not folder.exists():
-                _unpack(path, suffix, folder, made_of, console)
-            elif not _was_made_of(folder, made_of):
-                raise FastCNNError(
-                    f"{printable(str(folder))} is there already and was not unpacked from {printable(path.name)}: "
-                    "give that folder as DATA, or move it away"
-                )
-    except OSError as error:
-        raise FastCNNError(
-            f"cannot unpack {printable(str(path))} beside it: {error.strerror or error}; "
-            "free some space, or unpack it elsewhere and give that folder"
-        ) from None
+    advice = "; free some space, or unpack it elsewhere and give that folder"
+    with (
+        os_error_as(f"cannot unpack {printable(str(path))} beside it", advice),
+        locked(folder.with_name(f".{folder.name}.lock"), wait, remove=True),
+    ):
+        if not folder.exists():
+            _unpack(path, suffix, folder, made_of, console)
+        elif not _was_made_of(folder, made_of):
+            raise FastCNNError(
+                f"{printable(str(folder))} is there already and was not unpacked from {printable(path.name)}: "
+                "give that folder as DATA, or move it away"
+            )
     folder = _without_wrappers(folder)
     console.line(f"photos of {printable(path.name)} in {printable(str(folder))}")
     return str(folder)

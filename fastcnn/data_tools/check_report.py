@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
-from fastcnn.errors import FastCNNError
+from fastcnn.errors import FastCNNError, os_error_as
 from fastcnn.reporting.run_report import data_url
 from fastcnn.system.templates import render
 from pipelines.facts import thumbnail
@@ -37,10 +37,8 @@ def write(path: Path, findings: Findings) -> None:
     """Write the page. Raises FastCNNError where that is not possible, or where the file is inside the data folder."""
     if path.resolve().is_relative_to(findings.index.root.resolve()):
         raise FastCNNError(f"{path} is inside the photos, which are never written to: choose another file")
-    try:
+    with os_error_as(f"cannot write {path}"):
         path.write_text(page(findings), encoding="utf-8")
-    except OSError as error:
-        raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def page(findings: Findings) -> str:

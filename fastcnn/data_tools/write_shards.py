@@ -17,7 +17,7 @@ from fastcnn.config import LayoutOptions
 from fastcnn.data import index, shards
 from fastcnn.data.index import Index
 from fastcnn.data.layout import NO_OPTIONS
-from fastcnn.errors import DataError, FastCNNError, UsageError
+from fastcnn.errors import DataError, FastCNNError, UsageError, os_error_as
 from fastcnn.storage import files
 from fastcnn.system import signals
 from fastcnn.system.console import Console
@@ -76,15 +76,13 @@ def write(
             raise DataError(f"class '{printable(name)}' of {found.root} does not fit on a line of {shards.CLASSES}")
     if out.resolve().is_relative_to(found.root.resolve()):
         raise UsageError(f"{out} is inside the photos, which are never written to: choose another folder")
-    try:
+    with os_error_as(f"cannot write the shards into {out}"):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FastCNNError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: choose another folder")
         # A photo and its label have a header each, and are padded to whole blocks.
         files.check_space(out, int(found.sizes.sum()) + len(found) * 4 * tarfile.BLOCKSIZE, "the content of the shards")
         with signals.raising(), _beside(out) as partial:
             written = _write(found, partial, photos_each or len(found), bytes_each, seed, console)
-    except OSError as error:
-        raise FastCNNError(f"cannot write the shards into {out}: {error.strerror or error}") from None
     if found.others:
         console.line(f"left out: {found.told_others()}")
     return written

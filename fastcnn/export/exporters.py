@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcnn.errors import CheckError, FastCNNError, UsageError, ignoring_warnings, nearest
+from fastcnn.errors import CheckError, FastCNNError, UsageError, ignoring_warnings, nearest, os_error_as
 from fastcnn.export import model_card
 from fastcnn.export.exported_network import deployed
 from fastcnn.export.script_process import script
@@ -80,16 +80,13 @@ def export_run(
     if not path.suffix == f".{format}" or path.is_dir():
         raise UsageError(f"--output: expected the name of a file that ends in .{format}, got {path}")
     _check_writable(path.parent)
-    try:
-        with tempfile.TemporaryDirectory() as unchecked:
-            temporary = Path(unchecked) / path.name
-            write(state, temporary, format, half)
-            verification = verify_in_new_process(temporary, folder, moved_to, cache_dir, quick=quick, progress=progress)
-            if verification.problems:
-                raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")
-            files.write(path, temporary.read_bytes())
-    except OSError as error:
-        raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
+    with os_error_as(f"cannot write {path}"), tempfile.TemporaryDirectory() as unchecked:
+        temporary = Path(unchecked) / path.name
+        write(state, temporary, format, half)
+        verification = verify_in_new_process(temporary, folder, moved_to, cache_dir, quick=quick, progress=progress)
+        if verification.problems:
+            raise CheckError(f"{verification.problems[0]}: the exported file was not kept; please report this")
+        files.write(path, temporary.read_bytes())
     note(f"exported {path} ({path.stat().st_size / 1024:,.0f} KiB), SHA-256 {artefact.remember_export(path)}")
     for line in verification.lines():
         note(line)
@@ -114,12 +111,9 @@ def open_run(run: Path) -> Artefact:
 
 def _check_writable(folder: Path) -> None:
     """Make a folder. Raises FastCNNError, before there is anything to lose, where no file can be written in it."""
-    try:
+    with os_error_as(f"cannot write into the folder {folder}", "; choose another with --output"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise FastCNNError(f"cannot write into the folder {folder}: {why}; choose another with --output") from None
 
 
 def _write_card(path: Path, run: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcnn.errors import FastCNNError
+from fastcnn.errors import os_error_as
 from fastcnn.storage.files import write as write_file
 from fastcnn.system.templates import render
 from fastcnn.system.text import comparable, printable
@@ -23,10 +23,8 @@ def write(folder: Path, metadata: Mapping[str, Any], files: Sequence[Path], run:
     class. Raises FastCNNError where it cannot be written.
     """
     path = folder / f"{files[0].stem}_card.md"
-    try:
+    with os_error_as(f"cannot write {path}"):
         write_file(path, page(metadata, files, count_photos(run) if run else None))
-    except OSError as error:
-        raise FastCNNError(f"cannot write {path}: {error.strerror or error}") from None
     return path
 
 

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcnn.errors import FastCNNError, UsageError
+from fastcnn.errors import FastCNNError, UsageError, os_error_as
 from fastcnn.inference import artefact
 from fastcnn.system.text import printable
 
@@ -58,18 +58,14 @@ def write_repository(exported: str | Path, directory: str | Path, name: str) -> 
         "labels.txt": "".join(f"{printable(label)}\n" for label in model.classes),
         "config.pbtxt": _config(name, platform, model.image_size, len(model.classes)),
     }
-    try:
+    with os_error_as(f"cannot write {folder}"):
         for file, text in texts.items():
             if (folder / file).is_file() and (folder / file).read_text(encoding="utf-8") != text:
                 raise FastCNNError(f"{folder} has a model with another {file}: remove it, or give another --triton DIR")
         _add_version(exported, folder, platform.file)
-        for (
-            file,
-            text,
-        ) in texts.items():  # last: a server that polls the folder loads the model once config.pbtxt exists
+        # Last: a server that polls the folder loads the model once config.pbtxt exists.
+        for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise FastCNNError(f"cannot write {folder}: {error.strerror or error}") from None
     return folder
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.errors import CheckError, FastCNNError, first_line, ignoring_warnings, nearest, warn
+from fastcnn.errors import CheckError, FastCNNError, first_line, ignoring_warnings, nearest, os_error_as, warn
 from fastcnn.inference.file_formats import FORMATS, METADATA, check_program, digest
 from fastcnn.storage.paths import user_cache_folder
 from fastcnn.system.text import as_utf8
@@ -107,10 +107,8 @@ def open(path: str | Path, *, sha256: str | None = None, warn_of_strangers: bool
     """
     path = find(Path(path))
     opener = OPENERS[path.suffix]
-    try:
+    with os_error_as(f"cannot read {path}"):
         content = path.read_bytes()
-    except OSError as error:
-        raise FastCNNError(f"cannot read {path}: {error.strerror or error}") from None
     try:
         parts, metadata = FORMATS[path.suffix].read(content)
     except (RuntimeError, ValueError) as error:

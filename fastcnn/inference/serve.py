@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from fastcnn.errors import FastCNNError, first_line
+from fastcnn.errors import first_line, os_error_as
 from fastcnn.inference.artefact import Artefact, Probabilities
 from fastcnn.inference.batcher import Batcher, BatcherClosed, Limits, Metrics
 from fastcnn.inference.classifier import ranked
@@ -270,13 +270,9 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
-    try:
+    with os_error_as(f"cannot listen on {host}, port {port}", ". Choose another --host or --port"):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise FastCNNError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --host or --port"
-        ) from None
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     print(f"{model.path} is served on {address} (for programs: {address}/docs); Ctrl-C ends it", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcnn.errors import FastCNNError, UsageError, first_line, ignoring_warnings
+from fastcnn.errors import FastCNNError, UsageError, first_line, ignoring_warnings, os_error_as
 from fastcnn.storage import files, locks
 from fastcnn.sweeps import journal, sampling
 from fastcnn.sweeps.search_space import Sweep
@@ -137,7 +137,7 @@ class Study:
             raise FastCNNError(f"sweeps need more packages ({error}): pip install 'fastcnn[sweep]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.seed, self.seeds = sweep, seed, seeds
-        try:
+        with os_error_as(f"cannot write {folder}", "; choose another with --dir"):
             self._locks = folder / "locks"
             self._locks.mkdir(parents=True, exist_ok=True)
             self._claiming = filelock.FileLock(self._locks / "claim")
@@ -149,8 +149,6 @@ class Study:
                 self._owner = secrets.token_hex(8)
                 self._alive = filelock.FileLock(self._locks / self._owner)
                 self._alive.acquire()
-        except OSError as error:
-            raise FastCNNError(f"cannot write {folder}: {error.strerror or error}; choose another with --dir") from None
         try:
             with self._claiming:
                 self.optuna = optuna.create_study(
