@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from fastcnn.data_tools import unzip
 from fastcnn.errors import FastCNNError, os_error_as
-from fastcnn.storage.files import check_space
+from fastcnn.storage.files import check_space, filling
 from fastcnn.storage.locks import locked
 from fastcnn.system.console import Console
 from fastcnn.system.text import printable
@@ -68,22 +68,16 @@ def unpacked(data: str, console: Console | None = None) -> str:
 
 def _unpack(path: Path, suffix: str, folder: Path, made_of: dict[str, int], console: Console) -> None:
     """Unpack beside `folder` and rename, so that half an archive is never found there."""
-    beside = folder.with_name(f".{folder.name}.unpacking")
-    shutil.rmtree(beside, ignore_errors=True)  # left by a command that was killed
-    beside.mkdir()
-    try:
-        with console.progress("unpacking", "files") as progress:
-            if suffix == ".zip":
-                with unzip.opened(path, "get it again") as archive:
-                    members = unzip.files(archive)
-                    check_space(folder.parent, sum(each.file_size for each in members.values()), "the archive")
-                    unzip.unpack(archive, members, beside, lambda done, total: progress(done, total, ""))
-            else:
-                _untar(path, _TARS[suffix], beside)
+    with filling(folder) as beside, console.progress("unpacking", "files") as progress:
+        if suffix == ".zip":
+            with unzip.opened(path, "get it again") as archive:
+                members = unzip.files(archive)
+                check_space(folder.parent, sum(each.file_size for each in members.values()), "the archive")
+                unzip.unpack(archive, members, beside, progress)
+        else:
+            _untar(path, _TARS[suffix], beside)
         (beside / MARKER).write_text(json.dumps(made_of), encoding="utf-8")
         beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _untar(path: Path, opener: Callable[..., Any], folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from fastcnn.data_tools import http_download, unzip
 from fastcnn.errors import DataError, FastCNNError, UsageError, nearest
-from fastcnn.storage.files import check_space
+from fastcnn.storage.files import check_space, filling
 from fastcnn.storage.locks import locked
 from fastcnn.system.console import Console
 
@@ -109,21 +108,14 @@ def _is_there(photos: Path) -> bool:
 
 def _unpack(packed: Path, photos: Path, console: Console) -> None:
     """Unpack beside `photos` and rename, so that half a set is never found there."""
-    beside = photos.with_name(f".{photos.name}.unpacking")
-    if beside.exists():  # left by a command that was killed
-        shutil.rmtree(beside)
-    with unzip.opened(packed) as opened:
+    with unzip.opened(packed) as opened, filling(photos) as beside:
         members = unzip.files(opened)
         root = photo_root(members)
         members = {name: info for name, info in members.items() if PurePosixPath(name).is_relative_to(root)}
         check_space(photos.parent, sum(info.file_size for info in members.values()), "what is in the archive")
-        beside.mkdir()
-        try:
-            with console.progress("unpacking", "files") as progress:
-                unzip.unpack(opened, members, beside, lambda done, total: progress(done, total, ""))
-            (beside / root).rename(photos)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with console.progress("unpacking", "files") as progress:
+            unzip.unpack(opened, members, beside, progress)
+        (beside / root).rename(photos)
     console.line(f"{len(members):,} files in {photos}")
 
 

@@ -107,7 +107,7 @@ def _load(url: str, partial: Path, console: Console, timeout: float) -> None:
             while chunk := _read(response, timeout):
                 file.write(chunk)
                 done += len(chunk)
-                progress(done // 2**20, total // 2**20, "")
+                progress(done // 2**20, total // 2**20)
     if done != total:
         raise Broken(f"the connection broke after {done / 2**20:,.1f} of {total / 2**20:,.1f} MiB")
 

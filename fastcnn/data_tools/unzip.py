@@ -100,10 +100,7 @@ def safe_path(name: str) -> PurePosixPath:
 
 
 def unpack(
-    archive: zipfile.ZipFile,
-    members: Mapping[str, zipfile.ZipInfo],
-    folder: Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], folder: Path, progress: Callable[[int, int], None]
 ) -> None:
     """Write members to their paths below an empty folder, checking their checksums and lengths.
 

@@ -136,7 +136,7 @@ def _write(found: Index, folder: Path, photos_each: int, bytes_each: int, seed: 
                         _add(archive, member, content)
                         _add(archive, f"{key}.cls", b"%d" % found.labels[photo])
                         rows.append((f"{name}/{member}", path))
-                        progress(len(rows) - 1, len(found), "")
+                        progress(len(rows) - 1, len(found))
     files.write_csv(folder / shards.ORIGINALS, rows)
     return Written(photos=len(rows) - 1, shards=num_shards, no_images=no_images)
 

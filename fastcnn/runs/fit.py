@@ -235,7 +235,7 @@ def _prepare_photos(run: RunContext) -> Dataset:
             moved_from=moved_from,
             strict=config.strict,
             ranks=run.ranks,
-            progress=lambda done, total: progress(done, total, ""),
+            progress=progress,
             note=console.line,
             stopwatch=run.stopwatch,
         )

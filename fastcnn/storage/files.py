@@ -1,4 +1,4 @@
-"""Files written whole or not at all, whatever ends the process or fills the disk meanwhile; and free disk space."""
+"""Files and folders made whole or not at all, whatever ends the process or fills the disk; and free disk space."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, to be renamed to it once it is whole; what is not renamed is deleted."""
+    beside = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(beside, ignore_errors=True)  # left by a command that was killed
+    beside.mkdir()
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
