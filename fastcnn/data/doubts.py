@@ -6,13 +6,13 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastcnn.data.split_names import SPLITS, splits_in
 from fastcnn.data.walk import Skipped, files_below, is_folder, visible_folders
 from fastcnn.errors import DataError, nearest, warn
-from fastcnn.system.text import comparable, printable
+from fastcnn.system.text import comparable, first_few, printable
 
 OTHER_TOOLS = re.compile(
     r"(runs|wandb|mlruns|mlartifacts|multirun|lightning_logs|tb_logs|tensorboard|logs?|checkpoints?|weights|models"
@@ -79,7 +79,7 @@ def in_two_ways(root: Path, outer: Path, inner: Path, exclude: frozenset[str]) -
     for folder in (outer, inner):
         classes = visible_folders(folder, exclude)
         count = sum(len(paths) for path in classes for paths, _ in files_below(root, path, Skipped()))
-        readings.append(f"{len(classes)} classes, {_some([path.name for path in classes])}, of {count:,} photos")
+        readings.append(f"{len(classes)} classes, {first_few([path.name for path in classes])}, of {count:,} photos")
     here, name = (printable(folder.relative_to(root).as_posix()) for folder in (outer, inner))
     return DataError(
         f"{printable(str(root))} can be read in two ways: {readings[0]}; or {readings[1]} in {name}. "
@@ -133,7 +133,7 @@ def _warn_of_splits_inside(folder: Path, inside: Iterable[list[Path]]) -> bool:
     if len(set[str]().union(*map(splits_in, names))) < 2:
         return False
     warn(
-        f"the classes of {printable(str(folder))} have folders of splits in them ({_some(sorted(names))}): their "
+        f"the classes of {printable(str(folder))} have folders of splits in them ({first_few(sorted(names))}): their "
         "photos are one set here; a table of path, class and split as DATA keeps them apart"
     )
     return True
@@ -146,14 +146,9 @@ def _warn_of_same_folders(root: Path, folder: Path, inside: dict[Path, list[Path
     if len(same) > 1:
         first = printable(next(iter(inside)).relative_to(root).as_posix())
         warn(
-            f"all classes of {printable(str(folder))} have the folders {_some([names[0][name] for name in same])}: "
+            f"all classes of {printable(str(folder))} have the folders {first_few([names[0][name] for name in same])}: "
             f"where these are the classes, say --train-dir {first} (with --val-dir and --test-dir for others)"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first three of several names."""
-    return printable(", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))
 
 
 def _has_photos(root: Path, folder: Path) -> bool:

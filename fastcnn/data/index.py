@@ -23,7 +23,7 @@ from fastcnn.data.shards import Shards
 from fastcnn.data.split_names import SPLITS
 from fastcnn.data.walk import Stamp, visible_folders
 from fastcnn.errors import DataError, UsageError, nearest, warn
-from fastcnn.system.text import comparable, printable
+from fastcnn.system.text import comparable, first_few, printable
 from pipelines.verdict import Member
 
 if TYPE_CHECKING:
@@ -89,18 +89,16 @@ class Index:
     def told_others(self) -> str:
         """Return the number of files that are no photos, and their kinds: 90 other files (45 .json, 45 .xml)."""
         count = sum(self.others.values())
-        kinds = sorted(self.others.items(), key=lambda kind: (-kind[1], kind[0]))[:3]
-        told = ", ".join(f"{number:,} {printable(name) or 'without extension'}" for name, number in kinds)
-        return f"{count:,} other file{'s' * (count != 1)} ({told}{', ...' if len(self.others) > 3 else ''})"
+        kinds = sorted(self.others.items(), key=lambda kind: (-kind[1], kind[0]))
+        told = first_few([f"{number:,} {name or 'without extension'}" for name, number in kinds])
+        return f"{count:,} other file{'s' * (count != 1)} ({told})"
 
     def warn_of_outside(self) -> None:
         """Warn of photos that are in no class folder."""
         if self.outside:
-            first = printable(", ".join(self.outside[:3])) + (", ..." if len(self.outside) > 3 else "")
             many = "photos are" if len(self.outside) > 1 else "photo is"
-            warn(
-                f"{len(self.outside):,} {many} in no class folder of {printable(str(self.root))}, and not used: {first}"
-            )
+            where = f"in no class folder of {printable(str(self.root))}"
+            warn(f"{len(self.outside):,} {many} {where}, and not used: {first_few(self.outside)}")
 
     def take(self, photos: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> Index:
         """Return the index of photos, given by their positions or by a mask (N,)."""
@@ -292,7 +290,7 @@ def _check_known(shown: str, name: str, classes: Sequence[str]) -> None:
     if comparable(name) not in class_names.positions(classes):
         raise DataError(
             f"{printable(shown)} is a class that the model does not know; "
-            f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}; leave it out with --exclude"
+            f"it knows {first_few(classes, 10)}; leave it out with --exclude"
         )
 
 

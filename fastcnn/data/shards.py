@@ -25,7 +25,7 @@ from fastcnn.data import class_names, tar
 from fastcnn.data.walk import Stamp
 from fastcnn.errors import DataError, os_error_as, warn
 from fastcnn.storage import files
-from fastcnn.system.text import comparable, printable
+from fastcnn.system.text import comparable, first_few, printable
 from pipelines.verdict import EXTENSIONS
 
 CLASSES = "classes.txt"
@@ -74,9 +74,10 @@ class Shards:
         numbers = sorted({photo.label for photo in self.photos})
         if self.names is None:
             return tuple(map(str, numbers))
-        missing = [printable(name) for number, name in self.names.items() if number not in set(numbers)]
+        missing = [name for number, name in self.names.items() if number not in set(numbers)]
         if missing:
-            warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {_some(missing)}")
+            some = first_few(missing, 10)
+            warn(f"the training shards have no photos of {len(missing)} classes, which are left out: {some}")
         return tuple(self.names[number] for number in numbers if number in self.names)
 
     def labels(self, root: Path, classes: Sequence[str]) -> dict[int, int]:
@@ -99,7 +100,7 @@ class Shards:
                 label = f"label {photo.label}{'' if name is None else f', {printable(name)},'}"
                 raise DataError(
                     f"{printable(str(root / photo.path))} has the {label} which is none of the {len(classes)} classes: "
-                    f"{_some(list(map(printable, classes)))}"
+                    f"{first_few(classes, 10)}"
                 )
             labels[photo.label] = positions[comparable(name)]
         return labels
@@ -302,10 +303,6 @@ def _names(root: Path, folder: Path) -> dict[int, str] | None:
             what = f"'{printable(line)}' is there twice" if line.strip() else "the line is empty"
             raise DataError(f"{shown}, line {number + 1}: expected the name of class {number}, but {what}")
     return dict(enumerate(lines))
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
 
 
 def _many(names: Sequence[str], one: str, more: str) -> str:

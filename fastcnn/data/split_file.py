@@ -17,11 +17,10 @@ from fastcnn.data.index import Index
 from fastcnn.data.path_list import CHUNK
 from fastcnn.errors import DataError, warn
 from fastcnn.storage import files
-from fastcnn.system.text import comparable, printable
+from fastcnn.system.text import comparable, first_few, printable
 
 NAME = "split.csv"
 MISSING = "missing_photos.csv"
-NUM_NAMED = 3  # photos that a message names
 
 
 class MissingPhotos(DataError):
@@ -173,5 +172,4 @@ def _find_by_content(rows: Sequence[Listed], index: Index, digests: Sequence[str
 
 
 def _first(reasons: Mapping[str, str]) -> str:
-    few = ", ".join(f"{printable(path)} ({reason})" for path, reason in list(reasons.items())[:NUM_NAMED])
-    return f"{few}{', ...' if len(reasons) > NUM_NAMED else ''}"
+    return first_few([f"{path} ({reason})" for path, reason in reasons.items()])

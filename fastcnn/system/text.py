@@ -19,6 +19,11 @@ def printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in as_utf8(name))
 
 
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """Return the first of several names on one line, printable, with an ellipsis where there are more."""
+    return printable(", ".join(names[:count])) + (", ..." if len(names) > count else "")
+
+
 def as_utf8(name: str) -> str:
     """Return a name that any program can read: bytes that are not UTF-8 are written out, as \\xff."""
     return re.sub("[\ud800-\udfff]", lambda found: _byte_written_out(ord(found[0])), name)
