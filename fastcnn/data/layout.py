@@ -191,15 +191,12 @@ def _unwrapped(root: Path, exclude: frozenset[str]) -> Path:
         inside = visible_folders(folder, exclude)
         if len(inside) > 1 or (inside and inside[0].name.casefold() in SPLITS):
             return folder
-        if not inside or any(map(_is_photo, _files_in(folder))):
+        if not inside or any(map(_is_photo_or_shard, list(os.scandir(folder)))):
             break
         folder = inside[0]
     return root
 
 
-def _files_in(folder: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(folder) if not is_folder(entry)]
-
-
-def _is_photo(name: str) -> bool:
-    return Path(name).suffix.lower() in {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tar"}
+def _is_photo_or_shard(entry: os.DirEntry[str]) -> bool:
+    extension = Path(entry.name).suffix[1:].lower()
+    return (extension in shards.PHOTO_EXTENSIONS or extension == "tar") and not is_folder(entry)

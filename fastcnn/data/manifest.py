@@ -20,7 +20,7 @@ from fastcnn.data.tables import SUFFIXES, Table, read_table
 from fastcnn.data.walk import Stamp, folders_in, is_folder
 from fastcnn.errors import DataError, FastCNNError, UsageError, nearest, warn
 from fastcnn.system.text import comparable, printable
-from pipelines.meant import NAMED_AS_PHOTOS
+from pipelines.meant import named_as_photo
 
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target", "species", "breed", "tag")
 """Names of columns, in small letters, that are preferred where several could hold the classes."""
@@ -91,7 +91,7 @@ class _Photos:
         except (OSError, ValueError):  # a path with a zero byte
             return {}, {}
         names = {comparable(name): name for name in files} | {name: name for name in files}
-        photos = [name for name in files if name.rpartition(".")[2].lower() in NAMED_AS_PHOTOS]
+        photos = [name for name in files if named_as_photo(name)]
         stems = [comparable(name.rpartition(".")[0]) for name in photos]
         counts = Counter(stems)
         return names, {stem: name for stem, name in zip(stems, photos, strict=True) if counts[stem] == 1}
