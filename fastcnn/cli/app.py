@@ -15,7 +15,7 @@ from fastcnn.cli.options import config_options, json_option
 from fastcnn.config import in_our_words, option_name
 from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
 from fastcnn.system import launch, quick_start, signals
-from fastcnn.system.text import print_any_name
+from fastcnn.system.text import print_any_name, to_json
 
 
 @click.group(cls=Commands, **SETTINGS)
@@ -33,12 +33,12 @@ def doctor(cache_dir: str | None, as_json: bool) -> int:
     ok: usable. without: fastcnn works without it, slower or with fewer features. wrong: present, but unusable; the
     exit code is then 4.
     """
-    import json
+    from dataclasses import asdict
 
-    from fastcnn.cli.doctor import examine, table, to_dict
+    from fastcnn.cli.doctor import examine, table
 
     checks = examine(cache_dir)
-    click.echo(json.dumps(to_dict(checks), indent=1) if as_json else table(checks))
+    click.echo(to_json([asdict(check) for check in checks]) if as_json else table(checks))
     return CheckError.exit_code if any(check.state == "wrong" for check in checks) else 0
 
 

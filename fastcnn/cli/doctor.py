@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +57,6 @@ def table(checks: list[Check]) -> str:
         if check.advice:
             rows.append(["", "", f"-> {check.advice}"])
     return text.table(["", "state", "found"], rows)
-
-
-def to_dict(checks: list[Check]) -> list[dict[str, str]]:
-    """Return the checks as plain data."""
-    return [asdict(check) for check in checks]
 
 
 def _machine(cache_dir: str | Path | None) -> Iterator[Check]:

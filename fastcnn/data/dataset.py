@@ -24,7 +24,6 @@ from fastcnn.data.recognise import known_sizes
 from fastcnn.data.split import check_fraction, draw_split, explain_split
 from fastcnn.data.split_file import NAME, missing_listed, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
-from fastcnn.storage import files
 from fastcnn.system.ranks import ALONE, Ranks
 from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.system.text import comparable, printable
@@ -191,11 +190,6 @@ def of_run(
         own = dataclasses.replace(own, path_column=None, label_column=None)
     with missing_listed(run_dir, data, advice):
         return prepare(own, gpu=gpu, moved_from=config.data if data != config.data else "", progress=progress)
-
-
-def write_bad(path: Path, bad: dict[str, str]) -> None:
-    """Write path and reason of every photo left out as CSV."""
-    files.write_csv(path, [("path", "reason"), *bad.items()])
 
 
 def _choose_decoder(decoder: Decoder, gpu: int | None, strict: bool) -> Decoder:

@@ -283,7 +283,7 @@ def _record_inputs(run: RunContext, training: Training) -> None:
     if run.ranks.first:
         write_config(run.run_dir, state.config)
         split_file.write_split(run.run_dir / split_file.NAME, data.index, data.splits, data.cache.digests)
-        dataset.write_bad(run.run_dir / "bad_images.csv", data.bad)
+        files.write_csv(run.run_dir / "bad_images.csv", [("path", "reason"), *data.bad.items()])
     counts = ", ".join(f"{len(data.photos(split)):,} {split}" for split in ("train", "val", "test"))
     where = f"{run.device}" if run.ranks.count == 1 else f"{run.ranks.count} ranks on {run.device.type}"
     console.line(
