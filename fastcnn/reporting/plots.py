@@ -64,7 +64,7 @@ def confusion_matrix(counts: npt.NDArray[np.int64], classes: Sequence[str]) -> b
     Up to 20 classes the counts are written into the cells, up to 100 the names stand at the axes.
     """
     num_classes = len(classes)
-    names = [_short(name, 24) for name in classes]
+    names = [short(name, 24) for name in classes]
     cell = float(np.clip(11 / num_classes, 0.125, 0.6)) if num_classes <= 100 else 12.5 / num_classes  # inches
     size = min(9.0, cell * 72 * 0.72)  # points
     margin = 0.4 + (max(map(len, names)) * size * 0.6 / 72 if num_classes <= 100 else 0)
@@ -131,9 +131,9 @@ def predictions(samples: Sequence[Sample], columns: int = 3) -> bytes:
         _draw_photo(axes, sample.image, x, y, photo, color)
         lines = (
             (0.3, "true", "#57606a", "normal"),
-            (0.52, _short(sample.label, 20), "#24292f", "normal"),
+            (0.52, short(sample.label, 20), "#24292f", "normal"),
             (0.95, "predicted", "#57606a", "normal"),
-            (1.17, f"{mark} {_short(sample.predicted, 20)}", color, "bold"),
+            (1.17, f"{mark} {short(sample.predicted, 20)}", color, "bold"),
             (1.39, f"{sample.probability:.1%}", color, "normal"),
         )
         for down, text, text_color, weight in lines:
@@ -167,7 +167,7 @@ def batch(images: npt.NDArray[np.uint8], captions: Sequence[Sequence[str]], titl
             x, y = i % columns * (photo + margin) + margin, head + i // columns * pitch
             _draw_photo(axes, image, x, y, photo, "#d0d7de")
             for number, text in enumerate(caption):
-                _write(axes, x, y + photo + line * (number + 0.7), _short(text, 24), photo, fontsize=9)
+                _write(axes, x, y + photo + line * (number + 0.7), short(text, 24), photo, fontsize=9)
 
     return png(width, height, draw)
 
@@ -243,7 +243,7 @@ def png(width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
     return file.getvalue()
 
 
-def _short(name: str, length: int) -> str:
+def short(name: str, length: int) -> str:
     """Return a name shortened in the middle to at most `length` letters, as both ends tell names apart."""
     name = printable(name)
     if len(name) <= length:

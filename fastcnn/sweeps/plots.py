@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastcnn.errors import ignoring_warnings
-from fastcnn.reporting.plots import png
+from fastcnn.reporting.plots import png, short
 
 if TYPE_CHECKING:
     import optuna
@@ -112,5 +112,4 @@ def importance(study: optuna.Study, metric: str) -> bytes:
 
 
 def _short(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 24 else f"{text[:12]}…{text[-11:]}"
+    return short(",".join(map(str, value)) if isinstance(value, list) else str(value), 24)
