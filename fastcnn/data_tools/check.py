@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import pipelines
 from fastcnn.config import Decoder, LayoutOptions
 from fastcnn.data.index import Index, scan_loosely
 from fastcnn.data.layout import NO_OPTIONS
+from fastcnn.data.recognise import digests
 from fastcnn.data_tools import duplicates
 from fastcnn.data_tools.findings import Findings, Group, class_rows, counted, detail
 from fastcnn.errors import FastCNNError
@@ -22,7 +22,7 @@ from fastcnn.system import text
 from fastcnn.system.text import printable
 from pipelines.facts import facts
 from pipelines.shared_memory import shared
-from pipelines.verdict import Source, Unusable, Verdict, read
+from pipelines.verdict import Source, Verdict
 from pipelines.workers import DECODE_TIMEOUT, Workers
 
 CHUNK = 512  # photos decoded at once
@@ -66,11 +66,10 @@ def check(
     usable = np.flatnonzero([verdict.ok for verdict in verdicts])
     with ThreadPoolExecutor(workers or pipelines.num_cores()) as pool:
         known = list(pool.map(lambda i: facts(sources[i], header=verdicts[i].ok), range(len(sources))))
-        contents = _contents(sources, index.sizes, usable, pool)
     num_bad = len(index) - len(usable)
     if not refusal and num_bad > max_bad * len(index):
         refusal = f"{num_bad:,} of {len(index):,} photos cannot be used, more than --max-bad {max_bad:g}"
-    exact = [tuple(group) for group in contents if len(group) > 1]
+    exact = _same_files(index, usable)
     alike = duplicates.groups(usable[duplicates.pairs(hashes[usable], pictures[usable])])
     copies = {frozenset(group) for group in exact}
     return Findings(
@@ -79,8 +78,7 @@ def check(
         facts=known,
         verdicts=verdicts,
         exact=_groups(index, exact),
-        near=_groups(index, [tuple(group) for group in alike if not any(set(group) <= same for same in copies)]),
-        outside=index.outside,
+        near=_groups(index, [group for group in alike if not any(set(group) <= same for same in copies)]),
         decoder=used,
         max_pixels=limit,
     )
@@ -111,7 +109,7 @@ def table(findings: Findings) -> str:
         "the same file": exact,
         "look the same": near,
         "named as another format": named,
-        "in no class folder": [printable(path) for path in findings.outside],
+        "in no class folder": [printable(path) for path in index.outside],
     }
     for title, lines in lists.items():
         if lines:
@@ -138,26 +136,14 @@ def _decode(
     return verdicts, hashes, pictures
 
 
-def _contents(
-    sources: Sequence[Source], sizes: npt.NDArray[np.int64], usable: npt.NDArray[np.intp], pool: ThreadPoolExecutor
-) -> list[list[int]]:
+def _same_files(index: Index, usable: npt.NDArray[np.intp]) -> list[list[int]]:
     """Return the groups of photos that have the same bytes. Only files of the same size are read."""
-    by_size = defaultdict[int, list[int]](list)
-    for i in usable:
-        by_size[int(sizes[i])].append(int(i))
-    candidates = [i for same in by_size.values() if len(same) > 1 for i in same]
-    groups = defaultdict[bytes, list[int]](list)
-    for i, digest in zip(candidates, pool.map(lambda i: _digest(sources[i]), candidates), strict=True):
-        if digest:
-            groups[digest].append(i)
-    return list(groups.values())
-
-
-def _digest(source: Source) -> bytes:
-    try:
-        return hashlib.sha256(read(source)).digest()
-    except Unusable:
-        return b""
+    _, which, counts = np.unique(index.sizes[usable], return_inverse=True, return_counts=True)
+    candidates = usable[counts[which] > 1]
+    groups = defaultdict[str, list[int]](list)
+    for i, digest in zip(candidates.tolist(), digests(index, candidates), strict=True):
+        groups[digest].append(i)
+    return [same for digest, same in groups.items() if digest and len(same) > 1]
 
 
 def _groups(index: Index, groups: Iterable[Sequence[int]]) -> list[Group]:

@@ -64,7 +64,7 @@ def page(findings: Findings) -> str:
             _list("Cannot be used", ("photo", "reason"), reasons),
             _list("Damaged, and used as far as they can be read", ("photo", "damage"), findings.damaged.items()),
             _list("Named as another format", ("photo", "format"), findings.misnamed.items()),
-            _list("In no class folder", ("file", ""), [(path, "") for path in findings.outside]),
+            _list("In no class folder", ("file", ""), [(path, "") for path in index.outside]),
             _list("Kinds", ("", ""), kinds),
         ],
         samples=[

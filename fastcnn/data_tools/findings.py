@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data.index import Index
-from fastcnn.system.text import printable
+from fastcnn.system.text import finite_or_none, printable
 from pipelines.facts import Facts, misnamed
 from pipelines.verdict import Verdict
 
@@ -46,8 +46,6 @@ class Findings:
     """Files with the same bytes."""
     near: Sequence[Group]
     """Photos that look the same, at least two of them not with the same bytes."""
-    outside: Sequence[str]
-    """Photos that are in no class folder."""
     decoder: str
     max_pixels: int
 
@@ -127,8 +125,8 @@ class Findings:
             found.append(f"{_copies(self.near)} of another by looks")
         if groups and len(self.splits()) < 3 and any("train" in group.splits for group in groups):
             found.append("copies among the training photos may fall on both sides of the split into train and val")
-        if self.outside:
-            found.append(f"{_photos(len(self.outside))} in no class folder and not used")
+        if self.index.outside:
+            found.append(f"{_photos(len(self.index.outside))} in no class folder and not used")
         if len(index.classes) > 1 and self.imbalance > IMBALANCED:
             found.append(f"the largest class has {self.imbalance:.1f} times the photos of the smallest: see --balance")
         return found
@@ -147,7 +145,7 @@ class Findings:
             "num_usable": int(self.usable.sum()),
             "num_hidden": index.num_hidden,
             "other_files": dict(index.others),
-            "imbalance": self.imbalance if np.isfinite(self.imbalance) else None,
+            "imbalance": finite_or_none(self.imbalance),
             "classes": self.classes(),
             "formats": dict(kinds["format"]),
             "colours": dict(kinds["colours"]),
@@ -157,7 +155,7 @@ class Findings:
             "misnamed": [{"path": path, "format": name} for path, name in self.misnamed.items()],
             "exact_duplicates": [self._group(group) for group in self.exact],
             "near_duplicates": [self._group(group) for group in self.near],
-            "outside": list(self.outside),
+            "outside": list(self.index.outside),
             "photos": [
                 {
                     "path": path,

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from fastcnn.network.small_cnn import restore
 from fastcnn.storage import checkpoint, files, run_folder
 from fastcnn.system.device import versions
 from fastcnn.system.switches import one_thread, tracing
-from fastcnn.system.text import as_utf8
+from fastcnn.system.text import as_utf8, finite_or_none
 
 Half = Literal["auto", "bf16", "fp16"]
 
@@ -158,7 +157,7 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         "precision": precision,
         "tolerance": TOLERANCES[precision],
         "resize_tolerance": max(TOLERANCES[precision], RESIZE_TOLERANCES.get(format, 0.0)),
-        "training": {name: _plain(value) for name, value in state["best"].items()},
+        "training": {name: finite_or_none(value) for name, value in state["best"].items()},
         "versions": versions(),
         "golden": golden_inputs(network, config),
     }
@@ -166,11 +165,6 @@ def write(state: dict[str, Any], path: Path, format: str, half: Half | None = No
         parts = EXPORTERS[format](state, precision)
     metadata["sha256"] = file_formats.digest(parts, metadata)
     path.write_bytes(file_formats.FORMATS[path.suffix].pack(file_formats.Contents(parts, metadata)))
-
-
-def _plain(value: Any) -> Any:
-    """Return a figure for JSON, which has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def golden_inputs(network: torch.nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.system.text import printable, table
+from fastcnn.system.text import finite_or_none, printable, table
 from fastcnn.training.metrics import Score
 
 COLUMNS = ("class", "photos", "precision", "recall", "F1")
@@ -63,14 +63,14 @@ class ClassScores:
         """Return all scores as plain data, None for NaN."""
         names = ("precision", "recall", "f1")
         *classes, mean = [
-            {"class": name, "photos": photos, **dict(zip(names, map(_plain, figures), strict=True))}
+            {"class": name, "photos": photos, **dict(zip(names, map(finite_or_none, figures), strict=True))}
             for name, photos, figures in self.rows()
         ]
         return {
             "photos": self.score.count,
-            "accuracy": _plain(self.score.accuracy),
-            "loss": _plain(self.score.loss),
-            "top5_accuracy": _plain(self.top5),
+            "accuracy": finite_or_none(self.score.accuracy),
+            "loss": finite_or_none(self.score.loss),
+            "top5_accuracy": finite_or_none(self.top5),
             "mean": {name: mean[name] for name in names},
             "per_class": classes,
             "confusion_matrix": self.confusion.tolist(),
@@ -123,10 +123,6 @@ def _ratio(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> npt.NDA
 
 def _mean(values: npt.NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else float("nan")
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def confusion_matrix(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -50,6 +51,11 @@ def texts_as_utf8(value: Any) -> Any:
     if isinstance(value, dict):
         return {texts_as_utf8(key): texts_as_utf8(each) for key, each in value.items()}
     return [texts_as_utf8(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return a figure for JSON, which has no NaN: None for a number that is not finite, anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_any_name() -> None:

@@ -94,7 +94,7 @@ def test_counts_and_kinds(findings: Findings) -> None:
         "progressive": 1, "turned by EXIF": 1, "named as another format": 1, "no extension": 1,
     }  # fmt: skip
     assert list(findings.misnamed) == ["train/dog/png.jpg"]
-    assert list(findings.outside) == ["train/stray.jpg"]
+    assert list(findings.index.outside) == ["train/stray.jpg"]
 
 
 def test_every_problem_is_a_sentence(findings: Findings) -> None:
@@ -202,7 +202,7 @@ def test_a_folder_of_any_layout(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = check.check(flat, decoder="pillow")
     assert "no class folders" in found.refusal
     assert len(found.index) == 4
-    assert found.outside == []
+    assert found.index.outside == []
     one = put(tmp_path / "one", {f"cat/{i}.jpg": photo for i, photo in enumerate(photos)})
     assert "only one class" in check.check(one, decoder="pillow").refusal
     unknown = put(tmp_path / "unknown", {"train/a/1.jpg": photos[0], "train/b/1.jpg": photos[1], "val/c/1": photos[2]})
