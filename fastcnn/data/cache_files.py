@@ -162,18 +162,8 @@ def folders_in(parent: Path) -> list[Path]:
 
 def read_header(folder: Path) -> dict[str, Any]:
     """Return the strings and whole numbers in cache.json; {} where it cannot be read."""
-    try:
-        header = json.loads((folder / "cache.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(header, dict):
-        return {}
+    header = files.read_json(folder / "cache.json")
     return {name: value for name, value in header.items() if isinstance(value, str | int)}
-
-
-def is_read(folder: Path) -> bool:
-    """Return whether a process has mapped the pixels of a cache."""
-    return locks.is_shared(folder / "pixels.bin")
 
 
 def read_row(file: io.FileIO, row: int, out: Pixels) -> bool:

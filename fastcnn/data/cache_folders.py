@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pipelines
-from fastcnn.data import cache_files, journal_files
+from fastcnn.data import journal_files
 from fastcnn.data.cache_files import folders_in, read_header
 from fastcnn.data.shards import forget
 from fastcnn.errors import FastCNNError, os_error_as, warn
-from fastcnn.storage.locks import locked
+from fastcnn.storage.locks import is_shared, locked
 from fastcnn.storage.paths import user_cache_folder
 from pipelines import workers
 
@@ -84,7 +84,7 @@ def _delete(folder: Path, *, force: bool) -> int:
     def refuse() -> None:
         raise _InUse(f"a run is decoding photos into the cache {folder}: it is left alone; clear it when that is done")
 
-    if not force and cache_files.is_read(folder):
+    if not force and is_shared(folder / "pixels.bin"):
         raise _InUse(f"a run reads the cache {folder}: it is left alone; --force deletes it all the same")
     with os_error_as(f"cannot delete the cache {folder}"), locked(folder / "lock", refuse):
         freed = sum(path.stat().st_size for path in folder.iterdir())

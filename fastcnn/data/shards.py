@@ -205,14 +205,12 @@ def _scans(folder: Path, memory: Path | None) -> dict[Path, _Scan]:
 
 def _remembered(file: Path) -> dict[str, _Scan]:
     """Return archive -> remembered scan; {} where the file is missing or not as `_scans` writes it."""
+    content = files.read_json(file)
     try:
-        content = json.loads(file.read_bytes())
-        if content["format"] != FORMAT:
-            return {}
         known = {name: _Scan(*values) for name, values in content["archives"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (TypeError, KeyError, AttributeError):
         return {}
-    return known if all(map(_is_whole, known.values())) else {}
+    return known if content.get("format") == FORMAT and all(map(_is_whole, known.values())) else {}
 
 
 def _is_whole(scan: _Scan) -> bool:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from fastcnn.data_tools import unzip
 from fastcnn.errors import FastCNNError, os_error_as
-from fastcnn.storage.files import check_space, filling
+from fastcnn.storage.files import check_space, filling, read_json
 from fastcnn.storage.locks import locked
 from fastcnn.system.console import Console
 from fastcnn.system.text import printable
@@ -56,7 +56,7 @@ def unpacked(data: str, console: Console | None = None) -> str:
     ):
         if not folder.exists():
             _unpack(path, suffix, folder, made_of, console)
-        elif not _was_made_of(folder, made_of):
+        elif read_json(folder / MARKER) != made_of:
             raise FastCNNError(
                 f"{printable(str(folder))} is there already and was not unpacked from {printable(path.name)}: "
                 "give that folder as DATA, or move it away"
@@ -114,13 +114,6 @@ class _Limited:
         if self.limit < 0:
             raise unzip.Refused(f"it unpacks to more than {unzip.MAX_GROWTH} times its size")
         return content
-
-
-def _was_made_of(folder: Path, made_of: dict[str, int]) -> bool:
-    try:
-        return bool(json.loads((folder / MARKER).read_text(encoding="utf-8")) == made_of)
-    except (OSError, ValueError):
-        return False
 
 
 def _without_wrappers(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastcnn.errors import FastCNNError, UsageError, first_line
-from fastcnn.storage.files import check_space
+from fastcnn.storage.files import check_space, read_json
 from fastcnn.system.console import Console
 
 CHUNK = 2**20  # bytes
@@ -198,12 +198,11 @@ def _notes(partial: Path) -> Path:
 
 def _read_notes(partial: Path) -> Identity | None:
     """Return the file whose beginning the partial file is, None where that is not known."""
-    try:
-        values = json.loads(_notes(partial).read_text(encoding="utf-8"))
-        identity = Identity(size=int(values["size"]), validator=str(values["validator"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return identity if _size(partial) <= identity.size else None
+    notes = read_json(_notes(partial))
+    size, validator = notes.get("size"), notes.get("validator")
+    if isinstance(size, int) and isinstance(validator, str) and _size(partial) <= size:
+        return Identity(size=size, validator=validator)
+    return None
 
 
 def _size(path: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from fastcnn.config import OPTIONS, Config, option_name, read_yaml, resolve
 from fastcnn.data import class_names
 from fastcnn.errors import FastCNNError, UsageError, warn
 from fastcnn.runs.state import RunState
-from fastcnn.storage import checkpoint, run_folder
+from fastcnn.storage import checkpoint, files, run_folder
 from fastcnn.system.console import Console
 
 RESUMABLE = ("data", "cache_dir", "epochs", "device", "devices", "wandb", "loader", "on_nan", "checkpoint_every")
@@ -63,11 +62,7 @@ def _edited(run_dir: Path, begun: dict[str, Any]) -> dict[str, Any]:
 
 def is_finished(run_dir: Path) -> bool:
     """Return whether a run has written everything; one that was killed while writing has not."""
-    try:
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(result, dict) and result.get("finished") is True
+    return files.read_json(run_dir / "result.json").get("finished") is True
 
 
 def restore(state: RunState, console: Console) -> None:

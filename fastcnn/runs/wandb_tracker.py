@@ -234,11 +234,8 @@ def _begun_file(run_dir: Path) -> Path:
 
 def _read_begun(run_dir: Path) -> dict[str, str]:
     """Return id, project and entity of the W&B run that an earlier part of this run began; {} if none did."""
-    try:
-        begun = json.loads(_begun_file(run_dir).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {name: str(begun.get(name, "")) for name in ("id", "project", "entity")} if isinstance(begun, dict) else {}
+    begun = files.read_json(_begun_file(run_dir))
+    return {name: str(begun.get(name, "")) for name in ("id", "project", "entity")} if begun else {}
 
 
 def _online_parts(root: Path, run_id: str) -> list[Path]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastcnn.errors import FastCNNError
 
@@ -64,6 +65,15 @@ def csv_lines(rows: Iterable[Sequence[object]]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; {} where the file cannot be read, or is damaged or of another kind."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_partial(path: Path) -> bool:

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
@@ -66,7 +65,9 @@ def choose(
     def faster(label: str, make: Callable[[Step], Engine]) -> Engine | None:
         """Return an engine if it pays to build it and it is the fastest so far; note why, and its time as the best."""
         nonlocal best
-        worth, why = worth_building(label, num_steps, best, _history().get(signature, {}).get(label))
+        worth, why = worth_building(
+            label, num_steps, best, files.read_json(_history_file()).get(signature, {}).get(label)
+        )
         reasons.append(why)
         if not slowest(worth):
             return None
@@ -110,18 +111,10 @@ def _history_file() -> Path:
     return user_cache_folder() / "engines-3.json"
 
 
-def _history() -> dict[str, Any]:
-    try:
-        history = json.loads(_history_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return history if isinstance(history, dict) else {}
-
-
 def _remember(signature: str, engine: str, figures: dict[str, float]) -> None:
     with contextlib.suppress(OSError):  # only the next prediction would be better for it
         path = _history_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        history = _history()
+        history = files.read_json(path)
         history[signature] = {**history.get(signature, {}), engine: figures}
         files.write(path, json.dumps(history, indent=1))

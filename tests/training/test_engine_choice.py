@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcnn import errors
 from fastcnn.errors import FastCNNError
 from fastcnn.network.sync_layers import convert, operators
+from fastcnn.storage import files
 from fastcnn.system.ranks import Ranks
 from fastcnn.training import engine_choice, engines
 from fastcnn.training.engines import Eager, Engine, Graphed, NoEngine
@@ -281,13 +282,13 @@ def test_an_engine_that_one_rank_cannot_build_is_nobodys(
 
 def test_an_engine_history_that_is_damaged_is_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert engine_choice._history() == {}
+    assert files.read_json(engine_choice._history_file()) == {}
     engine_choice._remember("a", "x", {"step_seconds": 0.5})
     engine_choice._remember("b", "x", {"step_seconds": 0.1})
     engine_choice._remember("b", "y", {"step_seconds": 0.2})
-    assert engine_choice._history() == {
+    assert files.read_json(engine_choice._history_file()) == {
         "a": {"x": {"step_seconds": 0.5}},
         "b": {"x": {"step_seconds": 0.1}, "y": {"step_seconds": 0.2}},
     }
     engine_choice._history_file().write_text("[")
-    assert engine_choice._history() == {}
+    assert files.read_json(engine_choice._history_file()) == {}
