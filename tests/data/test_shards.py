@@ -216,7 +216,7 @@ def test_a_run_and_its_evaluation(sharded: Path, loader: str, tmp_path: Path) ->
 def test_check(folder: Path, sharded: Path) -> None:
     files, found = check.check(folder), check.check(sharded)
     assert not found.refusal
-    assert not found.outside
+    assert not found.index.outside
     assert found.classes() == files.classes()
     assert sorted(each.reason for each in found.bad.values()) == sorted(each.reason for each in files.bad.values())
     assert sorted(map(len, (group.photos for group in found.exact))) == sorted(
