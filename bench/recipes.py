@@ -19,37 +19,28 @@ from typing import Any
 
 from bench.accuracy.contenders import parse_seeds
 from bench.accuracy.experiment import write_held_out
+from bench.harness.command import exit_code, typed
 from bench.report.intervals import interval
 from bench.report.record import Row, own_record, row_of_runs
 from bench.report.tables import TABLES
 from fastcnn.config import Config, read_recipe, read_yaml, resolve
 from fastcnn.data import dataset
-from fastcnn.errors import FastCNNError
 from fastcnn.runs.fit import fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train every recipe with every seed, print figures and differences; return the exit code."""
-    args = _parser().parse_args(argv)
-    try:
-        _compare(args)
-    except FastCNNError as error:
-        print(f"bench.recipes: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--recipes", nargs="+", default=["seed", "strong"])
     parser.add_argument("--seeds", default="0-7", help="first-last")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of all runs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a results file into this folder")
-    return parser
+    args = parser.parse_args(argv)
+    return exit_code("bench.recipes", lambda: _compare(args, typed("python -m bench.recipes", argv)))
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _compare(args: argparse.Namespace, command: str) -> int:
     seeds = parse_seeds(args.seeds)
     common = dict(item.split("=", 1) for item in args.set)
     runs: dict[str, list[dict[str, float]]] = {recipe: [] for recipe in args.recipes}
@@ -60,18 +51,17 @@ def _compare(args: argparse.Namespace) -> None:
             runs[recipe].append(measured(config))
             print(f"seed {seed}  {recipe:20}  {runs[recipe][-1]}", flush=True)
     rows = compared(runs, args.data.name)
-    shown = [item for item in args.set if "/" not in item]
-    command = f"python -m bench.recipes {args.data.name} --recipes {' '.join(args.recipes)}"
     record = own_record(
         rows,
-        command=f"{command} --seeds {args.seeds} --set {' '.join(shown)}",
-        settings={"seeds": args.seeds, "options": shown},
+        command=command,
+        settings={"seeds": args.seeds, "options": [item for item in args.set if "/" not in item]},
         seconds=sum(row["seconds"] for found in runs.values() for row in found),
     )
     for line in TABLES["recipes"].lines(record):
         print(": ".join(line[1:]))
     if args.out:
         record.write(args.out)
+    return 0
 
 
 def measured(config: Config) -> dict[str, float]:

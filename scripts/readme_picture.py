@@ -3,12 +3,10 @@
 import sys
 from pathlib import Path
 
-import matplotlib
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.report.plots import training_rate  # noqa: E402
+from bench.report.plots import draw  # noqa: E402
 from bench.report.record import read  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "published" / "amd-epyc-2-cores.json"
@@ -16,13 +14,8 @@ RESULTS = ROOT / "bench" / "results" / "published" / "amd-epyc-2-cores.json"
 
 def main(folder: Path) -> Path:
     """Write training_rate.png into the folder; return its path."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = training_rate(plt, read(RESULTS))
-    figure.savefig(path := folder / "training_rate.png", dpi=100, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    draw(read(RESULTS), folder, ["training_rate.png"])
+    return folder / "training_rate.png"
 
 
 if __name__ == "__main__":

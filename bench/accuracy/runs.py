@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.accuracy.contenders import Contender
 from bench.accuracy.experiment import Experiment, Run, write_held_out
+from bench.harness import json_lines
 from bench.harness.whole_runs import ROOT, fastest_settings
 from bench.report.record import without_paths
 from fastcnn.config import Config
@@ -38,19 +41,6 @@ class Measured:
     failed: list[str] = field(default_factory=list)
 
 
-def read(path: Path, key: Run) -> list[Run]:
-    """Return the runs of an experiment in a file. A line that was cut off as it was written is no run."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            run = json.loads(line)
-        except ValueError:
-            continue
-        if all(run.get(name) == value for name, value in key.items()):
-            found.append(run)
-    return found
-
-
 def measure(
     experiment: Experiment,
     contenders: Sequence[Contender],
@@ -65,7 +55,8 @@ def measure(
     path: the file, which gets a line as each run ends.
     seconds: what begins later is left out.
     """
-    start, measured = time.perf_counter(), Measured(runs=read(path, experiment.key))
+    start, key = time.perf_counter(), experiment.key
+    measured = Measured(runs=[run for run in json_lines.read(path) if key.items() <= run.items()])
     if measured.runs:
         note(f"going on: {path} holds {len(measured.runs)} runs; delete it to begin anew")
     present = []
@@ -85,7 +76,7 @@ def measure(
             try:
                 for run in _cold_and_warm(experiment, contender, seed, measured.runs):
                     measured.runs.append(run)
-                    _append(path, run)
+                    json_lines.append(path, run)
                     note(
                         f"seed {seed}  {contender.label:16} {run['cache']:4}  accuracy {run['accuracy']:.4f}  "
                         f"{run['seconds']:.1f} s, {run['processor_seconds']:.1f} processor-seconds"
@@ -94,15 +85,6 @@ def measure(
                 measured.failed.append(contender.label)
                 note(f"{contender.label}: failed: {error}")
     return measured
-
-
-def _append(path: Path, run: Run) -> None:
-    """Append a run's line, on a new line where the last one was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(max(file.tell() - 1, 0))
-        cut_off = file.read() not in (b"", b"\n")
-        file.write(b"\n" * cut_off + json.dumps(run).encode() + b"\n")
 
 
 def _cold_and_warm(experiment: Experiment, contender: Contender, seed: int, done: Sequence[Run]) -> Iterator[Run]:
@@ -159,41 +141,30 @@ def watched(words: Sequence[str], environment: dict[str, str], run_dir: Path | N
     environment: its variables.
     run_dir: of fastcnn's; None for a script that prints its figures as JSON.
     """
-    marks, lines, start = [], list[str](), time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            errors="replace",
-            cwd=ROOT,
-            env=environment,
-        )
+    marks, line, start, before = [], "", time.perf_counter(), _seconds_of_children()
+    how: dict[str, Any] = {"text": True, "errors": "replace", "cwd": ROOT, "env": environment}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, **how) as process,
+    ):
         assert process.stdout
         try:
-            with process.stdout as output:
-                for line in output:
-                    lines.append(line)
-                    if line.startswith(EPOCH_LINES):
-                        marks.append((time.perf_counter() - start, processor_seconds(process.pid)))
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            for line in process.stdout:
+                if line.startswith(EPOCH_LINES):
+                    marks.append((time.perf_counter() - start, processor_seconds(process.pid)))
+            code = process.wait()
         finally:
-            if process.returncode is None:
-                process.terminate()
-                process.wait()
-        seconds = time.perf_counter() - start
-        if process.returncode:
+            process.terminate()  # where this one is interrupted
+        whole = {"seconds": time.perf_counter() - start, "processor_seconds": _seconds_of_children() - before}
+        if code:
             errors.seek(0)
-            raise CommandFailed(_last_line(errors.read()) or f"exit code {process.returncode}")
-    figures = _of_fastcnn(run_dir) if run_dir else _of_script(lines[-1])
+            raise CommandFailed(_last_line(errors.read()) or f"exit code {code}")
+    figures = _of_fastcnn(run_dir) if run_dir else _of_script(line)
     accuracies = figures.pop("accuracies")
     epochs = [
         {"seconds": wall, "processor_seconds": processor, "accuracy": accuracy}
         for (wall, processor), accuracy in zip(marks, accuracies, strict=True)
     ]
-    whole = {"seconds": seconds, "processor_seconds": usage.ru_utime + usage.ru_stime}
     return {**whole, **figures, "accuracy": accuracies[-1], "epochs": epochs}
 
 
@@ -211,6 +182,12 @@ def _of_script(last_line: str) -> Run:
         "accuracies": [row["val_accuracy"] for row in epochs],
         "train_seconds": sum(row["train_seconds"] for row in epochs),
     }
+
+
+def _seconds_of_children() -> float:
+    """Return the processor time of all processes that were waited for, and of those that they waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def processor_seconds(pid: int) -> float | None:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
+import itertools
 import math
 import re
 import statistics
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness.command import exit_code, typed
 from bench.harness.machine import slug
 from bench.parity import arms, curves
 from bench.parity.arms import FAST, INGREDIENTS, PLAIN, SHARED, Arm, Experiment, Found
@@ -47,20 +50,9 @@ Runs = dict[str, dict[int, Found]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both sides with every seed, write and print; return the exit code."""
     args = _parser().parse_args(argv)
-    if importlib.util.find_spec("scipy") is None:
-        return _fail("scipy: not installed. pip install scipy, or scripts/bench.sh, which installs it", 1)
-    try:
-        return run(args)
-    except (KeyboardInterrupt, RunInterrupted) as error:
-        code = error.exit_code if isinstance(error, RunInterrupted) else 130
-        return _fail("interrupted; the same command goes on from the last run that ended", code)
-    except FastCNNError as error:
-        return _fail(str(error), error.exit_code)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"fastcnn parity: error: {message}", file=sys.stderr)
-    return code
+    args.command = typed("fastcnn parity", argv)
+    interrupted = "interrupted; the same command goes on from the last run that ended"
+    return exit_code("fastcnn parity", lambda: run(args), interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,43 +83,36 @@ def run(args: argparse.Namespace) -> int:
     """Do what the options say and return the exit code. Raises FastCNNError for what the user can mend."""
     _check(args)
     contenders: dict[str, Arm] = {PLAIN: arms.plain, **(INGREDIENTS if args.ingredients else {FAST: arms.fast})}
-    with arms.prepared(
-        args.data,
-        val_fraction=args.val_fraction,
-        note=lambda text: print(text, flush=True),
-        **{name: getattr(args, name) for name in (*SHARED, "threads")},
-    ) as experiment:
+    how = {name: getattr(args, name) for name in (*SHARED, "threads")}
+    note = functools.partial(print, flush=True)
+    with arms.prepared(args.data, val_fraction=args.val_fraction, note=note, **how) as experiment:
         path = results_file(args, experiment)
-        runs = resumed(path, args, experiment)
-        skipped: dict[str, str] = {}
-        for seed in range(args.seeds):
-            for name, arm in contenders.items():
-                if seed in runs.setdefault(name, {}) or name in skipped:
-                    continue
-                try:
-                    runs[name][seed] = arm(experiment, seed)
-                except FastCNNError as error:
-                    if name in (PLAIN, FAST) or isinstance(error, RunInterrupted):
-                        raise
-                    skipped[name] = without_paths(str(error)).removesuffix(STRICT)
-                    print(f"{name}: not measured: {skipped[name]}", flush=True)
-                    continue
-                _note(name, seed, runs[name][seed])
-                record_of(args, experiment, runs, skipped).save(path)
+        runs, skipped = resumed(path, args, experiment), dict[str, str]()
+        for seed, (name, arm) in itertools.product(range(args.seeds), contenders.items()):
+            if seed in runs.setdefault(name, {}) or name in skipped:
+                continue
+            try:
+                runs[name][seed] = arm(experiment, seed)
+            except FastCNNError as error:
+                if name in (PLAIN, FAST) or isinstance(error, RunInterrupted):
+                    raise
+                skipped[name] = without_paths(str(error)).removesuffix(STRICT)
+                note(f"{name}: not measured: {skipped[name]}")
+                continue
+            note(shown(name, seed, runs[name][seed]))
+            record_of(args, experiment, runs, skipped).save(path)
         record = record_of(args, experiment, runs, skipped)
         record.save(path)
     curves.draw(record, path.with_suffix(".png"))
-    if args.ingredients:
-        table = tables.TABLES["ingredients"]
-        print(tables.markdown(table.head, table.lines(record)), end="")
-    else:
-        print(sentence(record))
+    table = tables.TABLES["ingredients"]
+    print(tables.markdown(table.head, table.lines(record)) if args.ingredients else sentence(record))
     print(f"results  {path}\npicture  {path.with_suffix('.png')}")
-    verdict = record.settings["verdict"]
-    return DIFFERENT if verdict == "different" and not args.ingredients else 0
+    return DIFFERENT if record.settings["verdict"] == "different" and not args.ingredients else 0
 
 
 def _check(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("scipy") is None:
+        raise FastCNNError("scipy: not installed. pip install scipy, or scripts/bench.sh, which installs it")
     for name, ok, expected in (
         ("seeds", args.seeds >= 2, "2 or more: one seed says nothing of the spread"),
         ("epochs", args.epochs >= 1, "1 or more"),
@@ -143,9 +128,10 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(args, name)}")
 
 
-def _note(name: str, seed: int, found: Found) -> None:
+def shown(name: str, seed: int, found: Found) -> str:
+    """Return a run's line."""
     losses = f"losses {found['train_losses'][-1]:.4f} training, {found['held_out_losses'][-1]:.4f} held out"
-    print(f"seed {seed}  {name:10}  accuracy {found['accuracy']:.4f}  {losses}  {found['seconds']:.0f} s", flush=True)
+    return f"seed {seed}  {name:10}  accuracy {found['accuracy']:.4f}  {losses}  {found['seconds']:.0f} s"
 
 
 def results_file(args: argparse.Namespace, experiment: Experiment) -> Path:
@@ -172,17 +158,15 @@ def resumed(path: Path, args: argparse.Namespace, experiment: Experiment) -> Run
     Runs of both sides are taken from the other table's file too, where it is of the same experiment. Raises
     FastCNNError where the file itself is of another.
     """
-    settings = settings_of(experiment)
-    other = path.with_name(re.sub(r"(-ingredients)?\.json$", "" if args.ingredients else "-ingredients", path.name))
-    runs: Runs = {}
-    for file in (other.with_suffix(".json"), path):
+    stem, runs = path.stem.removesuffix("-ingredients"), Runs()
+    for file in (path.with_name(f"{stem}-ingredients.json"), path.with_name(f"{stem}.json")):
         if not file.exists():
             continue
         try:
             record = read(file)
         except ValueError as error:
             raise FastCNNError(str(error)) from None
-        changed = [name for name, value in settings.items() if record.settings.get(name) != value]
+        changed = [name for name, value in settings_of(experiment).items() if record.settings.get(name) != value]
         if changed and file == path:
             raise FastCNNError(
                 f"{path} holds runs with another {', '.join(changed)}: choose another --out, or delete it to begin anew"
@@ -203,7 +187,7 @@ def record_of(args: argparse.Namespace, experiment: Experiment, runs: Runs, skip
     verdicts = {row["name"]: row["extra_info"].get("verdict", "undecided") for row in rows}
     return own_record(
         rows,
-        command=_command(args),
+        command=args.command,
         settings={
             **settings_of(experiment),
             "seeds": args.seeds,
@@ -225,19 +209,16 @@ def row_of(args: argparse.Namespace, name: str, runs: Runs, largest_class: float
     seconds = [found["seconds"] for found in mine.values()]
     accuracies = [found["accuracy"] for found in mine.values()]
     info: dict[str, Any] = {
-        "runs": {str(seed): found for seed, found in sorted(runs[name].items())},
+        "runs": {str(seed): runs[name][seed] for seed in sorted(runs[name])},
         "mean_accuracy": statistics.fmean(accuracies),
         "standard_deviation": statistics.stdev(accuracies) if accuracies[1:] else 0.0,
     }
     pairs = [(found, runs[PLAIN][seed]) for seed, found in mine.items() if seed in runs[PLAIN]]
+    margins = {"accuracy": args.margin, **dict.fromkeys(LOSSES, args.loss_margin)}
     if name != PLAIN and len(pairs) > 1:
         info["measures"] = {
-            measure: dataclasses.asdict(compare(differences(measure, pairs), margin / 100))
-            for measure, margin in (
-                ("accuracy", args.margin),
-                ("held_out_losses", args.loss_margin),
-                ("train_losses", args.loss_margin),
-            )
+            measure: dataclasses.asdict(compare(differences(measure, pairs), margins[measure] / 100))
+            for measure in ("accuracy", *LOSSES)
         }
         info["epochs"] = {measure: by_epoch(measure, pairs, args.loss_margin / 100) for measure in LOSSES}
         info["verdict"] = overall([one["verdict"] for one in info["measures"].values()])
@@ -313,18 +294,6 @@ def would_do(record: Record) -> str:
         return f"{what}: so near the margin that only many more seeds, {4 * row['n']} say, or another margin would do"
     photos = math.ceil(record.settings["num_held_out"] * seeds / row["n"])
     return f"{what}: about {seeds:,} seeds would do, or {photos:,} held-out photos at best"
-
-
-def _command(args: argparse.Namespace) -> str:
-    """Return the command as one would type it, without the paths in it."""
-    parts = [f"fastcnn parity {args.data.resolve().name}"]
-    parts += ["--ingredients"] if args.ingredients else []
-    for name in ("seeds", "epochs", "margin", "loss_margin", "image_size", "batch_size", "lr", "schedule"):
-        if getattr(args, name) != _parser().get_default(name) or name in ("seeds", "epochs", "margin"):
-            parts.append(f"--{name.replace('_', '-')} {getattr(args, name):{'' if name == 'schedule' else 'g'}}")
-    parts += [f"--val-fraction {args.val_fraction:g}"] if args.val_fraction != 0.2 else []
-    parts += [f"--threads {args.threads}"] if args.threads else []
-    return " ".join(parts)
 
 
 if __name__ == "__main__":

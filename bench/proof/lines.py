@@ -6,7 +6,6 @@ step is started again and goes on with the next figure.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from bench.harness import json_lines
 
 VARIABLE = "FASTCNN_PROOF"
 NO_TIME = "no time left"
@@ -83,11 +84,8 @@ class Proof:
         return self.deadline - time.time()
 
     def lines(self) -> Iterator[Line]:
-        """Yield the lines so far; one that was cut off when a machine went is none."""
-        if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    yield json.loads(text)
+        """Return the lines so far; one that was cut off when a machine went is none."""
+        return json_lines.read(self.path)
 
     def own_lines(self) -> Iterator[Line]:
         """Yield the lines of this card and this form."""
@@ -108,12 +106,10 @@ class Proof:
 
     def write(self, figure: str, outcome: str, **more: Any) -> None:
         """Add a line: more is seconds, reason or values."""
-        self.out.mkdir(parents=True, exist_ok=True)
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"figure": figure, "outcome": outcome, "phase": self.phase, "step": self.step, "card": self.card}
         line |= {"small": self.small, "session": self.session, "at": at}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, **more}, default=str) + "\n")
+        json_lines.append(self.path, {**line, **more})
 
     def measure(self, figure: str, work: Callable[[], Line], *, limit: float = 60.0, least: float = 3.0) -> Line | None:
         """Measure a figure unless it is there, write its line, and return its values; None where there are none.

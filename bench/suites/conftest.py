@@ -6,7 +6,6 @@ python -m pytest bench/suites/bench_step.py --scale quick  # one of them; `fastc
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness import machine
+from bench.harness import json_lines, machine
 from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs
 from fastcnn.network.kernels import cpu_max_pool
@@ -136,6 +135,4 @@ def race(benchmark: Any, device: torch.device, scale: dict[str, Any], request: p
     lines: Path | None = request.config.getoption("--lines")
     if lines and benchmark.stats:
         row = {"group": benchmark.group, "name": benchmark.name, "seconds": benchmark.stats.stats.data}
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        with lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, **benchmark.extra_info}, default=str) + "\n")
+        json_lines.append(lines, {**row, **benchmark.extra_info})
