@@ -4,8 +4,8 @@
 
 Three rows: images/s of the training step, images/s of decoding, and start-up: seconds from starting `fastcnn train` to
 the end of its first training step, caches warm. Each revision's code runs in processes of its own, from a temporary
-git worktree, with the packages installed here. They work in short slices that alternate, A B and then B A, so that the
-drift of a shared machine falls on both; every pair gives a ratio. Shown is the pairs' typical ratio of speeds
+folder, with the packages installed here. They work in short slices that alternate, A B and then B A, so that the drift
+of a shared machine falls on both; every pair gives a ratio. Shown is the pairs' typical ratio of speeds
 (Hodges-Lehmann) with the 95% interval of Wilcoxon's test. A revision is slower where that whole interval lies below a
 margin.
 
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -24,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,10 +34,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.compare.revisions import ROOT, CannotCompare, worktree
 from bench.compare.speed_ratio import Ratio, speed_ratio
+from bench.harness.command import exit_code
+from fastcnn.errors import FastCNNError, UsageError
 from fastcnn.system import text
 
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = {"step": ("training step, batch 32", 32), "decode": ("decoding, turbo", 1), "start": ("start-up", 0)}
 """Kind of work -> its name in the table and the images in a unit of it (0: seconds are shown, no rate), as
 bench/compare/worker.py has them."""
@@ -70,6 +75,20 @@ class Probe:
         seconds: float = self.answer()["seconds"]
         return seconds
 
+    def answer(self) -> dict[str, Any]:
+        """Wait for a line and return it; the first one of a serving process tells the facts about its revision."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            raise FastCNNError(f"{self.name} cannot be measured by bench/compare/worker.py: {answer['error']}")
+        return answer
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else f"it ended with code {self._process.wait()}"
+
     def close(self) -> None:
         """End the process."""
         try:
@@ -79,74 +98,52 @@ class Probe:
             self._process.communicate()
         self._errors.close()
 
-    def answer(self) -> dict[str, Any]:
-        """Wait for a line and return it; the first one of a serving process tells the facts about its revision."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in answer:
-            raise CannotCompare(f"{self.name} cannot be measured by bench/compare/worker.py: {answer['error']}", 1)
-        return answer
 
-    def _last_words(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return lines[-1] if lines else f"it ended with code {self._process.wait()}"
-
-
+Side = Callable[..., Probe]
+"""Starts a process of a revision; how="start" runs it to the end of its first step."""
 Work = Callable[[str, int], float]
 """(kind of work, units of it) -> seconds."""
 
 
-def starting(side: tuple[Path, Path, Path, str, int]) -> Work:
-    """Return a function that starts a revision's run and returns the seconds to the end of its first step."""
-
-    def start(what: str, count: int) -> float:
-        began = time.perf_counter()
-        with contextlib.closing(Probe(*side, what)) as process:
-            process.answer()
-            return time.perf_counter() - began
-
-    return start
+def start(side: Side, what: str, count: int) -> float:
+    """Start a revision's run and return the seconds to the end of its first step."""
+    began = time.perf_counter()
+    with contextlib.closing(side(how="start")) as process:
+        process.answer()
+        return time.perf_counter() - began
 
 
-def measure(trees: Sequence[Path], names: Sequence[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(sides: Sequence[Side], args: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of every slice, by kind of work: all of the base's, and all of the head's in the same order.
 
     It goes on until the intervals are narrow enough, or the time is up: a busy machine takes longer. The processes are
     started anew every round: how memory happens to lie makes one a little faster than the other.
     """
     seconds: dict[str, tuple[list[float], list[float]]] = {what: ([], []) for what in args.only or MEASURED}
-    units: dict[str, int] = {"start": 1}
-    end, turn, wide = time.monotonic() + 60 * args.minutes, 0, list(seconds)
-    sides = [
-        (tree, args.photos, folder / f"cache-{number}", name, args.threads)
-        for number, (tree, name) in enumerate(zip(trees, names, strict=True))
-    ]
-    starts = [starting(side) for side in sides]
+    starts = [functools.partial(start, side) for side in sides]
+    units, turn, wide = {"start": 1}, 0, list(seconds)
+    if "start" in wide:
+        for run in starts:
+            run("start", 1)  # decodes the photos, builds the kernels
+    end = time.monotonic() + 60 * args.minutes
     while wide and (turn < MIN_ROUNDS or time.monotonic() < end):
         wanted = list(seconds) if turn < MIN_ROUNDS else wide
         if "start" in wanted:
-            if turn == 0:
-                for start in starts:
-                    start("start", 1)  # decodes the photos, builds the kernels
             alternate(starts, "start", 1, seconds["start"], turn, least=START_PAIRS, lasting=0)
         with contextlib.ExitStack() as stack:
-            probes = [stack.enter_context(contextlib.closing(Probe(*side))) for side in sides]
+            probes = [stack.enter_context(contextlib.closing(side())) for side in sides]
             facts = [probe.answer() for probe in probes]
-            for what in wanted:
-                if what == "start":
-                    continue
+            for what in (what for what in wanted if what != "start"):
                 if what not in units:
                     units[what] = units_a_slice(probes[0], what)
                 for probe in probes:
                     probe(what, units[what])
-                alternate(probes, what, units[what], seconds[what], turn)
+                alternate(probes, what, units[what], seconds[what], turn, least=MIN_PAIRS, lasting=ROUND_SECONDS)
         turn += 1
         intervals: dict[str, Ratio] = {what: speed_ratio(*taken) for what, taken in seconds.items()}
         wide = [what for what, found in intervals.items() if found.half_width > args.margin * NARROW]
         shown = [f"{what} {found.low:.2f} to {found.high:.2f}" for what, found in intervals.items()]
-        note(f"round {turn}: head / base: {', '.join(shown)}")
+        print(f"round {turn}: head / base: {', '.join(shown)}", file=sys.stderr)
     return {"facts": facts, "units": units, "seconds": seconds, "rounds": turn}
 
 
@@ -157,11 +154,11 @@ def alternate(
     seconds: tuple[list[float], list[float]],
     first: int,
     *,
-    least: int = MIN_PAIRS,
-    lasting: float | None = None,
+    least: int,
+    lasting: float,
 ) -> None:
     """Add a round's pairs of slices to `seconds`, A B, B A, A B ...: `least` of them, and as many as time allows."""
-    end, pair = time.monotonic() + (ROUND_SECONDS if lasting is None else lasting), first
+    end, pair = time.monotonic() + lasting, first
     while pair < first + least or time.monotonic() < end:
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             seconds[which].append(sides[which](what, units))
@@ -174,12 +171,6 @@ def units_a_slice(probe: Probe, what: str) -> int:
     while (took := probe(what, count)) < SLICE_SECONDS / 2:
         count = math.ceil(count * min(4.0, SLICE_SECONDS / took))
     return max(1, round(count * SLICE_SECONDS / took))
-
-
-def note(line: str) -> None:
-    """Show where it is, to a person."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def summary(found: dict[str, Any], names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -240,7 +231,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=3, help="at most, where the machine is busy (%(default)s)")
     parser.add_argument("--threads", type=int, help="left out: every core, or 1 where the machine is busy")
     parser.add_argument("--only", action="append", choices=list(MEASURED), help="measure this alone")
-    parser.add_argument("--photos", type=Path, help="a folder of JPEGs to decode; left out: 200 generated ones")
     return parser
 
 
@@ -255,44 +245,52 @@ def idle_threads() -> int:
     return 1 if busy else cores
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure both revisions and return the summary. Raises CannotCompare."""
+def extracted(revision: str | None, folder: Path) -> tuple[Path, str]:
+    """Return a folder with a revision's files and the revision's name; None is the working tree as it is."""
+    if revision is None:
+        return ROOT, "the working tree"
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False).stdout
+
+    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").decode().strip()
+    if not commit:
+        raise UsageError(f"no revision '{revision}' here: a branch, a tag or a commit, see git log")
+    with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as files:
+        files.extractall(folder, filter="data")
+    if not (folder / "fastcnn").is_dir():
+        raise FastCNNError(f"no fastcnn in '{revision}' ({commit[:10]}): it cannot be compared")
+    return folder, commit[:10] if commit.startswith(revision) else f"{revision} ({commit[:10]})"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure both revisions, show and return the exit code."""
     args.threads = args.threads or idle_threads()
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastcnn-compare-"))).resolve()
-        sides = [stack.enter_context(worktree(args.base, folder / "base"))]
-        sides.append(stack.enter_context(worktree(args.head, folder / "head")))
-        trees, names = zip(*sides, strict=True)
-        if args.photos is None:
-            args.photos = folder / "photos"
-            script = [sys.executable, str(ROOT / "scripts" / "make_dataset.py"), str(args.photos)]
-            # One process: a signal that ends this one would leave workers that write into the folder as it is removed.
-            script += ["--classes", "10", "--photos", "200", "--workers", "1"]
-            subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
-        args.photos = args.photos.resolve()
-        return summary(measure(trees, names, folder, args), names, args)
-
-
-def main() -> int:
-    """Compare, show and return the exit code."""
-    args = options().parse_args()
-    for signum in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # clears up on the way out
-    try:
-        result = run(args)
-    except CannotCompare as error:
-        note("")
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        note("")
-        print("stopped: nothing was left behind", file=sys.stderr)
-        return 130
-    note("")
+    with tempfile.TemporaryDirectory(prefix="fastcnn-compare-") as name:
+        folder = Path(name).resolve()
+        found = [extracted(args.base, folder / "base"), extracted(args.head, folder / "head")]
+        photos = folder / "photos"
+        script = [sys.executable, str(ROOT / "scripts" / "make_dataset.py"), str(photos)]
+        # One process: a signal that ends this one would leave workers that write into the folder as it is removed.
+        script += ["--classes", "10", "--photos", "200", "--workers", "1"]
+        subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
+        sides = [
+            functools.partial(Probe, tree, photos, folder / f"cache-{number}", name, args.threads)
+            for number, (tree, name) in enumerate(found)
+        ]
+        result = summary(measure(sides, args), [name for _, name in found], args)
     print("\n".join(table(result)))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 4 if any(row["verdict"] == "slower" for row in result["rows"]) else 0
+
+
+def main() -> int:
+    """Compare two revisions and return the exit code."""
+    args = options().parse_args()
+    for signum in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))  # clears up on the way out
+    return exit_code("bench_compare", lambda: run(args), "stopped: nothing was left behind")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ instructions of our kernels if every scheduler issued one a cycle, bytes over th
 rate. `--write` puts the table into docs/engines.md. Launches are counted by running the step on a CPU, for small
 images: each of our own; outside of compiled parts each ATen operator that is neither a view nor an allocation, as one,
 which is the least; in compiled parts the kernels and library calls in the code that inductor makes for an H100. Library
-convolutions are assumed: bytes and matrix rate alone. Figures may be too low by a few; `gpu_profile.py` counts on a
-real GPU.
+convolutions are assumed: bytes and matrix rate alone. Figures may be too low by a few; phase 2
+of the GPU proof counts on a real GPU.
 """
 
 from __future__ import annotations

@@ -1,22 +1,17 @@
-"""Code that inductor makes of a step's parts for a GPU, and its compilation."""
+"""Code that inductor makes of a step's parts for a GPU."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_map_only
 
-from bench.kernels.pretended_gpu import GPU, pretended_driver, pretended_gpu
+from bench.kernels.pretended_gpu import GPU
 
 
 def gpu_code(graph: fx.GraphModule, inputs: Sequence[Any]) -> str:
@@ -46,29 +41,3 @@ def gpu_code(graph: fx.GraphModule, inputs: Sequence[Any]) -> str:
 
 def _on_gpu(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU)
-
-
-def compile_inductors_kernels(code: str) -> list[str]:
-    """Compile the Triton kernels in `gpu_code`'s result to machine code for sm_90; return their names."""
-    from torch._inductor.runtime import triton_helpers
-    from triton.runtime.driver import driver
-
-    found = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        pretended_gpu(),
-        mock.patch.object(driver, "_active", pretended_driver(90)),
-        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
-    ):
-        for name, source in found:
-            path = Path(folder) / f"{name}.py"
-            path.write_text(source, encoding="utf-8")
-            spec = importlib.util.spec_from_file_location(name, path)
-            assert spec
-            assert spec.loader
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            kernel = getattr(module, name)
-            for config in kernel.configs:
-                kernel._precompile_config(config)
-    return [name for name, _ in found]

@@ -12,13 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from bench.baselines import loops
-from bench.harness.gpu_profile import events_of
 from bench.harness.step_setup import run_steps
 from bench.harness.timing import repeated
 from bench.proof.ideas import batches
@@ -69,13 +69,15 @@ def kernel_table(name: str, batch: int, path: Path, *, small: bool) -> Line:
     """Return launches and time of a step, and write a row a kernel (on a CPU an operator): name, launches, time."""
     with torch_settings(DEVICE, threads=None, deterministic=False):
         step, engine, _ = built(name, batch, small=small)
-
-        def steps() -> None:
-            run_steps(step, engine, NUM_STEPS)
-            synchronize(DEVICE)
-
-        steps()
-        events = events_of(steps, DEVICE)
+        run_steps(step, engine, NUM_STEPS)
+        synchronize(DEVICE)
+        activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if ON_GPU else [])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.profiler.profile(activities=activities) as trace:
+                run_steps(step, engine, NUM_STEPS)
+                synchronize(DEVICE)
+            events = trace.events() or []
     kind = "CUDA" if ON_GPU else "CPU"
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:

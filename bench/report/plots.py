@@ -75,9 +75,9 @@ def throughput(plt: Any, record: Record) -> Figure:
     """Draw images/s of every contender and its baselines: bars, but many shapes of the step as lines over the batch."""
     panels: list[tuple[str, float, Callable[[Axes, Any], None], Any]] = []  # title, height, what draws it, from what
     for group in record.groups:
-        rows, bars = record.of(group), _bars(record.of(group))
         if group in ("growth", "accuracy"):
             continue
+        rows, bars = record.of(group), _bars(record.of(group))
         if group != "step" or len(bars) <= MOST_BARS:
             panels.append((group, 0.5 + 0.3 * len(bars), _draw_bars, bars))
             continue

@@ -149,10 +149,6 @@ def _stages(record: Record) -> Iterator[Figures]:
             yield {**seconds, "cache": cache, "command": command, "to_first_step": to_first_step, "n": row["n"]}
 
 
-def _profiled(record: Record) -> list[Figures]:
-    return [{**row, **row["extra_info"]["profile"]} for row in record.rows if "profile" in row["extra_info"]]
-
-
 def _grown(record: Record) -> Iterator[Figures]:
     by_photos = {row["extra_info"]["num_photos"]: row for row in record.grown("photos")}
     for point in record.growth["points"] if record.growth else []:
@@ -260,12 +256,6 @@ TABLES = {
             "of the counted floor": "{share_of_floor:.2f}",
             "seconds to be ready": "{build_seconds:.2f}",
         },
-    ),
-    "profile": _table(
-        "A step on a GPU, profiled over 20",
-        _profiled,
-        "what | kernels a step | share of time that the GPU waits | synchronisations in 20",
-        "{name} | {kernels_per_step:.1f} | {idle_share:.2f} | {synchronisations:.0f}",
     ),
     "decode": rates(
         "decode", "Decoding JPEGs", {"mean difference from Pillow, levels": "{mean_difference_levels:.2f}"}

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from bench.harness import machine
-from bench.harness.gpu_profile import count_events
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, passes
 from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
@@ -127,8 +126,6 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     assert score.count == batch * num_steps * (rounds + 1)
     assert math.isfinite(score.loss)
     race.note(**shares(filters, batch, size, precision, statistics.median(seconds) / num_steps, device))
-    if device.type == "cuda" and batch == min(race.scale["batches"]):
-        race.note(profile=count_events(lambda: run_steps(step, runner, 20), 20, device))
 
 
 def shares(

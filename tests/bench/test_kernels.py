@@ -122,8 +122,13 @@ def test_a_step_of_the_hybrid_engine_is_thirty_launches() -> None:
 
 
 INDUCTOR = """
+import importlib.util, re, tempfile
+from pathlib import Path
 from unittest import mock
+from torch._inductor.runtime import triton_helpers
+from triton.runtime.driver import driver
 from bench.kernels import inductor, launch_counts
+from bench.kernels.pretended_gpu import pretended_driver, pretended_gpu
 found, plain = [], inductor.gpu_code
 def kept(graph, inputs):
     found.append(plain(graph, inputs))
@@ -132,7 +137,23 @@ with mock.patch.object(inductor, "gpu_code", kept):
     launch_counts.count_launches("hybrid", "bf16", ["flip", "shift"])
     launch_counts.count_launches("compiled", "bf16")
     launch_counts.count_launches("compiled", "fp16")
-print(sum(len(inductor.compile_inductors_kernels(code)) for code in found))
+pattern = re.compile(r"async_compile\\.triton\\('(\\w+)', '''(.*?)'''", re.DOTALL)
+kernels = [kernel for code in found for kernel in pattern.findall(code)]
+with (
+    tempfile.TemporaryDirectory() as folder,
+    pretended_gpu(),
+    mock.patch.object(driver, "_active", pretended_driver(90)),
+    mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+):
+    for number, (name, source) in enumerate(kernels):
+        path = Path(folder) / f"kernel_{number}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for config in getattr(module, name).configs:
+            getattr(module, name)._precompile_config(config)
+print(len(kernels))
 """
 
 

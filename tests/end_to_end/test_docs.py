@@ -273,7 +273,7 @@ def test_every_published_table_is_on_one_page() -> None:
     texts = [path.read_text(encoding="utf-8") for path in readme_tables.documents()]
     shown = sorted(name for text in texts for name in re.findall(r"<!-- table: (\S+) -->", text))
     made = {name for name, table in readme_tables.tables.TABLES.items() if any(map(table.lines, records))}
-    assert shown == sorted(made - {"stages", "profile"})
+    assert shown == sorted(made - {"stages"})
 
 
 def test_the_readmes_picture_is_drawn(tmp_path: Path) -> None:
