@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from bench.harness.race import Race
-from bench.harness.timing import Clocked, clocked
+from bench.harness.timing import clocked, steps_a_slice
 from fastcnn.data.feeds import Feed
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.network.pixels import Normalise
@@ -97,12 +98,12 @@ def default_engine(step: TrainingStep) -> Engine:
 def race_steps(race: Race, name: str, ours: TrainingStep, baseline: str, theirs: TrainingStep, **info: Any) -> None:
     """Race a step against another at the same batch size, each with the engine that is the default here."""
     engine, other = default_engine(ours), default_engine(theirs)
-    count = steps_a_slice(theirs, other, race.scale["slice_seconds"])
+    count = steps_a_slice(functools.partial(run_steps, theirs, other), race.scale["slice_seconds"], race.device)
     run_steps(ours, engine, 3)
     race(
         name,
-        timed_steps(ours, engine, count),
-        {baseline: timed_steps(theirs, other, count)},
+        lambda: checked_steps(ours, engine, count),
+        {baseline: clocked(lambda: checked_steps(theirs, other, count), race.device)},
         images=ours.batch_size * count,
         batch=ours.batch_size,
         **info,
@@ -118,18 +119,7 @@ def run_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:
         num_steps -= portion
 
 
-def steps_a_slice(step: TrainingStep, engine: Engine, seconds: float) -> int:
-    """Return how many steps take so many seconds, after a warm-up; 3 at least."""
-    run_steps(step, engine, 3)
-    took = clocked(lambda: run_steps(step, engine, 3), step.feed.images.device)()
-    return max(3, math.ceil(3 * seconds / took))
-
-
-def timed_steps(step: TrainingStep, engine: Engine, num_steps: int) -> Clocked:
-    """Return a function that runs a number of steps, checks the loss and returns the seconds."""
-
-    def run() -> None:
-        run_steps(step, engine, num_steps)
-        assert math.isfinite(step.sums.read().loss)
-
-    return clocked(run, step.feed.images.device)
+def checked_steps(step: TrainingStep, engine: Engine, num_steps: int) -> None:
+    """Run a number of steps and check the loss."""
+    run_steps(step, engine, num_steps)
+    assert math.isfinite(step.sums.read().loss)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 import multiprocessing
 import os
 import statistics
@@ -34,19 +36,23 @@ def clocked(call: Callable[[], object], device: torch.device) -> Clocked:
     return run
 
 
-def seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median seconds of a call, over five groups of about 0.2 seconds each, after a warm-up."""
-    run = clocked(call, device)
-    run()
-    count = max(1, round(0.2 / max(run(), 1e-9)))
-    groups = clocked(repeated(call, count), device)
-    return statistics.median(groups() / count for _ in range(5))
+def steps_a_slice(run: Callable[[int], object], seconds: float, device: torch.device) -> int:
+    """Return how many steps take so many seconds, after three that warm up; 3 at least. run: does a number of steps."""
+    run(3)
+    return max(3, math.ceil(3 * seconds / clocked(lambda: run(3), device)()))
 
 
-def repeated(call: Callable[[], object], count: int) -> Callable[[], None]:
-    """Return a function that does `call` so many times."""
+def seconds_a_step(run: Callable[[int], object], seconds: float, device: torch.device) -> list[float]:
+    """Return the seconds of a step in each of five slices of so many seconds, after a warm-up."""
+    count = steps_a_slice(run, seconds, device)
+    one_slice = clocked(lambda: run(count), device)
+    return [one_slice() / count for _ in range(5)]
 
-    def run() -> None:
+
+def repeated(call: Callable[[], object]) -> Callable[[int], None]:
+    """Return a function that does `call` a number of times."""
+
+    def run(count: int) -> None:
         for _ in range(count):
             call()
 
@@ -116,6 +122,6 @@ def _serve(pipe: Connection, make: str, args: Sequence[Any]) -> None:
             return
         try:
             step = step or getattr(importlib.import_module(module), name)(*args)
-            pipe.send(clocked(repeated(step, num_steps), device)())
+            pipe.send(clocked(functools.partial(repeated(step), num_steps), device)())
         except Exception as error:
             pipe.send(f"{type(error).__name__}: {error}")

@@ -182,7 +182,7 @@ def rivals(proof: Proof) -> None:
 def _rival(loop: str, precision: str, batch: int, size: int, filters: tuple[int, ...]) -> Line:
     torch._dynamo.reset()
     step = loops.random_steps(loop, max(512, 4 * batch), size, filters, batch, precision)
-    found = slices(lambda count: repeated(step, count)(), batch)
+    found = slices(repeated(step), batch)
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     return {**found, "tf32": {"convolutions": flags[0], "matrices": flags[1]}}
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from bench.harness.step_setup import random_feed, run_steps
-from bench.harness.timing import clocked, repeated
+from bench.harness.timing import clocked, repeated, steps_a_slice
 from bench.proof.lines import Line, NotHere, Proof
 from bench.proof.machine_and_steps import DEVICE, ON_GPU, step_of
 from fastcnn.system.switches import torch_settings
@@ -42,10 +42,8 @@ def _in_turn(variants: Callable[[int, bool], Variants], batch: int, *, small: bo
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         timed = {}
         for name, run in runs.items():
-            run()
-            once = clocked(run, DEVICE)()
-            count = max(1, round((0.01 if small else 0.1) / max(once, 1e-7)))
-            timed[name] = clocked(repeated(run, count), DEVICE), count
+            count = steps_a_slice(repeated(run), 0.01 if small else 0.1, DEVICE)
+            timed[name] = clocked(functools.partial(repeated(run), count), DEVICE), count
         for _ in range(7):
             for name, (run, count) in timed.items():
                 seconds[name].append(run() / count)

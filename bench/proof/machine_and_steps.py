@@ -19,7 +19,7 @@ import torch
 
 from bench.harness import machine
 from bench.harness.step_setup import make_step, num_images, random_feed, run_steps
-from bench.harness.timing import clocked
+from bench.harness.timing import seconds_a_step
 from bench.proof.lines import NO_TIME, Line, NotHere, Proof
 from fastcnn.system.device import describe_hardware, peak_memory_bytes, pick_precision, versions
 from fastcnn.system.switches import torch_settings
@@ -202,12 +202,8 @@ def step_of(batch: int, *, small: bool, precision: str = "") -> TrainingStep:
 
 def slices(run: Callable[[int], object], batch: int, seconds: float = 0.2) -> Line:
     """Return images a second of what runs a number of steps, over five slices of so many seconds."""
-    run(3)
-    count = max(3, math.ceil(3 * seconds / clocked(lambda: run(3), DEVICE)()))
-    slice_of_steps = clocked(lambda: run(count), DEVICE)
-    found = [slice_of_steps() / count for _ in range(5)]
+    found = seconds_a_step(run, seconds, DEVICE)
     return {
         "images_per_second": round(batch / statistics.median(found), 1),
         "step_us": [round(1e6 * chosen(found), 2) for chosen in (min, statistics.median, max)],
-        "steps": count,
     }

@@ -20,7 +20,7 @@ COLOURS = (OURS, "#d9730d", "#1a7f37", "#c62828", "#7b4fb5", "#0097a7")
 GREYS = ("#555555", "#8c8c8c", "#b0b0b0", "#a1887f", "#90a4ae")
 TIMES = {"seconds": "seconds since the command started", "processor_seconds": "processor-seconds"}
 CACHES = {"cold": "cold: nothing decoded or compiled before", "warm": "warm"}
-STYLE = {
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.titlesize": 10,
@@ -218,7 +218,7 @@ def roofline(plt: Any, record: Record) -> Figure:
     for kind, limit in limits.items():
         label = f"{kind} matrix products at {limit / 1e9:,.0f} GFLOP/s, copying at {bandwidth / 1e9:,.0f} GB/s"
         axes.plot(x, np.minimum(limit, x * bandwidth) / 1e9, color="0.3" if kind == "bf16" else "0.6", label=label)
-    colours = defaultdict(itertools.cycle(plt.get_cmap("tab20").colors[::2]).__next__)
+    colours: dict[str, Any] = defaultdict(itertools.cycle(plt.get_cmap("tab20").colors[::2]).__next__)
     for info in rows:
         name = f"{info['engine']}, {info['precision']}: measured"
         intensity, measured = info["flops"] / info["bytes"], info["flops"] / info["step_seconds"] / 1e9

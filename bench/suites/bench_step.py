@@ -21,8 +21,8 @@ import torch
 from bench.harness import machine
 from bench.harness.race import SCALES, Race
 from bench.harness.roofline import floor_seconds, passes
-from bench.harness.step_setup import make_step, num_images, random_feed, run_steps, steps_a_slice
-from bench.harness.timing import Apart, RivalFailed
+from bench.harness.step_setup import make_step, num_images, random_feed, run_steps
+from bench.harness.timing import Apart, RivalFailed, steps_a_slice
 from fastcnn.system.device import pick_precision
 from fastcnn.training import engines
 from fastcnn.training.engine_choice import STEPS_PER_REPLAY
@@ -109,7 +109,7 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     except engines.NoEngine as error:
         pytest.skip(str(error))
     build_seconds = time.perf_counter() - start
-    num_steps = steps_a_slice(step, runner, race.scale["slice_seconds"])
+    num_steps = steps_a_slice(functools.partial(run_steps, step, runner), race.scale["slice_seconds"], device)
     step.sums.reset()
     seconds = race(
         f"{engine}, {precision}, {','.join(map(str, filters))}, batch {batch}",
