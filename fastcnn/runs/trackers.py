@@ -89,7 +89,7 @@ class CsvTracker(Tracker):
 TRACKERS: dict[str, Callable[[Run], Tracker]] = {
     "console": ConsoleTracker,
     "csv": CsvTracker,
-    "wandb": lambda run: WandbTracker(run.run_dir, run.console, run.config, run.rows),
+    "wandb": WandbTracker,
 }
 
 

@@ -14,7 +14,7 @@ import secrets
 import shlex
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,11 +25,12 @@ from fastcnn.runs import wandb_process
 from fastcnn.runs.wandb_server import answers, logged_in
 from fastcnn.storage import files
 from fastcnn.storage.paths import user_cache_folder
-from fastcnn.system.console import Console
 from fastcnn.system.text import as_utf8, texts_as_utf8
 
 if TYPE_CHECKING:
     import wandb
+
+    from fastcnn.runs.trackers import Run
 
 PROJECT = "fastcnn"
 INIT_SECONDS = 20.0  # for it to take the run
@@ -48,25 +49,14 @@ class WandbTracker:
     """Records a run in W&B: configuration, figures of every epoch, confusion matrix, samples, exported models.
 
     wandb is imported and called in a daemon thread only. Its first failure becomes one warning at the end of the run;
-    the rest is still recorded in the run folder.
-
-    Args:
-        run_dir: the run folder.
-        console: where progress is shown.
-        config: configuration, hardware and versions.
-        rows: figures of the epochs that a resumed run already has; logged where no W&B run has them.
+    the rest is still recorded in the run folder. Epochs that a resumed run already has are logged where no W&B run has
+    them.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        console: Console,
-        config: Mapping[str, Any],
-        rows: Sequence[Mapping[str, float]] = (),
-    ) -> None:
-        self.run_dir, self.console, self.config = run_dir, console, dict(config)
+    def __init__(self, run: Run) -> None:
+        self.run_dir, self.console, self.config = run.run_dir, run.console, dict(run.config)
         self.mode = asked_mode(self.config["wandb"])
-        self.begun = _read_begun(run_dir)
+        self.begun = _read_begun(run.run_dir)
         self.id: str | None = None
         self.url: str | None = None
         self.folder: Path | None = None
@@ -79,7 +69,7 @@ class WandbTracker:
             self._thread = threading.Thread(target=self._work, name="fastcnn-wandb", daemon=True)
             self._thread.start()
         if not self.begun:
-            for row in rows:
+            for row in run.rows:
                 self.epoch(row)
 
     def epoch(self, row: Mapping[str, float]) -> None:

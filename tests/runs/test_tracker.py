@@ -64,7 +64,8 @@ def _logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(mode: str, run_dir: str = "run") -> WandbTracker:
     Path(run_dir).mkdir()
-    return WandbTracker(Path(run_dir), Console(quiet=True), {"wandb": mode, "wandb_project": None, "lr": 0.01})
+    config = {"wandb": mode, "wandb_project": None, "lr": 0.01}
+    return WandbTracker(Run(run_dir=Path(run_dir), console=Console(quiet=True), num_epochs=1, config=config))
 
 
 def figures(epoch: int) -> dict[str, float]:
@@ -329,7 +330,8 @@ def part(mode: str, run_dir: Path, done: int, more: int) -> dict[str, Any]:
     run_dir.mkdir(exist_ok=True)
     time.sleep(1)  # wandb names a part by the second
     config = {"wandb": mode, "wandb_project": None}
-    tracker = WandbTracker(run_dir, Console(quiet=True), config, [figures(epoch) for epoch in range(1, done + 1)])
+    rows = [figures(epoch) for epoch in range(1, done + 1)]
+    tracker = WandbTracker(Run(run_dir=run_dir, console=Console(quiet=True), num_epochs=1, config=config, rows=rows))
     for epoch in range(done + 1, done + more + 1):
         tracker.epoch(figures(epoch))
     return tracker.close(130)["wandb"]  # type: ignore[no-any-return]
