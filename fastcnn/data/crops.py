@@ -8,6 +8,7 @@ import numpy.typing as npt
 TRIES = 10
 SCALE = (0.35, 1.0)
 RATIO = (3 / 4, 4 / 3)
+"""Smallest and largest width over height; its logarithm is drawn uniformly."""
 
 
 def crop_boxes(
@@ -16,7 +17,6 @@ def crop_boxes(
     photos: npt.NDArray[np.intp],
     sizes: npt.NDArray[np.int64],
     scale: tuple[float, float] = SCALE,
-    ratio: tuple[float, float] = RATIO,
 ) -> npt.NDArray[np.float64]:
     """Return (n, 4) float64: left, top, right, bottom of a crop of each photo, in its pixels.
 
@@ -30,15 +30,14 @@ def crop_boxes(
         photos: (n,) position of each photo in the index.
         sizes: (n, 2) width and height of each upright photo.
         scale: smallest and largest fraction of the photo's area.
-        ratio: smallest and largest width over height; its logarithm is drawn uniformly.
     """
     widths, heights = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)  # (n, 1)
     draws = _uniform(seed, epoch, photos, 2 * TRIES + 2)  # (n, k)
     areas = widths * heights * (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES])  # (n, TRIES)
-    ratios = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, TRIES : 2 * TRIES])
+    ratios = np.exp(np.log(RATIO[0]) + np.log(RATIO[1] / RATIO[0]) * draws[:, TRIES : 2 * TRIES])
     # The last column is the crop where no try fits: the whole photo, cut to the allowed ratios.
-    across = np.hstack([np.sqrt(areas * ratios), np.minimum(widths, heights * ratio[1])])
-    down = np.hstack([np.sqrt(areas / ratios), np.minimum(heights, widths / ratio[0])])
+    across = np.hstack([np.sqrt(areas * ratios), np.minimum(widths, heights * RATIO[1])])
+    down = np.hstack([np.sqrt(areas / ratios), np.minimum(heights, widths / RATIO[0])])
     chosen = ((across <= widths) & (down <= heights)).argmax(1)[:, None]  # (n, 1) the first that fits
     across, down = (np.maximum(np.take_along_axis(side, chosen, 1), 1.0) for side in (across, down))
     where = np.where(chosen == TRIES, 0.5, draws[:, 2 * TRIES :])  # (n, 2)

@@ -88,7 +88,6 @@ def measure(
     decoders: Sequence[str] = ("turbo", "dali"),
     *,
     gpu: int | None = None,
-    workers: int | None = None,
     options: LayoutOptions = NO_OPTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DecoderSensitivity:
@@ -100,14 +99,13 @@ def measure(
         decoders: names of decoders to compare with the reference; the model's own resize of the full-size photo is
             always compared.
         gpu: index of the device on which DALI decodes too; None: on the CPU only.
-        workers: decoding threads; None: one per core.
         options: see `index.scan_held_out`.
         progress: called with the number of photos done and the total.
 
     Raises DataError if the folder does not fit the model or has no usable photo.
     """
     index = scan_held_out(data, model.classes, options=options)
-    predictors, left_out = _predictors(decoders, gpu, workers)
+    predictors, left_out = _predictors(decoders, gpu)
     parts: dict[str, list[Probabilities]] = {name: [] for name in predictors}
     reasons: list[str] = []
     for start in range(0, len(index), BATCH_SIZE):
@@ -150,11 +148,9 @@ _Predictor = Callable[[Artefact, Sequence[pipelines.Source]], tuple[Probabilitie
 """(model, photos) -> (n, K) probabilities, NaN for a photo that cannot be read, and the reason for each photo or ""."""
 
 
-def _predictors(
-    decoders: Sequence[str], gpu: int | None, workers: int | None
-) -> tuple[dict[str, _Predictor], dict[str, str]]:
+def _predictors(decoders: Sequence[str], gpu: int | None) -> tuple[dict[str, _Predictor], dict[str, str]]:
     """Return a predictor for each decoder that works here, the reference first, and the reasons for the others."""
-    predictors: dict[str, _Predictor] = {REFERENCE: _decoded_to_size(REFERENCE, None, workers)}
+    predictors: dict[str, _Predictor] = {REFERENCE: _decoded_to_size(REFERENCE, None)}
     left_out: dict[str, str] = {}
     for decoder in decoders:
         if decoder == REFERENCE:
@@ -164,21 +160,21 @@ def _predictors(
         except pipelines.DecoderUnavailable as error:
             left_out[decoder] = error.why
             continue
-        predictors["dali on a CPU" if decoder == "dali" else decoder] = _decoded_to_size(decoder, None, workers)
+        predictors["dali on a CPU" if decoder == "dali" else decoder] = _decoded_to_size(decoder, None)
         if decoder == "dali" and gpu is not None:
-            predictors["dali on a GPU"] = _decoded_to_size(decoder, gpu, workers)
+            predictors["dali on a GPU"] = _decoded_to_size(decoder, gpu)
         elif decoder == "dali":
             left_out["dali on a GPU"] = "this machine has none"
     predictors["whole photo, model's resize"] = _resized_by_model
     return predictors, left_out
 
 
-def _decoded_to_size(decoder: str, gpu: int | None, workers: int | None) -> _Predictor:
+def _decoded_to_size(decoder: str, gpu: int | None) -> _Predictor:
     """Return a predictor for photos that the decoder scales to the model's size."""
 
     def predict(model: Artefact, sources: Sequence[pipelines.Source]) -> tuple[Probabilities, list[str]]:
         pixels = np.zeros((len(sources), model.image_size, model.image_size, 3), np.uint8)
-        verdicts = pipelines.decode(sources, model.image_size, pixels, decoder=decoder, workers=workers, gpu=gpu)
+        verdicts = pipelines.decode(sources, model.image_size, pixels, decoder=decoder, gpu=gpu)
         probabilities = model.probabilities(pixels)
         probabilities[[not verdict.ok for verdict in verdicts]] = np.nan
         return probabilities, [str(verdict.reason) for verdict in verdicts]

@@ -115,9 +115,9 @@ def choose_samples(
     return np.concatenate([wrong, right[spread]])
 
 
-def predictions(samples: Sequence[Sample], columns: int = 3) -> bytes:
+def predictions(samples: Sequence[Sample]) -> bytes:
     """Return a grid of photos, mistakes apart from correct ones, each with its true and predicted class."""
-    columns = min(columns, len(samples))
+    columns = min(3, len(samples))
     photo, room, gap, head = 2.2, 1.6, 0.12, 0.45  # inches; room: for the text beside a photo
     width, height = photo + room + 3 * gap, photo + gap
     wrong = [sample for sample in samples if sample.label != sample.predicted]
@@ -152,9 +152,9 @@ def predictions(samples: Sequence[Sample], columns: int = 3) -> bytes:
     return png(columns * width, full_height, draw)
 
 
-def batch(images: npt.NDArray[np.uint8], captions: Sequence[Sequence[str]], title: str, columns: int = 6) -> bytes:
+def batch(images: npt.NDArray[np.uint8], captions: Sequence[Sequence[str]], title: str) -> bytes:
     """Return a grid of the images (N, H, W, 3) of a batch, each with the lines of its caption below."""
-    columns = min(columns, len(images))
+    columns = min(6, len(images))
     photo, margin, head, line = 1.65, 0.08, 0.4, 0.19  # inches
     pitch = photo + margin + line * max(map(len, captions)) + 0.08
     num_rows = -(-len(images) // columns)
