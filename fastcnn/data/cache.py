@@ -41,7 +41,7 @@ from fastcnn.data.cache_files import CacheFiles, Place, folders_in, read_header
 from fastcnn.data.cache_folders import default_folder
 from fastcnn.data.cached_photos import Cache, Decode
 from fastcnn.data.index import Index
-from fastcnn.data.journal import Digests, Journal
+from fastcnn.data.journal import Digests, Journal, taken
 from fastcnn.data.recognise import digests, recognise
 from fastcnn.errors import FastCNNError, fall_back
 from fastcnn.storage.files import check_space, free_bytes
@@ -216,9 +216,7 @@ def _open(index: Index, files: CacheFiles, known: Journal, decode: Decode, num_d
         at = known.find(index)
         assert (at >= 0).all(), "the journal lacks a photo"
     images, inode = files.map_rows()
-    places = np.arange(len(known))[at]
-    noted = np.flatnonzero(np.isin(places, [*known.notes])).tolist() if known.notes else []
-    notes = {i: known.notes[int(places[i])] for i in noted}
+    notes = taken(known.notes, np.arange(len(known))[at])
     return Cache(
         folder=files.folder,
         index=index,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from fastcnn.data.arrays import Pixels, Positions
 from fastcnn.data.cache_files import CHUNK, chunks_of, read_rows
 from fastcnn.data.index import Index
-from fastcnn.data.journal import Digests
+from fastcnn.data.journal import Digests, taken
 from fastcnn.errors import FastCNNError, warn
 from fastcnn.system.text import printable
 from pipelines.verdict import Source, Verdict
@@ -81,24 +81,17 @@ class Cache:
         usable[[*self.reasons]] = False
         return usable
 
-    def take(self, photos: Positions | npt.NDArray[np.bool_]) -> Cache:
-        """Return the cache of some photos, given by their positions in the index or by a mask (N,)."""
-        positions = np.flatnonzero(photos) if photos.dtype == np.bool_ else photos
-        places = np.full(len(self.rows), -1)
-        places[positions] = np.arange(len(positions))
-        reasons, damage = (
-            dict(sorted((int(places[at]), text) for at, text in texts.items() if places[at] >= 0))
-            for texts in (self.reasons, self.damage)
-        )
+    def take(self, photos: Positions) -> Cache:
+        """Return the cache of some photos, given by their positions in the index."""
         return dataclasses.replace(
             self,
-            index=self.index.take(positions),
-            rows=self.rows[positions],
-            checksums=self.checksums[positions],
-            unchecked=self.unchecked[positions],
-            reasons=reasons,
-            damage=damage,
-            digests=Digests(self.digests.packed[positions]),
+            index=self.index.take(photos),
+            rows=self.rows[photos],
+            checksums=self.checksums[photos],
+            unchecked=self.unchecked[photos],
+            reasons=taken(self.reasons, photos),
+            damage=taken(self.damage, photos),
+            digests=Digests(self.digests.packed[photos]),
         )
 
     def pixels(self, photos: Positions) -> Pixels:

@@ -233,7 +233,7 @@ def _without_bad(cache: Cache, max_bad: float, *, scoring: bool) -> tuple[Cache,
     bad = {index.paths[photo]: reason for photo, reason in cache.reasons.items()}
     if bad:
         _report_bad(bad, len(index), max_bad, "" if scoring else "; see bad_images.csv")
-        cache = cache.take(cache.usable)
+        cache = cache.take(np.flatnonzero(cache.usable))
         index = cache.index
         if not scoring:
             check_classes(index)

@@ -16,7 +16,7 @@ from fastcnn.config import LayoutOptions
 from fastcnn.data import class_names, layout, manifest, shards
 from fastcnn.data.doubts import sibling, way_deeper
 from fastcnn.data.layout import NO_OPTIONS, Layout
-from fastcnn.data.listing import COLUMNS, Listing, join, list_folders, list_rows
+from fastcnn.data.listing import Listing, join, list_folders, list_rows
 from fastcnn.data.manifest import Manifest
 from fastcnn.data.path_list import PathList
 from fastcnn.data.shards import Shards
@@ -320,9 +320,7 @@ def _read(
 
 def _index(root: Path, classes: tuple[str, ...], listed: Listing, **facts: Any) -> Index:
     """Return the index of listed photos; `facts` are the fields of no photo."""
-    columns: dict[str, Any] = {"labels": listed.labels, "folders": listed.splits, "offsets": listed.offsets}
-    columns |= dict(zip(COLUMNS, listed.facts, strict=True))
-    return Index(root=root, classes=classes, paths=listed.paths, **columns, **facts)
+    return Index(root=root, classes=classes, paths=listed.paths, **listed.columns, **facts)
 
 
 def _read_shards(root: Path, read: Layout, memory: Path | None) -> dict[str, Shards]:

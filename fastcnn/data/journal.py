@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from fastcnn.data.path_list import PathList
 
 FACTS = ("size", "mtime", "ctime", "inode")
 DIGEST_BYTES = 16
+Note = TypeVar("Note")
 _NOTES = ("reason", "damage", "decode_timeout")
 
 
@@ -117,15 +118,13 @@ class Journal:
 
     def take(self, positions: Positions) -> Journal:
         """Return the journal of the photos at some positions."""
-        places = np.full(len(self), -1)
-        places[positions] = np.arange(len(positions))
         return Journal(
             paths=self.paths.take(positions),
             facts=self.facts[:, positions],
             digests=Digests(self.digests.packed[positions]),
             rows=self.rows[positions],
             checksums=self.checksums[positions],
-            notes={int(places[at]): note for at, note in self.notes.items() if places[at] >= 0},
+            notes=taken(self.notes, positions),
         )
 
 
@@ -133,6 +132,12 @@ def facts(index: Index, photo: int) -> dict[str, Any]:
     """Return what an entry says of a photo's file; while it agrees, the file is taken to be the same, unread."""
     columns = {"size": index.sizes, "mtime": index.mtimes, "ctime": index.ctimes, "inode": index.inodes}
     return {"path": index.paths[photo], **{name: int(column[photo]) for name, column in columns.items()}}
+
+
+def taken(notes: Mapping[int, Note], positions: Positions) -> dict[int, Note]:
+    """Return the notes on the photos at some positions, by their places among these, in their order."""
+    noted = np.flatnonzero(np.isin(positions, [*notes])).tolist() if notes else []
+    return {place: notes[int(positions[place])] for place in noted}
 
 
 def of_entries(entries: Sequence[Mapping[str, Any]]) -> Journal:

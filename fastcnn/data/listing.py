@@ -6,11 +6,10 @@ import functools
 import operator
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,20 +20,16 @@ from fastcnn.data.walk import Skipped, Stamp, files_below
 if TYPE_CHECKING:
     from fastcnn.system.ranks import Ranks
 
-COLUMNS = ("sizes", "mtimes", "ctimes", "inodes")
+FACTS = ("sizes", "mtimes", "ctimes", "inodes")
 """Columns of an index that are facts of files."""
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(NamedTuple):
     """Photos that were found in one place or in several."""
 
     paths: PathList
-    labels: npt.NDArray[np.int64]
-    facts: tuple[npt.NDArray[np.int64], ...]
-    """Four of (N,), see `COLUMNS`."""
-    offsets: npt.NDArray[np.int64]
-    splits: npt.NDArray[np.str_]
+    columns: dict[str, Any]
+    """(N,) each, by its name in an index: labels, folders, offsets and `FACTS`."""
 
 
 _Folder = tuple[str, Path, int, str]  # how paths begin there, the folder itself, label, split
@@ -60,10 +55,7 @@ def list_folders(
     if any(after.startswith(before) for before, after in pairwise(prefix for prefix, *_ in named)):
         in_order = sorted(range(len(found.paths)), key=list(found.paths).__getitem__)  # --val-dir in train
         order = np.array(in_order, np.intp)
-        sorted_facts = tuple(column[order] for column in found.facts)
-        found = Listing(
-            found.paths.take(order), found.labels[order], sorted_facts, found.offsets[order], found.splits[order]
-        )
+        found = Listing(found.paths.take(order), {name: column[order] for name, column in found.columns.items()})
     return found, skipped
 
 
@@ -73,7 +65,7 @@ def _list_share(root: Path, named: Sequence[_Folder]) -> tuple[Listing, Skipped]
     The columns grow folder by folder, so that nothing but one folder is in memory twice.
     """
     skipped = Skipped()
-    letters, ends, columns, counts = bytearray(), array("q"), [array("q") for _ in COLUMNS], list[int]()
+    letters, ends, columns, counts = bytearray(), array("q"), [array("q") for _ in FACTS], list[int]()
     for _, folder, _, _ in named:
         paths, facts = _files(root, folder, skipped)
         ends.frombytes((paths.ends + len(letters)).tobytes())
@@ -82,14 +74,13 @@ def _list_share(root: Path, named: Sequence[_Folder]) -> tuple[Listing, Skipped]
             column.frombytes(values.tobytes())
         counts.append(len(paths))
     num_photos = np.array(counts, np.int64)
-    found = Listing(
-        PathList(bytes(letters), np.frombuffer(ends, np.int64)),
-        np.repeat(np.array([label for *_, label, _ in named], np.int64), num_photos),
-        tuple(np.frombuffer(column, np.int64) for column in columns),
-        np.broadcast_to(np.int64(-1), len(ends)),
-        _repeated([split for *_, split in named], num_photos),
-    )
-    return found, skipped
+    found = {
+        "labels": np.repeat(np.array([label for *_, label, _ in named], np.int64), num_photos),
+        "folders": _repeated([split for *_, split in named], num_photos),
+        "offsets": np.broadcast_to(np.int64(-1), len(ends)),
+        **{name: np.frombuffer(column, np.int64) for name, column in zip(FACTS, columns, strict=True)},
+    }
+    return Listing(PathList(bytes(letters), np.frombuffer(ends, np.int64)), found), skipped
 
 
 def _prefix(root: Path, folder: Path) -> str:
@@ -104,7 +95,7 @@ def _files(root: Path, folder: Path, skipped: Skipped) -> tuple[PathList, npt.ND
         paths += some
         numbers += their_numbers
     order = sorted(range(len(paths)), key=paths.__getitem__)
-    facts = np.frombuffer(numbers, np.int64).reshape(-1, len(COLUMNS))[order].T
+    facts = np.frombuffer(numbers, np.int64).reshape(-1, len(FACTS))[order].T
     return PathList.of([paths[i] for i in order]), facts
 
 
@@ -118,27 +109,22 @@ def _repeated(names: Sequence[str], counts: npt.NDArray[np.int64]) -> npt.NDArra
 
 def list_rows(rows: Sequence[tuple[str, int, int, Stamp, str, int]]) -> Listing:
     """Return photos given as path, label, bytes, stamp, split and offset, in their order."""
-    facts = [(size, *stamp) for _, _, size, stamp, _, _ in rows]
-    return Listing(
-        PathList.of(path for path, *_ in rows),
-        np.array([label for _, label, *_ in rows], np.int64),
-        tuple(np.array(facts, np.int64).reshape(-1, len(COLUMNS)).T),
-        np.array([offset for *_, offset in rows], np.int64),
-        np.array([split for *_, split, _ in rows], np.str_),
-    )
+    facts = np.array([(size, *stamp) for _, _, size, stamp, _, _ in rows], np.int64).reshape(-1, len(FACTS))
+    columns = {
+        "labels": np.array([label for _, label, *_ in rows], np.int64),
+        "folders": np.array([split for *_, split, _ in rows], np.str_),
+        "offsets": np.array([offset for *_, offset in rows], np.int64),
+        **dict(zip(FACTS, facts.T, strict=True)),
+    }
+    return Listing(PathList.of(path for path, *_ in rows), columns)
 
 
 def join(listings: Sequence[Listing]) -> Listing:
     """Return the photos of listings, one behind the other; a column of one value takes no memory."""
     if len(listings) == 1:
         return listings[0]
-    return Listing(
-        PathList.joined([listing.paths for listing in listings]),
-        np.concatenate([np.empty(0, np.int64), *(listing.labels for listing in listings)]),
-        tuple(np.concatenate(parts) for parts in zip(*(listing.facts for listing in listings), strict=True)),
-        _joined([np.empty(0, np.int64), *(listing.offsets for listing in listings)]),
-        _joined([np.empty(0, "<U1"), *(listing.splits for listing in listings)]),
-    )
+    columns = {name: _joined([listing.columns[name] for listing in listings]) for name in listings[0].columns}
+    return Listing(PathList.joined([listing.paths for listing in listings]), columns)
 
 
 def _joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
