@@ -50,7 +50,6 @@ class LayoutOptions:
     """ "path" and "label" -> that column of a table."""
 
     def __bool__(self) -> bool:
-        """Return whether any is given."""
         return bool(self.exclude or self.folders or self.columns)
 
 

@@ -81,7 +81,6 @@ class Feed:
     """(N,) row in `images` of each image of the feed, where `images` holds others as well; None: they are the same."""
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.permutation)
 
     @property

@@ -65,7 +65,6 @@ class Index:
     """Whether a manifest gives the splits: its val photos then validate, whatever else it holds."""
 
     def __len__(self) -> int:
-        """Return the number of photos."""
         return len(self.paths)
 
     def source(self, photo: int | np.integer[Any]) -> Path | Member:

@@ -28,7 +28,6 @@ class Digests(Sequence[str]):
         self.packed = packed
 
     def __len__(self) -> int:
-        """Return the number of photos."""
         return len(self.packed)
 
     @overload
@@ -43,7 +42,6 @@ class Digests(Sequence[str]):
         return digest.hex() if any(digest) else ""
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the digests."""
         digits = self.packed.tobytes().hex()
         for i, known in enumerate(np.any(self.packed, axis=1).tolist()):
             yield digits[2 * DIGEST_BYTES * i : 2 * DIGEST_BYTES * (i + 1)] if known else ""
@@ -73,7 +71,6 @@ class Journal:
     """Entries that came from the index."""
 
     def __len__(self) -> int:
-        """Return the number of photos."""
         return len(self.paths)
 
     def reason(self, at: int) -> str:

@@ -43,7 +43,6 @@ class PathList(Sequence[str]):
         return cls(b"".join(part.letters for part in parts), np.concatenate([np.empty(0, np.int64), *ends]))
 
     def __len__(self) -> int:
-        """Return the number of paths."""
         return len(self.ends)
 
     @overload
@@ -59,7 +58,6 @@ class PathList(Sequence[str]):
         return self.letters[start : int(self.ends[i])].decode(errors=_ANY_NAME)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the paths."""
         for path in self.encoded():
             yield path.decode(errors=_ANY_NAME)
 
@@ -72,7 +70,6 @@ class PathList(Sequence[str]):
                 start = end
 
     def __eq__(self, other: object) -> bool:
-        """Return whether another sequence has the same paths."""
         if isinstance(other, PathList):
             return self.letters == other.letters and np.array_equal(self.ends, other.ends)
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))

@@ -45,7 +45,6 @@ class Skipped:
     """Files that nobody meant as photos: number by extension, with its dot."""
 
     def __add__(self, other: Skipped) -> Skipped:
-        """Return what two walks have left out."""
         return Skipped(self.hidden + other.hidden, self.unreadable + other.unreadable, self.others + other.others)
 
 
