@@ -49,9 +49,6 @@ class LayoutOptions:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """ "path" and "label" -> that column of a table."""
 
-    def __bool__(self) -> bool:
-        return bool(self.exclude or self.folders or self.columns)
-
 
 def _with_strengths(items: tuple[str, ...]) -> tuple[str, ...]:
     """Return augmentations as name=strength, with presets written out."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from fastcnn.errors import warn
+from fastcnn.errors import nearest, warn
 from fastcnn.system.text import comparable, printable
 
 
@@ -21,6 +21,15 @@ def distinct(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
         if found.setdefault(comparable(name), name) != name:
             warn(f"{folder} has two folders '{printable(name)}' in different Unicode forms: read as one class")
     return tuple(found.values())
+
+
+def warn_of_unused(exclude: Collection[str], names: Iterable[str], where: str) -> None:
+    """Warn of names to leave out that none of `names` is; `where` says of what there is none."""
+    known = {comparable(name): name for name in dict.fromkeys(names)} if exclude else {}
+    for name in exclude:
+        if comparable(name) not in known:
+            close = printable(nearest(name, known.values()))
+            warn(f"--exclude {printable(name)}: {where} of that name{close}")
 
 
 def same(classes: Sequence[str], others: Sequence[str]) -> bool:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcnn.config import LayoutOptions
-from fastcnn.data import shards
+from fastcnn.data import class_names, shards
 from fastcnn.data.doubts import check_classes_certain, in_two_ways, may_be_classes, repeated
 from fastcnn.data.split_names import SPLITS, words_of
 from fastcnn.data.walk import folders_in, is_folder, visible_folders
-from fastcnn.errors import DataError, nearest, warn
-from fastcnn.system.text import comparable, printable
+from fastcnn.errors import DataError, warn
+from fastcnn.system.text import printable
 from pipelines.meant import meant_as_photo
 
 NO_OPTIONS = LayoutOptions()
@@ -101,15 +101,8 @@ def as_chosen(root: Path, exclude: frozenset[str], chosen: Mapping[str, str]) ->
 
 def warn_of_unused(root: Path, read: Layout) -> None:
     """Warn of names to leave out that no folder has where classes or splits stand."""
-    if not read.exclude:
-        return
-    names = {comparable(path.name): path.name for place in read.places(root) for path in folders_in(place)}
-    for name in sorted(read.exclude):
-        if comparable(name) not in names:
-            there = printable(nearest(name, names.values()))
-            warn(
-                f"--exclude {printable(name)}: {printable(str(root))} has no class or split folder of that name{there}"
-            )
+    names = (path.name for place in read.places(root) for path in folders_in(place))
+    class_names.warn_of_unused(sorted(read.exclude), names, f"{printable(str(root))} has no class or split folder")
 
 
 def photos_outside(root: Path, read: Layout) -> list[str]:

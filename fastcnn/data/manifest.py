@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastcnn.config import LayoutOptions, read_yaml, resolve
+from fastcnn.data import class_names
 from fastcnn.data.layout import NO_OPTIONS
 from fastcnn.data.split_names import SPLITS, splits_in, words_of
 from fastcnn.data.tables import SUFFIXES, Table, read_table
 from fastcnn.data.walk import Stamp, folders_in, is_folder
-from fastcnn.errors import DataError, FastCNNError, UsageError, nearest, warn
+from fastcnn.errors import DataError, FastCNNError, UsageError, warn
 from fastcnn.system.text import comparable, printable
 from pipelines.meant import named_as_photo
 
@@ -124,7 +125,7 @@ def read(path: Path, options: LayoutOptions = NO_OPTIONS) -> Manifest:
         described += f", splits in '{table.names[split]}'"
     unread = [name for i, name in enumerate(table.names) if name and i not in (paths, label, split)]
     described += f"; not read: {', '.join(unread)}" if unread else ""
-    _warn_of_unused(options.exclude, table, label)
+    class_names.warn_of_unused(options.exclude, table.values(label), f"{printable(path.name)} has no class")
     rows = _rows(table, photos, base, (paths, label, split), {comparable(name) for name in options.exclude})
     root, rows = _below_one_folder(base, rows)
     return Manifest(root, sorted(rows, key=lambda row: row.path), split is not None, printable(described))
@@ -281,14 +282,6 @@ def _rows(
             rows_are = f"1 row {one}" if count == 1 else f"{count:,} rows {more}"
             warn(f"{printable(table.path.name)}: {rows_are}")
     return list(rows.values())
-
-
-def _warn_of_unused(exclude: Sequence[str], table: Table, label: int) -> None:
-    labels = set(table.values(label)) if exclude else set()
-    for name in exclude:
-        if comparable(name) not in map(comparable, labels):
-            there = printable(nearest(name, labels))
-            warn(f"--exclude {printable(name)}: {printable(table.path.name)} has no class of that name{there}")
 
 
 def _facts(path: str) -> tuple[int, Stamp]:

@@ -33,7 +33,7 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
             raise DataError(
                 f"class '{index.classes[label]}' has {len(mine)} usable training photo: add photos, two are needed"
             )
-        num_val = min(max(1, _round_half_up(len(mine) * val_fraction)), len(mine) - 1)
+        num_val = min(max(1, int(len(mine) * val_fraction + 0.5)), len(mine) - 1)
         order = np.random.default_rng([seed, label]).permutation(len(mine))
         numbers[mine[order[:num_val]]] = _VAL
     return _NAMES[numbers]
@@ -64,7 +64,3 @@ def explain_split(index: Index, val_fraction: float) -> str:
         f"{held_out[0]} is the test set, {val_fraction:.0%} of train validates; "
         f"to train on all of train and validate on {held_out[0]}: --val-fraction 0"
     )
-
-
-def _round_half_up(x: float) -> int:
-    return int(x + 0.5)
