@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def run(
         raise FastCNNError(f"W&B: {first_line(error)}") from None
     finally:
         process.close()
-    _raise_if_all_failed(endings)
+    if endings and all(ending.state == "failed" for ending in endings):
+        raise FastCNNError(f"no trial finished: {len(endings)} failed, the last with: {endings[-1].reason}")
     return sweep_id
 
 
@@ -84,11 +85,6 @@ def _job(folder: Path, run_id: str, options: Mapping[str, Any]) -> Job:
         # The trial starts a wandb service of its own.
         environment={k: v for k, v in os.environ.items() if k.startswith("WANDB_") and k != "WANDB_SERVICE"},
     )
-
-
-def _raise_if_all_failed(endings: Sequence[Ending]) -> None:
-    if endings and all(ending.state == "failed" for ending in endings):
-        raise FastCNNError(f"no trial finished: {len(endings)} failed, the last with: {endings[-1].reason}")
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

@@ -57,14 +57,11 @@ class Console:
     @contextmanager
     def _bar(self, label: str, unit: str, start: int) -> Iterator[Callable[..., None]]:
         began = time.perf_counter()
-        columns = (
+        with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-        )
-        with Progress(
-            *columns,
             TimeRemainingColumn(),
             console=self._bars,
             transient=True,

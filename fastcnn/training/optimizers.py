@@ -160,8 +160,10 @@ class Muon(Optimizer):
         self.adam_share, self.fixed_norm = adam_lr / lr, fixed_norm
         buffers = parameters.values, parameters.gradient, self.moments["velocity"]
         self.groups: list[tuple[list[Tensor], ...]] = [
-            tuple([_matrix(buffer, place, shape) for place in places] for buffer in buffers)
-            for shape, places in _matrices(parameters).items()
+            tuple(
+                [buffer[start : start + rows * columns].view(rows, columns) for start in places] for buffer in buffers
+            )
+            for (rows, columns), places in _matrices(parameters).items()
         ]
         """Matrices, gradients and velocities: views of the flat buffers, those of one shape in one group."""
         if self.decay is not None:  # of the output layer's weight, at Adam's learning rate
@@ -219,7 +221,10 @@ def _norm(matrices: Tensor) -> Tensor:
 
 
 def _matrices(parameters: FlatParameters) -> dict[tuple[int, int], list[int]]:
-    """Return where in the flat buffer the matrices begin, by shape (rows, columns)."""
+    """Return where in the flat buffer the matrices begin, by shape (rows, columns).
+
+    A convolution's weight lies there as (out, kernel, kernel, in).
+    """
     found: dict[tuple[int, int], list[int]] = {}
     start = 0
     for name, parameter in ordered(parameters.model):
@@ -228,11 +233,6 @@ def _matrices(parameters: FlatParameters) -> dict[tuple[int, int], list[int]]:
             found.setdefault((rows, parameter.numel() // rows), []).append(start)
         start += parameter.numel()
     return found
-
-
-def _matrix(buffer: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
-    """Return a view of a part of a flat buffer, which holds a convolution's weight as (out, kernel, kernel, in)."""
-    return buffer[start : start + shape[0] * shape[1]].view(shape)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "muon": Muon}
