@@ -72,11 +72,9 @@ def _ratio(pairs: Sequence[tuple[Run, Run]], measure: str) -> dict[str, float]:
 
 
 def _command(mine: BySeed, reference: BySeed) -> dict[str, Any]:
-    measures = ("seconds", "processor_seconds")
-    found: dict[str, Any] = {name: interval([run[name] for run in mine.values()]) for name in measures}
-    if pairs := _pairs(mine, reference):
-        found |= {f"{name}_ratio": _ratio(pairs, name) for name in measures}
-    return found
+    found = {name: interval([run[name] for run in mine.values()]) for name in ("seconds", "processor_seconds")}
+    pairs = _pairs(mine, reference)
+    return found | ({"seconds_ratio": _ratio(pairs, "seconds")} if pairs else {})
 
 
 def _curves(mine: BySeed) -> dict[str, list[list[float]]]:

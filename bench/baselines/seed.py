@@ -138,9 +138,14 @@ class Training(NamedTuple):
     """Returns validation loss and accuracy."""
 
     def rate(self) -> float:
-        """Return steps a second."""
+        """Return steps a second, over six of them after three that warm up."""
         self.model.train()
-        return steps_a_second(float(self.step(*batch)) for batch in self.batches())
+        losses = (float(self.step(*batch)) for batch in self.batches())
+        for _ in itertools.islice(losses, 3):
+            pass
+        start = time.perf_counter()
+        done = sum(1 for _ in itertools.islice(losses, 6))
+        return done / (time.perf_counter() - start)
 
     def epochs(self, count: int) -> Iterator[Row]:
         """Train and yield a row an epoch."""
@@ -164,8 +169,9 @@ def training_on(
     train_set: Photos,
     val_set: Photos,
     network: Callable[[int, int], nn.Module] = small_cnn,
+    schedule: str = "constant",
 ) -> Training:
-    """Return this baseline's training on some photos."""
+    """Return this baseline's training on some photos. schedule: constant or onecycle."""
     torch.manual_seed(args.seed)
     device = device_here()
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": workers}
@@ -173,11 +179,11 @@ def training_on(
     val_loader = DataLoader(val_set, **options)
     model = network(num_classes, args.image_size).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    schedule = None
-    if args.schedule == "onecycle":
+    step_lr: Callable[[], None] | None = None
+    if schedule == "onecycle":
         steps = args.epochs * len(train_loader)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
-    step = training_step(model, optimizer, device, schedule)
+        step_lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False).step
+    step = training_step(model, optimizer, device, step_lr)
     return Training(model, train_loader.__iter__, step, lambda: evaluate(model, val_loader, device))
 
 
@@ -205,14 +211,14 @@ def training_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-    schedule: torch.optim.lr_scheduler.LRScheduler | None,
+    step_lr: Callable[[], None] | None,
 ) -> Callable[[Tensor, Tensor], float]:
     """Return the step: it trains on a batch of images and labels, and waits for its loss."""
 
     def step(images: Tensor, labels: Tensor) -> float:
         loss = update(model, optimizer, images.to(device), labels.to(device))
-        if schedule:
-            schedule.step()
+        if step_lr:
+            step_lr()
         return loss.item()
 
     return step
@@ -221,16 +227,6 @@ def training_step(
 def photos_of(args: argparse.Namespace) -> tuple[list[str], list[Photo], list[Photo]]:
     """Return class names, training photos and validation photos."""
     return read_split(args.split, args.data) if args.split else split_photos(args.data, args.seed)
-
-
-def steps_a_second(losses: Iterable[object]) -> float:
-    """Return the rate at which six steps give their losses, after three that warm up."""
-    steps = iter(losses)
-    for _ in itertools.islice(steps, 3):
-        pass
-    start = time.perf_counter()
-    done = sum(1 for _ in itertools.islice(steps, 6))
-    return done / (time.perf_counter() - start)
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
@@ -246,13 +242,6 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
     parser.add_argument("--workers", type=int, help="DataLoader workers; left out: the faster of 0 and one a core")
     parser.add_argument("--probe", action="store_true", help="print the fastest settings and stop")
     parser.set_defaults(**defaults)
-    return parser
-
-
-def own_arguments() -> argparse.ArgumentParser:
-    """Return this baseline's options."""
-    parser = arguments(__doc__)
-    parser.add_argument("--schedule", choices=("constant", "onecycle"), default="constant")
     return parser
 
 
@@ -308,4 +297,4 @@ def training(args: argparse.Namespace, workers: int) -> Training:
 
 
 if __name__ == "__main__":
-    run_training(own_arguments().parse_args(), training)
+    run_training(arguments(__doc__).parse_args(), training)

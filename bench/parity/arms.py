@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import dataclasses
@@ -142,12 +143,11 @@ Network = Callable[[int, int], nn.Module]
 def plain(experiment: Experiment, seed: int, network: Network = baseline.small_cnn) -> Found:
     """Train as seed.py does: fp32, eager, NCHW, its own order of photos."""
     size, start = experiment.image_size, time.perf_counter()
-    options = ["--epochs", experiment.epochs, "--batch-size", experiment.batch_size, "--image-size", size]
-    options += ["--lr", experiment.lr, "--seed", seed, "--schedule", experiment.schedule]
-    args = baseline.own_arguments().parse_args([str(experiment.data), *map(str, options)])
+    args = argparse.Namespace(seed=seed, **{name: getattr(experiment, name) for name in SHARED})
     train, held_out = (Decoded(experiment.pixels, photos, size) for photos in (experiment.train, experiment.held_out))
     with threads(experiment.threads):
-        training = baseline.training_on(args, 0, len(experiment.classes), train, held_out, network)
+        num_classes = len(experiment.classes)
+        training = baseline.training_on(args, 0, num_classes, train, held_out, network, experiment.schedule)
         rows = list(training.epochs(args.epochs))
     return {
         "accuracy": rows[-1]["val_accuracy"],

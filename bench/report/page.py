@@ -73,7 +73,7 @@ def _made_with(record: Record, results: Path) -> str:
         "commit": record.commit or "not known",
         "machine": tables.listed(record.hardware),
         "versions": tables.listed(record.versions),
-        "the machine's own rates, a second": own.replace("copy ", "bytes copied ").replace(" G,", " G,"),
+        "the machine's own rates, a second": own.replace("copy ", "bytes copied "),
         "results": f"`{results.name}`",
     }
     shown = markdown(["made with", ""], [[name, value] for name, value in facts.items()])

@@ -155,11 +155,8 @@ def _grown(record: Record) -> Iterator[Figures]:
         row = by_photos[point["num_photos"]]
         milliseconds = {stage: 1e3 * seconds for stage, seconds in row["extra_info"]["photo_seconds"].items()}
         sizes = {name: _mebibytes(count) for name, count in point.items() if "bytes" in name}
-        beyond = "-"
-        if "more_bytes" in point:
-            beyond = (
-                "{more_bytes} / {more_bytes_by_size} MiB".format_map(sizes) + f" = {point['memory_over_sizes']:.2f}"
-            )
+        beyond = "{more_bytes} / {more_bytes_by_size} MiB = {memory_over_sizes:.2f}" if "more_bytes" in point else "-"
+        beyond = beyond.format_map(point | sizes)
         yield {**point, **milliseconds, **sizes, "beyond": beyond, "n": row["n"]}
 
 
@@ -188,12 +185,11 @@ def _accuracy(record: Record) -> Iterator[Figures]:
         elif "target" in info:
             target = points(info["over_target"], 1)
             train_ratio = within(info["train_ratio"]) if info["reached"] else "below the target"
-        commands = {}
-        for cache in ("cold", "warm"):
-            found = info["commands"].get(cache)
-            for measure in ("seconds", "processor_seconds"):
-                commands[f"{cache}_{measure}"] = within(found[measure]) if found else "-"
-                commands[f"{cache}_{measure}_ratio"] = within(found.get(f"{measure}_ratio")) if found else "-"
+        commands = {
+            f"{cache}_{measure}": within(info["commands"].get(cache, {}).get(measure))
+            for cache in ("cold", "warm")
+            for measure in ("seconds", "processor_seconds", "seconds_ratio")
+        }
         accuracy, seconds = within(info["accuracy"], 4), within(info["train_seconds"])
         shown = {"accuracy": accuracy, "train_seconds": seconds, "target": target, "train_ratio": train_ratio}
         yield {**row, **info, **shown, **commands}

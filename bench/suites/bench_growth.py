@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.baselines.seed import split_photos
 from bench.harness.race import SCALES, Race
 from bench.harness.whole_runs import Runs, stages
 from bench.report.record import photo_seconds
@@ -63,14 +65,10 @@ def grown(race: Race, runs: Runs, folder: Path, *, num_photos: int, batch: int, 
 
 def linked(photos: Path, count: int, out: Path) -> Path:
     """Return a folder of `count` photos by class: those of another folder under more names."""
-    folders = sorted((photos / "train" if (photos / "train").is_dir() else photos).iterdir())
-    classes = [
-        [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
-        for folder in folders
-        if folder.is_dir()
-    ]
+    names, *listed = split_photos(photos, seed=0)
+    classes = [[path for path, found in itertools.chain(*listed) if found == label] for label in range(len(names))]
     for number in range(count):
-        label, turn = number % len(classes), number // len(classes)
+        turn, label = divmod(number, len(classes))
         source = classes[label][turn % len(classes[label])]
         target = out / source.parent.name / f"{turn:06}{source.suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)

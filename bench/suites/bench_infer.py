@@ -16,16 +16,14 @@ from fastcnn.config import Config
 from fastcnn.export.exporters import EXPORTERS, export_run
 from fastcnn.inference import artefact
 from fastcnn.network.inference_network import Deployed
-from fastcnn.network.small_cnn import SmallCNN
+from fastcnn.network.small_cnn import restore
+from fastcnn.runs.fit import fit
+from fastcnn.storage import checkpoint
 
 
 @pytest.fixture(scope="module")
 def run_dir(photos: Path, scale: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to export."""
-    for package in ("yaml", "rich"):
-        pytest.importorskip(package)
-    from fastcnn.runs.fit import fit
-
     folder = tmp_path_factory.mktemp("infer")
     config = Config(
         data=str(photos), epochs=1, image_size=scale["image_size"], device="cpu", cache_dir=str(folder / "cache")
@@ -36,13 +34,9 @@ def run_dir(photos: Path, scale: dict[str, Any], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def eager(run_dir: Path) -> Deployed:
     """The trained network as it is in Python, with the same preprocessing."""
-    from fastcnn.network.small_cnn import restore
-    from fastcnn.storage.checkpoint import load
-
-    state = load(run_dir / "best.pt")
-    network: SmallCNN = restore(state)
+    state = checkpoint.load(run_dir / "best.pt")
     config = state["config"]
-    return Deployed(network, config["image_size"], config["mean"], config["std"], state["classes"]).eval()
+    return Deployed(restore(state), config["image_size"], config["mean"], config["std"], state["classes"]).eval()
 
 
 @pytest.mark.parametrize("batch", [1, 64])

@@ -31,7 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scale", choices=list(SCALES), default="full")
     group.addoption("--photos", type=Path, help="a folder of photos by class; left out, generated ones")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.addoption("--work-dir", type=Path, help="where generated photos are kept between runs")
     group.addoption("--lines", type=Path, help="a file that gets a JSON line a benchmark as it ends")
     group.addoption("--budget", type=float, default=float("inf"), help="seconds after which the rest is skipped")
 
@@ -103,9 +102,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what the benchmarks make."""
-    return request.config.getoption("--work-dir") or tmp_path_factory.mktemp("bench")
+    return tmp_path_factory.mktemp("bench")
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +121,6 @@ def photos(request: pytest.FixtureRequest, work_dir: Path, scale: dict[str, Any]
 @pytest.fixture(scope="session")
 def runs(photos: Path, device: torch.device, scale: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Whole runs as commands."""
-    for package in ("yaml", "click", "rich"):
-        pytest.importorskip(package)
     return Runs(tmp_path_factory.mktemp("runs"), photos, device, scale)
 
 

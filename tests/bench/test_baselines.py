@@ -60,7 +60,7 @@ def test_workers_are_probed_on_the_device_that_trains(
         return lambda images, labels: devices.append(device.type) or 0.0
 
     monkeypatch.setattr(seed, "training_step", training_step)
-    assert seed.training(seed.own_arguments().parse_args([str(photos), *SMALL]), 0).rate() > 0
+    assert seed.training(seed.arguments("").parse_args([str(photos), *SMALL]), 0).rate() > 0
     assert set(devices) == {"cuda" if on_gpu else "cpu"}
 
 

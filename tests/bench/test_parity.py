@@ -197,8 +197,8 @@ def test_seed_py_trains_alike_whether_it_decodes_once_or_always(gratings: Path) 
     from bench.baselines import seed
     from bench.parity import arms
 
-    options = ["--epochs", "1", "--image-size", "32", "--batch-size", "16", "--schedule", "onecycle"]
-    args = seed.own_arguments().parse_args([str(gratings), *options])
+    options = ["--epochs", "1", "--image-size", "32", "--batch-size", "16"]
+    args = seed.arguments("").parse_args([str(gratings), *options])
     with arms.prepared(
         gratings, val_fraction=0.9, note=print, epochs=1, batch_size=16, lr=1e-3, schedule="onecycle", image_size=32,
         threads=None,
@@ -206,7 +206,7 @@ def test_seed_py_trains_alike_whether_it_decodes_once_or_always(gratings: Path) 
         once = arms.plain(experiment, 0)
         sets = (seed.Photos(photos, 32) for photos in (experiment.train, experiment.held_out))
         train, held_out = sets
-        (row,) = seed.training_on(args, 0, 4, train, held_out).epochs(1)
+        (row,) = seed.training_on(args, 0, 4, train, held_out, schedule="onecycle").epochs(1)
     assert (once["accuracy"], once["train_losses"]) == (row["val_accuracy"], [row["train_loss"]])
     assert once["held_out_losses"] == [row["val_loss"]]
 
