@@ -55,48 +55,40 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("precision", "filters", "batch", "engine"), list(dict.fromkeys(shapes)))
 
 
-class Rivals:
-    """The loops to race against on the shapes at hand; on a CPU in processes with the settings they come with."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.shape: tuple[object, ...] = ()
-        self.runs: dict[str, Apart] = {}
-
-    def on(self, size: int, filters: tuple[int, ...], batch: int, precision: str) -> dict[str, Apart]:
-        """Return name -> what does some of a loop's steps and says the seconds of one."""
-        if (size, filters, batch, precision) != self.shape:
-            self.close()
-            loops = {"plain fp32 loop": ("plain", "fp32"), "cached fp32 loop": ("cached", "fp32")}
-            if precision != "fp32":
-                loops[f"plain {precision} loop"] = ("plain", precision)
-            elif self.device.type == "cuda":
-                loops["plain tf32 loop"] = ("plain", "tf32")
-            if self.device.type == "cuda":
-                loops[f"max-autotune {precision} loop"] = ("max-autotune", precision)
-            work = "bench.baselines.loops:random_steps"
-            self.runs = {
-                name: Apart(work, loop, max(512, 2 * batch), size, filters, batch, kind)
-                for name, (loop, kind) in loops.items()
-            }
-            for run in self.runs.values():
-                with contextlib.suppress(RivalFailed):  # the race leaves it out, and says why
-                    run(3)  # compiles
-            self.shape = size, filters, batch, precision
-        return self.runs
-
-    def close(self) -> None:
-        """End the processes."""
-        for run in self.runs.values():
-            run.close()
+Rivals = Callable[[int, tuple[int, ...], int, str], dict[str, Apart]]
+"""(image size, filters, batch, precision) -> name -> what does some of a loop's steps and returns their seconds."""
 
 
 @pytest.fixture(scope="module")
 def rivals(device: torch.device) -> Iterator[Rivals]:
-    """The loops to race against."""
-    found = Rivals(device)
-    yield found
-    found.close()
+    """The loops to race against, in processes with the settings they come with; kept until the shapes change."""
+    kept: dict[tuple[object, ...], dict[str, Apart]] = {}
+    with contextlib.ExitStack() as stack:
+
+        def on(size: int, filters: tuple[int, ...], batch: int, precision: str) -> dict[str, Apart]:
+            shape = size, filters, batch, precision
+            if shape not in kept:
+                stack.close()
+                kept.clear()
+                kept[shape] = {}
+                for name, (loop, kind) in loops(precision, on_gpu=device.type == "cuda").items():
+                    run = Apart("bench.baselines.loops:random_steps", loop, max(512, 2 * batch), *shape[:3], kind)
+                    kept[shape][name] = stack.enter_context(contextlib.closing(run))
+                    with contextlib.suppress(RivalFailed):  # the race leaves it out, and says why
+                        run(3)  # compiles
+            return kept[shape]
+
+        yield on
+
+
+def loops(precision: str, *, on_gpu: bool) -> dict[str, tuple[str, str]]:
+    """Return the loops to race against: name -> key of `loops.LOOPS`, and precision."""
+    found = {"plain fp32 loop": ("plain", "fp32"), "cached fp32 loop": ("cached", "fp32")}
+    if precision != "fp32":
+        found[f"plain {precision} loop"] = ("plain", precision)
+    elif on_gpu:
+        found["plain tf32 loop"] = ("plain", "tf32")
+    return found | ({f"max-autotune {precision} loop": ("max-autotune", precision)} if on_gpu else {})
 
 
 def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int, ...], batch: int, engine: str) -> None:
@@ -114,7 +106,7 @@ def bench_engine(race: Race, rivals: Rivals, precision: str, filters: tuple[int,
     seconds = race(
         f"{engine}, {precision}, {','.join(map(str, filters))}, batch {batch}",
         lambda: run_steps(step, runner, num_steps),
-        {name: functools.partial(run, num_steps) for name, run in rivals.on(size, filters, batch, precision).items()},
+        {name: functools.partial(run, num_steps) for name, run in rivals(size, filters, batch, precision).items()},
         images=batch * num_steps,
         engine=engine,
         precision=precision,
