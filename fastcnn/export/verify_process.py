@@ -7,11 +7,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastcnn.errors import CheckError, FastCNNError
+from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, warn
 from fastcnn.export.verify import Verification, verify_file
 from fastcnn.inference import artefact
 from fastcnn.system import own_module, quick_start
@@ -42,6 +43,8 @@ def verify_in_new_process(
                     answer = json.loads(line)
                 if "done" in answer:
                     progress(answer["done"], answer["total"])
+                elif "warning" in answer:
+                    warn(answer["warning"])
         except BaseException:
             process.kill()
             raise
@@ -55,7 +58,16 @@ def verify_in_new_process(
 
 
 def main(path: str, run: str, moved_to: str, cache_dir: str, quick: str) -> None:
-    """Print progress and verification of a file, each as a line of JSON. "" stands for None."""
+    """Print progress, warnings and verification of a file, each as a line of JSON. "" stands for None."""
+    show = warnings.showwarning
+
+    def send(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, FastCNNWarning):
+            _say({"warning": str(message)})
+        else:
+            show(message, category, *rest, **more)
+
+    warnings.showwarning = send
     try:
         found = verify_file(
             artefact.open(path),

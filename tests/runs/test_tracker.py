@@ -487,7 +487,8 @@ def test_an_export_that_fails_leaves_a_finished_run(photos: Path, monkeypatch: p
     assert result(Path("runs/photos"))["finished"] is True
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 8])
 def test_runs_in_several_threads_are_recorded_whole(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

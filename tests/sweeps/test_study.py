@@ -118,7 +118,7 @@ SPACE = {
 }
 
 
-@pytest.mark.parametrize("method", ["random", "bayes"])
+@pytest.mark.parametrize("method", ["random", pytest.param("bayes", marks=pytest.mark.long)])
 def test_a_small_space_is_used_up_point_by_point(method: str, open_study: Open) -> None:
     def values(folder: str) -> list[str]:
         study, drawn = open_study(method, space=SPACE, folder=folder), []
