@@ -22,6 +22,7 @@ from fastcnn.errors import first_line
 from fastcnn.network.kernels import cpu_max_pool
 from fastcnn.runs.wandb_server import in_netrc
 from fastcnn.storage.files import free_bytes
+from fastcnn.storage.paths import can_be_written
 from fastcnn.system import text
 from fastcnn.system.device import describe_hardware, free_memory_bytes, has_bf16
 from pipelines.shared_memory import shared
@@ -70,8 +71,7 @@ def _machine(cache_dir: str | Path | None) -> Iterator[Check]:
     advice = "free some memory: images that do not fit are read from the disk while training" if low else ""
     yield Check("memory", "without" if low else "ok", f"{free / 2**30:,.1f} GiB free", advice)
     folder = default_folder(cache_dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, writable = free_bytes(folder), os.access(there, os.W_OK)
+    free, writable = free_bytes(folder), can_be_written(folder.absolute())
     state: State = "wrong" if not writable else "without" if free < LOW_DISK else "ok"
     advice = {
         "wrong": f"{folder} is not writable: choose another folder with --cache-dir",

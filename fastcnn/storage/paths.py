@@ -22,7 +22,7 @@ def user_cache_folder(*, strict: bool = False) -> Path:
     temporary files, which a warning names; if `strict`, FastCNNError is raised instead.
     """
     usual = usual_cache_folder()
-    return usual if _can_be_written(usual) else _temporary_folder(usual, strict)
+    return usual if can_be_written(usual) else _temporary_folder(usual, strict)
 
 
 def usual_cache_folder() -> Path:
@@ -38,7 +38,7 @@ def usual_cache_folder() -> Path:
         return Path("~/.cache/fastcnn")
 
 
-def _can_be_written(folder: Path) -> bool:
+def can_be_written(folder: Path) -> bool:
     """Return whether files can be made in a folder, which need not be there yet."""
     if not folder.is_absolute():
         return False

@@ -128,7 +128,7 @@ def test_a_cache_that_is_whole_is_used_where_it_can_no_longer_be_written(
     config = Config(data=str(photos), image_size=32, decoder="pillow")
     first = dataset.prepare(config)
     assert first.cache.folder.parent == tmp_path / "home" / "fastcnn"
-    monkeypatch.setattr(paths, "_can_be_written", lambda folder: False)
+    monkeypatch.setattr(paths, "can_be_written", lambda folder: False)
     with pytest.warns(FastCNNWarning, match="cannot be written: using"):
         again = dataset.prepare(config)
     assert (again.cache.folder, again.cache.num_decoded) == (first.cache.folder, 0)
