@@ -79,7 +79,7 @@ def read_split(
 
     Raises MissingPhotos, and DataError where the file is no split.csv or lists a photo under another class.
     """
-    rows = _read_rows(path)
+    rows = read_rows(path)
     sizes = known_sizes() if moved and not all(row.checksum for row in rows) else {}
     digests = digests or [""] * len(index)
     places = _places(path, rows, index)
@@ -126,7 +126,8 @@ def missing_listed(run_dir: Path, data: str, advice: str) -> Iterator[None]:
         raise DataError(f"{error}; {advice}") from None
 
 
-def _read_rows(path: Path) -> list[Listed]:
+def read_rows(path: Path) -> list[Listed]:
+    """Return the lines of a split.csv. Raises DataError where it cannot be read or is none."""
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))

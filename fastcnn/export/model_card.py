@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastcnn.errors import os_error_as
+from fastcnn.data import split_file
+from fastcnn.errors import DataError, os_error_as
 from fastcnn.storage.files import write as write_file
 from fastcnn.system.templates import render
 from fastcnn.system.text import comparable, printable
@@ -51,12 +51,9 @@ def page(
 def count_photos(run: Path) -> dict[str, Counter[str]]:
     """Return the photos of each class, by its comparable name, in each split of a run; none without its split.csv."""
     counts: dict[str, Counter[str]] = {split: Counter() for split in ("train", "val", "test")}
-    with (
-        contextlib.suppress(OSError),
-        (run / "split.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        for row in csv.DictReader(file):
-            counts[row["split"]][comparable(row["label"])] += 1
+    with contextlib.suppress(DataError):
+        for row in split_file.read_rows(run / split_file.NAME):
+            counts[row.split][comparable(row.label)] += 1
     return counts
 
 
