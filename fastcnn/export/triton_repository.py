@@ -6,7 +6,6 @@ The layout and the fields are those of Triton's model_configuration.md and model
 from __future__ import annotations
 
 import filecmp
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from fastcnn.errors import FastCNNError, UsageError, os_error_as
 from fastcnn.inference import artefact
+from fastcnn.storage.files import filling
 from fastcnn.system.text import printable
 
 MAX_BATCH_SIZE = 64  # photos in one batch; 64 of 128 px are 3 MB
@@ -81,13 +81,10 @@ def _add_version(exported: Path, folder: Path, file: str) -> None:
     there = folder / str(latest) / file
     if there.is_file() and filecmp.cmp(exported, there, shallow=False):
         return
-    partial = folder / f".partial-{os.getpid()}"  # Triton ignores folders whose name is no number
-    try:
-        partial.mkdir()
+    version = folder / str(latest + 1)
+    with filling(version) as partial:  # Triton ignores folders whose name is no number
         shutil.copyfile(exported, partial / file)
-        partial.rename(folder / str(latest + 1))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.rename(version)
 
 
 def _config(name: str, platform: Platform, image_size: int, num_classes: int) -> str:
