@@ -6,6 +6,7 @@ Needs numpy, and torch (for .torchscript and .pt2) or onnxruntime (for .onnx).
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import shlex
@@ -237,12 +238,10 @@ def known_hashes() -> set[str]:
 def remember_export(path: Path) -> str:
     """Record that a file was exported on this machine, and return its SHA-256."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    try:
+    with contextlib.suppress(OSError):  # the only cost is a warning when the file is opened
         _hashes_file().parent.mkdir(parents=True, exist_ok=True)
         with _hashes_file().open("a", encoding="ascii") as file:
             file.write(f"{sha256}\n")
-    except OSError:
-        pass  # the only cost is a warning when the file is opened
     return sha256
 
 

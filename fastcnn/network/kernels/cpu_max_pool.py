@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +146,15 @@ class _CompilableMaxPool(torch.autograd.Function):
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile to `path`, under a temporary name first: several runs may do so at once, also in threads."""
+    """Compile to `path`, in a folder of its own first: several runs may do so at once, also in threads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f"{os.getpid()}-{threading.get_ident()}"
-    temporary, objects = path.with_suffix(f".{own}"), path.with_suffix(f".{own}.o")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent) as own:
+        temporary, objects = Path(own, path.name), Path(own, "pool.o")
         _run([compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", str(objects)])
         # Linked without -fopenmp: its names are then found in the OpenMP that torch has loaded. A second one would
         # bring threads of its own, which wait for the same cores.
         _run([compiler, "-shared", str(objects), "-o", str(temporary)])
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        objects.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str:
