@@ -22,7 +22,7 @@ from fastcnn.errors import FastCNNError, fall_back
 from pipelines import num_cores as num_cores  # for the rooms that decode nothing
 
 # glibc's mallopt parameters (malloc.h).
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def pick_device(name: str, number: int = 0) -> torch.device:
@@ -85,20 +85,18 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def keep_freed_memory() -> bool:
-    """Make glibc keep large freed blocks instead of returning them to the system; return whether it does.
+def keep_freed_memory() -> None:
+    """Make glibc, where that is the C library, keep large freed blocks instead of returning them to the system.
 
     Every step frees and allocates the same tensors of tens of MiB. By default each is returned and faulted in again,
     page by page; eager fp32 training is 1.8 times as fast without that (docs/notes.md).
     """
-    if sys.platform != "linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl
-        return False
-    never = 2**31 - 1
-    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, never), mallopt(_M_TOP_PAD, 64 << 20)])
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # never
+            mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def free_memory_bytes(device: torch.device) -> int:

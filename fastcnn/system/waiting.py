@@ -17,13 +17,11 @@ BLOCK_TIME = 1
 CHOSEN_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def wait_briefly() -> bool:
-    """Set the waiting of this process's OpenMP threads, and its children's; return whether it was set.
+def wait_briefly() -> None:
+    """Set the waiting of this process's OpenMP threads, and its children's.
 
     It is read once, when torch is loaded: nothing is set after that, nor where the user has set one of it.
     """
-    if "torch" in sys.modules or any(name in os.environ for name in CHOSEN_BY_USER):
-        return False
-    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-    os.environ["KMP_BLOCKTIME"] = str(BLOCK_TIME)
-    return True
+    if "torch" not in sys.modules and not any(name in os.environ for name in CHOSEN_BY_USER):
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+        os.environ["KMP_BLOCKTIME"] = str(BLOCK_TIME)
