@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import warnings
@@ -205,16 +206,12 @@ def joined(device: str) -> Iterator[Ranks]:
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store: by torchrun, else by the first rank
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     with detecting_lost_ranks("the ranks do not find each other"):
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            number["MASTER_PORT"],
-            is_master=rank == 0 and not hosted,
-            timeout=JOIN_TIMEOUT,
-            multi_tenant=True,
-        )
-        # Restarts share torchrun's store: without its own prefix a group would find the addresses of an earlier one.
+        store = _store(os.environ["MASTER_ADDR"], number["MASTER_PORT"], rank == 0 and not hosted)
+        # Groups and restarts share it: without its own prefix a group would find the addresses of an earlier one.
         number_here = next(_groups)
         own = _within(f"group {restarts} {number_here}", store)
+        own.set(f"rank {rank}", "")
+        own.wait([f"rank {one}" for one in range(number["WORLD_SIZE"])], JOIN_TIMEOUT)
         dist.init_process_group(
             backend, store=own, rank=rank, world_size=number["WORLD_SIZE"], timeout=COLLECTIVE_TIMEOUT
         )
@@ -249,6 +246,17 @@ _VARIABLES = {
     "MASTER_PORT": 0,
     "TORCHELASTIC_RESTART_COUNT": 0,
 }
+
+
+@functools.cache
+def _store(address: str, port: int, is_master: bool) -> Any:
+    """Return the store in which ranks find each other.
+
+    It stays while the process does: a rank that is at its next run already would else look for it in the last run's.
+    """
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=is_master, timeout=JOIN_TIMEOUT, multi_tenant=True
+    )
 
 
 def _within(name: str, store: Any) -> Any:

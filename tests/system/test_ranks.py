@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fastcnn.network.small_cnn import BatchNorm, SmallCNN
 from fastcnn.network.sync_layers import convert
 from fastcnn.storage import checkpoint
 from fastcnn.system import device, launch, ranks
-from fastcnn.system.ranks import ALONE, Ranks
+from fastcnn.system.ranks import ALONE, RankLost, Ranks
 from tests.system import two_ranks
 from tests.system.two_ranks import CASES, EACH, PLANTED, SMALL
 
@@ -35,12 +36,24 @@ ROOT = str(Path(two_ranks.__file__).parents[2])
 EXACT = 1e-9  # in float64: that the ranks compute the same, and only add in another order
 
 
-def run_two_ranks(photos: Path, out: Path, *cases: str) -> list[str]:
-    """Run cases in two ranks of a group, started as a launcher does; return what their stderr says of exit codes."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def port_of_group(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The port of the store of a group of one rank, to which the environment belongs."""
+    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**group, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, value)
+    return int(os.environ["MASTER_PORT"])
+
+
+def run_two_ranks(photos: Path, out: Path, *cases: str) -> list[str]:
+    """Run cases in two ranks of a group, started as a launcher does; return what their stderr says of exit codes."""
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, two_ranks.__file__, str(photos), str(out), *cases]
     ranks = [
         subprocess.Popen(
@@ -314,14 +327,9 @@ def test_dropout_takes_the_rows_of_the_whole_batchs_mask() -> None:
         assert torch.equal(dropout.eval()(x[rows]), x[rows])
 
 
+@pytest.mark.usefixtures("port_of_group")
 def test_graphs_go_before_the_group_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL waits for graphs that hold its work (pytorch #115388): they are reset first, after an error too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**group, "MASTER_PORT": str(port)}.items():
-        monkeypatch.setenv(name, value)
     order: list[str] = []
 
     class Graph:
@@ -335,3 +343,21 @@ def test_graphs_go_before_the_group_does(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UsageError), ranks.joined("cpu"):
         raise UsageError("wrong")
     assert order == ["graph", "group"]
+
+
+def test_a_rank_that_is_at_its_next_run_finds_the_others(port_of_group: int) -> None:
+    """It may look for the store while the first rank is still leaving the last run."""
+    with ranks.joined("cpu"):
+        pass
+    early = torch.distributed.TCPStore("127.0.0.1", port_of_group, is_master=False)  # type: ignore[attr-defined]
+    early.set("early", "")
+    with ranks.joined("cpu") as own:
+        own.keep("told", "yes")
+        assert own.store.underlying_store.check(["early"])
+
+
+def test_ranks_that_do_not_come_are_not_waited_for(port_of_group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "JOIN_TIMEOUT", timedelta(seconds=0.1))
+    with pytest.raises(RankLost, match="the ranks do not find each other"), ranks.joined("cpu"):
+        pass
