@@ -6,6 +6,7 @@ The layout and the fields are those of Triton's model_configuration.md and model
 from __future__ import annotations
 
 import filecmp
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 
 from fastcnn.errors import FastCNNError, UsageError, os_error_as
 from fastcnn.inference import artefact
-from fastcnn.storage.files import filling
 from fastcnn.system.text import printable
 
 MAX_BATCH_SIZE = 64  # photos in one batch; 64 of 128 px are 3 MB
@@ -81,10 +81,13 @@ def _add_version(exported: Path, folder: Path, file: str) -> None:
     there = folder / str(latest) / file
     if there.is_file() and filecmp.cmp(exported, there, shallow=False):
         return
-    version = folder / str(latest + 1)
-    with filling(version) as partial:  # Triton ignores folders whose name is no number
+    partial = folder / f".partial-{os.getpid()}"  # Triton ignores folders whose name is no number
+    try:
+        partial.mkdir()
         shutil.copyfile(exported, partial / file)
-        partial.rename(version)
+        partial.rename(folder / str(latest + 1))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(name: str, platform: Platform, image_size: int, num_classes: int) -> str:
