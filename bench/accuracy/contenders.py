@@ -13,6 +13,7 @@ SCRIPTS = ("seed", "tuned", "cached")
 """Baselines in bench/baselines that train the network of `seed.py`."""
 PEERS = {
     "timm_train": "timm_train",
+    "timm_loader": "timm_loader",
     "fastai_learner": "fastai_learner",
     "ultralytics_classify": "ultralytics_classify",
     "seed.py@peers": "seed",

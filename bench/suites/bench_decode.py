@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,19 @@ def bench_decoder(
     race.note(mean_difference_levels=difference)
     assert difference <= 2.5
     pipelines.close()
+
+
+PEERS: dict[str, Callable[[Path, list[Path], int], Callable[[], Any]]] = {
+    "torchvision ImageFolder": lambda folder, paths, size: decoding.image_folder(folder, size, num_cores()),
+    "torchvision decode_jpeg on the GPU": lambda folder, paths, size: decoding.decode_jpeg_on_gpu(paths, size),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def bench_peer(race: Race, peer: str, photos: Path, paths: list[Path], baseline: dict[str, Clocked]) -> None:
+    """Decoders of torchvision."""
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    if peer.endswith("GPU") and race.device.type != "cuda":
+        pytest.skip("needs an NVIDIA GPU")
+    run = PEERS[peer](photos, paths, race.scale["image_size"])
+    race(peer, run, baseline, images=len(run()), peer=True)

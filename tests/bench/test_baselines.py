@@ -176,3 +176,21 @@ def test_the_peers_train_on_the_split_and_probe(peer: str, photos: Path, run_dir
     assert 0 <= row["val_accuracy"] <= 1
     (found,) = run("--probe", "--workers", 0)
     assert found == {"workers": 0}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_timm_sees_the_photos_that_the_seed_does(photos: Path) -> None:
+    pytest.importorskip("timm")  # it leaves the files that it opens to the garbage collector
+    import torch
+
+    from bench.baselines import seed, timm_loader
+
+    args = seed.arguments("").parse_args([str(photos), *SMALL])
+    _, train, val = seed.photos_of(args)
+    device = torch.device("cpu")
+    images, labels = next(iter(timm_loader.make_loader(val, args, 0, device, training=False)))
+    expected = torch.stack([seed.Photos(val, 32)[number][0] for number in range(len(labels))])
+    upright = (images - expected).abs().mean((1, 2, 3)) < 0.05  # but for those that EXIF turns
+    assert upright.float().mean() > 0.8
+    assert labels.tolist() == [label for _, label in val[: len(labels)]]
+    assert len(list(timm_loader.make_loader(train, args, 0, device, training=True))) == len(train) // 16
