@@ -121,6 +121,7 @@ def _journal(folder: Path, index: Index, ranks: Ranks, known: Journal | None, *,
             journal_files.join_segments(folder)
         known = journal_files.read(folder, index.paths) if known is None else known
         if writable:
+            known = known.in_order_of(index)
             journal_files.write_index(folder, known)
     ranks.wait()  # the lock is the first rank's
     return journal_files.read(folder, index.paths) if known is None else known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar, overload
 
@@ -100,6 +100,12 @@ class Journal:
             if len(fact):
                 at[fact[at] != column] = -1
         return at
+
+    def in_order_of(self, index: Index) -> Journal:
+        """Return the journal in an index's order, so that nobody has to look for its photos; as it is if others are."""
+        if self.paths == index.paths or len(self) != len(index) or ((at := self.find(index)) < 0).any():
+            return self
+        return replace(self.take(at), num_bytes=self.num_bytes, checksum=self.checksum)
 
     def followed_by(self, later: Journal) -> Journal:
         """Return the journal with later entries, which replace those of the same paths."""

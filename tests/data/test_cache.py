@@ -70,6 +70,25 @@ def replace(old: Path, new: Path) -> None:
     old.with_name("copy").rename(old)
 
 
+def test_photos_added_later_are_in_the_index_where_they_belong(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that later runs need not look for each photo."""
+    monkeypatch.setattr(journal_files, "FEW_LINES", 1)
+    first = min(data.glob("*/*.jpg"))
+    first.rename(tmp_path / "later.jpg")
+    build(scan(data), tmp_path)
+    (tmp_path / "later.jpg").rename(first)
+    index = scan(data)
+    built = build(index, tmp_path)
+    assert_right(built, index)
+    journal = journal_files.read(built.folder)
+    assert journal.paths == index.paths
+    assert journal.num_indexed == len(index)
+    assert index.paths[np.argmax(journal.rows)] == first.relative_to(data).as_posix()  # its row is the last one
+    assert_right(build(index, tmp_path), index)
+
+
 @pytest.mark.parametrize("how", ["rename", "copy2", "replace"])
 def test_a_file_of_the_same_size_and_time_is_not_the_same(data: Path, tmp_path: Path, how: str) -> None:
     first, second = (data / path for path in scan(data).paths[:2])
