@@ -63,16 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds 0 to N-1, 2 or more [%(default)s]")
     parser.add_argument("--epochs", type=int, default=8, metavar="N", help="[%(default)s]")
     parser.add_argument("--margin", type=float, default=2.0, metavar="POINTS", help="of accuracy [%(default)s]")
+    parser.add_argument(
+        "--loss-margin", type=float, default=10.0, metavar="PERCENT", help="of seed.py's losses [%(default)s]"
+    )
     parser.add_argument("--image-size", type=int, default=128, metavar="N", help="[%(default)s]")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="[%(default)s]")
     parser.add_argument("--lr", type=float, default=1e-3, metavar="X", help="[%(default)s]")
+    parser.add_argument("--schedule", choices=("onecycle", "constant"), default="onecycle", help="[%(default)s]")
     parser.add_argument(
         "--val-fraction", type=float, default=0.2, metavar="X", help="held out where DATA has no val or test [0.2]"
     )
     parser.add_argument("--ingredients", action="store_true", help="the table of single changes instead")
     parser.add_argument("--threads", type=int, metavar="N", help="arithmetic threads; left out, torch's choice")
     parser.add_argument("--out", type=Path, metavar="DIR", help="left out, bench/results/<machine>")
-    parser.set_defaults(schedule="onecycle", loss_margin=10.0)  # percent of seed.py's losses
     return parser
 
 
@@ -114,6 +117,7 @@ def _check(args: argparse.Namespace) -> None:
         ("seeds", args.seeds >= 2, "2 or more: one seed says nothing of the spread"),
         ("epochs", args.epochs >= 1, "1 or more"),
         ("margin", 0 < args.margin < 100, "points above 0 and below 100"),
+        ("loss_margin", args.loss_margin > 0, "percent above 0"),
         ("image_size", 32 <= args.image_size <= 4096, "32 to 4096"),
         ("batch_size", args.batch_size >= 2, "2 or more"),
         ("lr", args.lr > 0, "a number above 0"),

@@ -105,7 +105,9 @@ def test_the_same_photos_and_classes(folder: Path, sharded: Path) -> None:
         assert whole[source.offset : source.offset + source.size] == (folder / files.paths[original]).read_bytes()
 
 
-@pytest.mark.parametrize("decoder", pipelines.BACKENDS)
+@pytest.mark.parametrize(
+    "decoder", [pytest.param(name, marks=[pytest.mark.long] * (name != "turbo")) for name in pipelines.BACKENDS]
+)
 def test_the_same_pixels_and_verdicts(folder: Path, sharded: Path, decoder: str) -> None:
     try:
         pipelines.choose(decoder, gpu=False)

@@ -414,7 +414,8 @@ def test_nothing_is_unpickled_or_evaluated_in_a_pt2(exports: Callable[[str], Pat
         assert not Path("trapped").exists()
 
 
-@pytest.mark.parametrize("format", LONG)
+@pytest.mark.long
+@pytest.mark.parametrize("format", EXPORTERS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated upstream
 def test_the_same_run_gives_the_same_file(
     format: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

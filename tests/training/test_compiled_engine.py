@@ -111,8 +111,9 @@ def test_what_a_compiler_makes_graphs_of_updates_as_the_plain_step(
     assert float(steps[1].skipped) == (1 if steps[1].skip_nan else 0)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("form", ["plain loops", pytest.param("vectors", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", ["plain loops", "vectors"])
 def test_compiled_parts_captured_uncaptured(compiler: None, form: str) -> None:
     """Ten steps in float64, three a replay, by inductor's kernels but for the forward's, against the plain ones."""
     results = []
