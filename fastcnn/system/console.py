@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from fastcnn.system import callers_generator
 from fastcnn.system.signals import silence_lost_outputs
@@ -30,7 +30,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._bars = RichConsole(stderr=True)
+        self._bars = RichConsole(file=cast(TextIO, _Bars()))
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -77,6 +77,30 @@ class Console:
             yield update
 
 
+class _Bars:
+    """Standard error as bars are drawn on it: where nobody reads it any more, the work goes on."""
+
+    @property
+    def _stream(self) -> TextIO:
+        stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # rich's own proxy would call this again
+        return stream
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is asked for besides writing: the encoding, or whether it is a terminal."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or lose, a text."""
+        with _going_on():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write, or lose, what is held back."""
+        with _going_on():
+            self._stream.flush()
+
+
 def _plain_progress(label: str, unit: str, start: int) -> Callable[..., None]:
     last = began = time.perf_counter()
 
@@ -93,8 +117,13 @@ def _plain_progress(label: str, unit: str, start: int) -> Callable[..., None]:
 
 
 def _print(text: str, file: TextIO) -> None:
+    with _going_on(), _writing:
+        print(text, file=file, flush=True)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
     try:
-        with _writing:
-            print(text, file=file, flush=True)
+        yield
     except OSError:  # nobody reads any more; the work goes on
         silence_lost_outputs()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -51,3 +53,30 @@ def test_lines_and_bars_of_several_threads() -> None:
         list(pool.map(one, range(3)))
     assert sorted(out.getvalue().splitlines()) == sorted(f"line {k} of {n}" for k in range(5) for n in range(3))
     assert sum(f"run {number}" in terminal.getvalue() for number in range(3)) == 1
+
+
+def test_a_bar_on_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write may fail a moment before the signal arrives that a closed terminal sends."""
+
+    class Terminal(io.StringIO):
+        gone = False
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = Console()
+    with console.progress("decoding", "photos") as progress:
+        progress(1, 3)
+        terminal.gone = True
+        progress(2, 3)
+    with console.progress("training", "photos") as progress:
+        progress(1, 1)
+    assert "decoding" in terminal.getvalue()
