@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 from fastcnn.system import callers_generator
 from fastcnn.system.signals import silence_lost_outputs
@@ -77,7 +78,7 @@ class Console:
             yield update
 
 
-class _Bars:
+class _Bars(io.TextIOBase):
     """Standard error as bars are drawn on it: where nobody reads it any more, the work goes on."""
 
     @property
@@ -85,18 +86,22 @@ class _Bars:
         stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # rich's own proxy would call this again
         return stream
 
-    def __getattr__(self, name: str) -> Any:
-        """Return what is asked for besides writing: the encoding, or whether it is a terminal."""
-        return getattr(self._stream, name)
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write, or lose, a text."""
         with _going_on():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Write, or lose, what is held back."""
         with _going_on():
             self._stream.flush()
 
