@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 
 class FastCNNError(Exception):
@@ -40,6 +41,24 @@ class FastCNNWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn the user in one line, without a file name and line number."""
     warnings.warn_explicit(message, FastCNNWarning, "fastcnn", 1, registry={})
+
+
+@contextlib.contextmanager
+def giving_warnings_to(show: Callable[[str], None]) -> Iterator[None]:
+    """Give the text of each warning of ours to `show`, in all threads; others are shown as before."""
+    before = warnings.showwarning
+
+    def show_own(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, FastCNNWarning):
+            show(str(message))
+        else:
+            before(message, category, *rest, **more)
+
+    warnings.showwarning = show_own
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextlib.contextmanager

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import click
 
@@ -13,7 +12,7 @@ from fastcnn.cli import checkout, data, model, train
 from fastcnn.cli.group import SETTINGS, Commands
 from fastcnn.cli.options import config_options, json_option
 from fastcnn.config import in_our_words, option_name
-from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, UsageError, nearest
+from fastcnn.errors import CheckError, FastCNNError, UsageError, giving_warnings_to, nearest
 from fastcnn.system import launch, quick_start, signals
 from fastcnn.system.text import print_any_name, to_json
 
@@ -54,9 +53,9 @@ for one in (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, as `sys.argv` gives it unless `argv` does; return its exit code."""
     print_any_name()
-    before, warnings.showwarning = warnings.showwarning, _show_warning
     try:
-        code = commands.main(list(sys.argv[1:] if argv is None else argv), "fastcnn", standalone_mode=False)
+        with giving_warnings_to(lambda text: _say(f"fastcnn: warning: {text}\n")):
+            code = commands.main(list(sys.argv[1:] if argv is None else argv), "fastcnn", standalone_mode=False)
     except click.NoSuchOption as error:
         known = [option for parameter in (error.ctx.command.params if error.ctx else []) for option in parameter.opts]
         code = _fail(f"no option {error.option_name}{_proposal(error.option_name, known)}", UsageError.exit_code)
@@ -72,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         code = 1
-    finally:
-        warnings.showwarning = before
     return code or 0
 
 
@@ -102,17 +99,3 @@ def _say(text: str) -> None:
         click.echo(text, err=True, nl=False)
     except OSError:  # the terminal was closed
         signals.silence_lost_outputs()
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if issubclass(category, FastCNNWarning):
-        _say(f"fastcnn: warning: {message}\n")
-    else:
-        _say(warnings.formatwarning(message, category, filename, lineno, line))

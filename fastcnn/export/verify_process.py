@@ -7,12 +7,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastcnn.errors import CheckError, FastCNNError, FastCNNWarning, warn
+from fastcnn.errors import CheckError, FastCNNError, giving_warnings_to, warn
 from fastcnn.export.verify import Verification, verify_file
 from fastcnn.inference import artefact
 from fastcnn.system import own_module, quick_start
@@ -59,24 +58,16 @@ def verify_in_new_process(
 
 def main(path: str, run: str, moved_to: str, cache_dir: str, quick: str) -> None:
     """Print progress, warnings and verification of a file, each as a line of JSON. "" stands for None."""
-    show = warnings.showwarning
-
-    def send(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, FastCNNWarning):
-            _say({"warning": str(message)})
-        else:
-            show(message, category, *rest, **more)
-
-    warnings.showwarning = send
     try:
-        found = verify_file(
-            artefact.open(path),
-            run,
-            moved_to or None,
-            cache_dir or None,
-            quick=bool(quick),
-            progress=lambda done, total: _say({"done": done, "total": total}),
-        )
+        with giving_warnings_to(lambda text: _say({"warning": text})):
+            found = verify_file(
+                artefact.open(path),
+                run,
+                moved_to or None,
+                cache_dir or None,
+                quick=bool(quick),
+                progress=lambda done, total: _say({"done": done, "total": total}),
+            )
     except FastCNNError as error:
         _say({"error": str(error)})
     else:
