@@ -44,17 +44,15 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def giving_warnings_to(show: Callable[[str], None]) -> Iterator[None]:
-    """Give the text of each warning of ours to `show`, in all threads; others are shown as before."""
+def giving_warnings_to(take: Callable[[str], bool | None]) -> Iterator[None]:
+    """Give the text of each warning of ours to `take`, in all threads; it is shown as before if that returns True."""
     before = warnings.showwarning
 
-    def show_own(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, FastCNNWarning):
-            show(str(message))
-        else:
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if not issubclass(category, FastCNNWarning) or take(str(message)):
             before(message, category, *rest, **more)
 
-    warnings.showwarning = show_own
+    warnings.showwarning = show
     try:
         yield
     finally:

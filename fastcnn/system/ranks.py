@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastcnn.errors import FastCNNError, FastCNNWarning, UsageError, first_line
+from fastcnn.errors import FastCNNError, UsageError, first_line, giving_warnings_to
 from fastcnn.system import launch
 from fastcnn.system.device import release_captures
 
@@ -225,7 +224,7 @@ def joined(device: str) -> Iterator[Ranks]:
         store=_within(f"fastcnn {number_here}", store),
     )
     try:
-        with _warning_once(ranks):
+        with giving_warnings_to(lambda text: ranks.is_first_to(f"warn/{text}")):  # each is shown once
             yield ranks
     except FastCNNError as error:
         if ranks.is_first_to("fail"):
@@ -280,18 +279,3 @@ def detecting_lost_ranks(what: str = "another rank ended or cannot be reached") 
         line = first_line(error)
         reason = (line.partition("] ")[2] or line).partition(". ")[0]  # gloo's begins with a path and ends with advice
         raise RankLost(f"{what} ({reason})") from None
-
-
-@contextlib.contextmanager
-def _warning_once(ranks: Ranks) -> Iterator[None]:
-    before = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if not issubclass(category, FastCNNWarning) or ranks.is_first_to(f"warn/{message}"):
-            before(message, category, *rest, **more)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
