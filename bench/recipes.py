@@ -69,7 +69,7 @@ def measured(config: Config) -> dict[str, float]:
     data = dataset.prepare(config, seed=config.seed)
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "split.csv"
-        num_held_out = write_held_out(split, data.index, data.splits)
+        num_held_out = write_held_out(split, data.index, data.split_numbers)
         run = fit(dataclasses.replace(config, split=str(split)), run_dir=Path(folder) / "run")
     last = run.metrics[-1]
     return {

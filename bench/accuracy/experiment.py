@@ -16,6 +16,7 @@ from bench.accuracy.contenders import PEERS, PEERS_PYTHON, Contender
 from bench.harness.timing import environment_of_torch
 from bench.harness.whole_runs import ROOT
 from fastcnn.data.index import Index
+from fastcnn.data.split import SPLITS
 from fastcnn.data.split_file import write_split
 
 Run = dict[str, Any]
@@ -71,8 +72,8 @@ class Experiment:
         return [*start, str(self.data), *options]
 
 
-def write_held_out(path: Path, index: Index, splits: npt.NDArray[np.str_]) -> int:
+def write_held_out(path: Path, index: Index, splits: npt.NDArray[np.uint8]) -> int:
     """Write a split.csv that validates on the test photos of a split, too; return how many photos it validates on."""
-    held_out = splits != "train"
-    write_split(path, index, np.where(held_out, "val", "train"))
+    held_out = splits != SPLITS.index("train")
+    write_split(path, index, np.where(held_out, SPLITS.index("val"), splits))
     return int(held_out.sum())

@@ -119,12 +119,12 @@ def _journal(folder: Path, index: Index, ranks: Ranks, known: Journal | None, *,
     if ranks.first:
         if writable:
             journal_files.join_segments(folder)
-        known = journal_files.read(folder, index.paths) if known is None else known
+        known = journal_files.read(folder, index) if known is None else known
         if writable:
             known = known.in_order_of(index)
             journal_files.write_index(folder, known)
     ranks.wait()  # the lock is the first rank's
-    return journal_files.read(folder, index.paths) if known is None else known
+    return journal_files.read(folder, index) if known is None else known
 
 
 def fits_on_disk(index: Index, config: DataConfig, *, gpu: int | None = None) -> bool:
@@ -164,7 +164,7 @@ def _look(
     if not unwritable:
         journal_files.join_segments(files.folder)  # of a build that was interrupted
     others = folders_in(default_folder(config.cache_dir))
-    known = recognise(index, files, journal_files.read(files.folder, index.paths), others, read_all=config.verify_cache)
+    known = recognise(index, files, journal_files.read(files.folder, index), others, read_all=config.verify_cache)
     found.append(known)
     missing = files.find_missing(known.find_current(index), known)
     if len(missing) and unwritable:

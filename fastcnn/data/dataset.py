@@ -21,7 +21,7 @@ from fastcnn.data.cache_folders import default_folder
 from fastcnn.data.cached_photos import Cache
 from fastcnn.data.index import Index, check_classes, scan, scan_held_out
 from fastcnn.data.recognise import known_sizes
-from fastcnn.data.split import check_fraction, draw_split, explain_split
+from fastcnn.data.split import SPLITS, check_fraction, draw_split, explain_split, split_numbers
 from fastcnn.data.split_file import NAME, missing_listed, read_split
 from fastcnn.errors import DataError, FastCNNError, fall_back, warn
 from fastcnn.system.ranks import ALONE, Ranks
@@ -29,8 +29,6 @@ from fastcnn.system.stopwatch import Stopwatch
 from fastcnn.system.text import comparable, printable
 
 NUM_NAMED = 10  # bad photos that an error names
-
-SPLITS = ("train", "val", "test", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +56,6 @@ class Dataset:
     def index(self) -> Index:
         """The photos."""
         return self.cache.index
-
-    @property
-    def splits(self) -> npt.NDArray[np.str_]:
-        """(N,) train, val or test for each photo of the index, or the folder of those of `scan_held_out`."""
-        return np.array(SPLITS)[self.split_numbers]
 
     def photos(self, split: str) -> npt.NDArray[np.intp]:
         """Return the positions in the index of a split's photos."""
@@ -138,14 +131,15 @@ def prepare(
         )
     pipelines.close()  # no DALI work may be in flight while a CUDA graph is captured
     cache, bad, damaged = _without_bad(cache, config.max_bad, scoring=classes is not None)
-    splits = cache.index.folders
     if classes is None:
-        cache, splits = _split(cache, config, seed, ranks, moved_from)
+        cache, numbers = _split(cache, config, seed, ranks, moved_from)
         if not config.split and (reading := explain_split(cache.index, config.val_fraction)):
             note(reading)
+    else:
+        numbers = split_numbers(cache.index.folders)
     return Dataset(
         cache=cache,
-        split_numbers=split_numbers(splits),
+        split_numbers=numbers,
         bad=bad,
         damaged=damaged,
         decoder=config.decoder,
@@ -153,14 +147,6 @@ def prepare(
         loader_reason=why,
         max_pixels=config.max_pixels,
     )
-
-
-def split_numbers(splits: npt.NDArray[np.str_]) -> npt.NDArray[np.uint8]:
-    """Return (N,) the position in `SPLITS` of each of some names of splits."""
-    numbers = np.zeros(len(splits), np.uint8)
-    for number, name in enumerate(SPLITS):
-        numbers[splits == name] = number
-    return numbers
 
 
 def of_run(
@@ -265,8 +251,8 @@ def _scan(config: DataConfig, classes: Sequence[str] | None, ranks: Ranks, note:
 
 def _split(
     cache: Cache, config: DataConfig, seed: int, ranks: Ranks, moved_from: str
-) -> tuple[Cache, npt.NDArray[np.str_]]:
-    """Return the cache of the photos that are used, those that `config.split` lists, and their splits (M,)."""
+) -> tuple[Cache, npt.NDArray[np.uint8]]:
+    """Return the cache of the photos that are used, those that `config.split` lists, and (M,) their split numbers."""
     index = cache.index
     if not config.split:
         return cache, draw_split(index, config.val_fraction, seed)

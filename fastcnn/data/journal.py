@@ -53,8 +53,8 @@ class Journal:
 
     paths: PathList
     """(M,) paths, each once."""
-    facts: npt.NDArray[np.int64]
-    """(4, M) size, mtime, ctime and inode: while they agree with a file's, it is taken to be the same, unread."""
+    facts: Sequence[npt.NDArray[np.int64]]
+    """(M,) each of size, mtime, ctime and inode: while they agree with a file's, it is taken to be the same, unread."""
     digests: Digests
     """(M,) digests of the files' bytes."""
     rows: npt.NDArray[np.int64]
@@ -84,7 +84,7 @@ class Journal:
     def entry(self, at: int) -> dict[str, Any]:
         """Return an entry as it stands in a line."""
         own = dict(self.notes.get(at, {}))
-        numbers = dict(zip(FACTS, self.facts[:, at].tolist(), strict=True))
+        numbers = {name: int(fact[at]) for name, fact in zip(FACTS, self.facts, strict=True)}
         row, checksum = int(self.rows[at]), int(self.checksums[at])
         known = {"path": self.paths[at], **numbers, "digest": self.digests[at], "row": row, "crc": checksum}
         return {**known, "reason": own.pop("reason", ""), **own}
@@ -96,7 +96,7 @@ class Journal:
     def find_current(self, index: Index) -> Positions:
         """Return (N,) the position here of each photo of an index whose file is as it was, -1 for the others."""
         at = self.find(index)
-        for fact, column in zip(self.facts, (index.sizes, index.mtimes, index.ctimes, index.inodes), strict=True):
+        for fact, column in zip(self.facts, facts_of(index), strict=True):
             if len(fact):
                 at[fact[at] != column] = -1
         return at
@@ -123,7 +123,7 @@ class Journal:
         """Return the journal of the photos at some positions."""
         return Journal(
             paths=self.paths.take(positions),
-            facts=self.facts[:, positions],
+            facts=[fact[positions] for fact in self.facts],
             digests=Digests(self.digests.packed[positions]),
             rows=self.rows[positions],
             checksums=self.checksums[positions],
@@ -133,8 +133,13 @@ class Journal:
 
 def facts(index: Index, photo: int) -> dict[str, Any]:
     """Return what an entry says of a photo's file; while it agrees, the file is taken to be the same, unread."""
-    columns = {"size": index.sizes, "mtime": index.mtimes, "ctime": index.ctimes, "inode": index.inodes}
-    return {"path": index.paths[photo], **{name: int(column[photo]) for name, column in columns.items()}}
+    columns = zip(FACTS, facts_of(index), strict=True)
+    return {"path": index.paths[photo], **{name: int(column[photo]) for name, column in columns}}
+
+
+def facts_of(index: Index) -> tuple[npt.NDArray[np.int64], ...]:
+    """Return the columns (N,) of an index that an entry repeats, in the order of `FACTS`."""
+    return index.sizes, index.mtimes, index.ctimes, index.inodes
 
 
 def taken(notes: Mapping[int, Note], positions: Positions) -> dict[int, Note]:
@@ -152,7 +157,7 @@ def of_entries(entries: Sequence[Mapping[str, Any]]) -> Journal:
     packed = np.frombuffer(b"".join(_packed(entry["digest"]) for entry in entries), np.uint8)
     return Journal(
         paths=PathList.of(entry["path"] for entry in entries),
-        facts=np.array([[_limited(entry[name]) for entry in entries] for name in FACTS], np.int64),
+        facts=[np.array([_limited(entry[name]) for entry in entries], np.int64) for name in FACTS],
         digests=Digests(packed.reshape(-1, DIGEST_BYTES)),
         rows=np.array([_limited(entry["row"]) if whole else -2 for entry, whole in pairs], np.int64),
         checksums=np.array([entry["crc"] if whole else 0 for entry, whole in pairs], np.uint32),
@@ -169,7 +174,7 @@ def joined(parts: Sequence[Journal]) -> Journal:
     pairs = zip(starts, parts, strict=False)
     return Journal(
         paths=PathList.joined([part.paths for part in parts]),
-        facts=np.concatenate([part.facts for part in parts], axis=1),
+        facts=[np.concatenate(columns) for columns in zip(*(part.facts for part in parts), strict=True)],
         digests=Digests(np.concatenate([part.digests.packed for part in parts])),
         rows=np.concatenate([part.rows for part in parts]),
         checksums=np.concatenate([part.checksums for part in parts]),

@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fastcnn.data.journal import DIGEST_BYTES, FACTS, Digests, Journal, joined, latest, of_entries
+from fastcnn.data.index import Index
+from fastcnn.data.journal import DIGEST_BYTES, FACTS, Digests, Journal, facts_of, joined, latest, of_entries
 from fastcnn.data.path_list import PathList
 from fastcnn.storage import files
 
@@ -39,13 +40,13 @@ _PHOTO_BYTES = 8 + 8 * len(FACTS) + 8 + 4 + DIGEST_BYTES  # in the index, beside
 _SUM = b', "sum": '
 
 
-def read(folder: Path, paths: PathList | None = None) -> Journal:
+def read(folder: Path, index: Index | None = None) -> Journal:
     """Return the journal in the folder of a cache; an empty one where there is none.
 
-    paths: those that it may well have, in this order: it then shares their memory.
+    index: one whose paths and facts it may well have, in this order: it then shares their memory.
     """
     with contextlib.suppress(FileNotFoundError), (folder / NAME).open("rb") as file:
-        journal, checksum = _read_index(folder, paths), 0
+        journal, checksum = _read_index(folder, index), 0
         if journal:
             left = journal.num_bytes
             while left and (block := file.read(min(left, _READ_BYTES))):
@@ -110,7 +111,7 @@ def write_index(folder: Path, journal: Journal) -> None:
     """
     if not journal.num_bytes or len(journal) - journal.num_indexed < max(FEW_LINES, journal.num_indexed // 16):
         return
-    columns = (journal.facts, journal.rows, journal.checksums, journal.digests.packed)
+    columns: list[npt.NDArray[Any]] = [*journal.facts, journal.rows, journal.checksums, journal.digests.packed]
     parts = [journal.paths.ends.tobytes(), journal.paths.letters, *(column.tobytes() for column in columns)]
     head = {
         "format": _FORMAT,
@@ -126,7 +127,7 @@ def write_index(folder: Path, journal: Journal) -> None:
         file.writelines(parts)
 
 
-def _read_index(folder: Path, paths: PathList | None) -> Journal | None:
+def _read_index(folder: Path, index: Index | None) -> Journal | None:
     """Return the journal that the index holds; None where there is no whole one."""
     with contextlib.suppress(OSError), (folder / INDEX_NAME).open("rb") as file:
         head = _value(file.readline())
@@ -145,15 +146,17 @@ def _read_index(folder: Path, paths: PathList | None) -> Journal | None:
             return values
 
         ends = column(np.int64, count)
-        own = PathList(file.read(letters), ends)
-        checksum = zlib.crc32(own.letters, checksum)
-        known = paths if paths == own else own
-        del ends, own
-        facts, rows = column(np.int64, len(FACTS), count), column(np.int64, count)
+        paths = PathList(file.read(letters), ends)
+        checksum = zlib.crc32(paths.letters, checksum)
+        if index is not None and index.paths == paths:
+            paths = index.paths
+        del ends
+        facts = [_equal(facts_of(index)[at] if index else None, column(np.int64, count)) for at in range(len(FACTS))]
+        rows = column(np.int64, count)
         checksums, packed = column(np.uint32, count), column(np.uint8, count, DIGEST_BYTES)
         if checksum == head["crc"] and _are_notes(head["notes"], count):
             return Journal(
-                paths=known,
+                paths=paths,
                 facts=facts,
                 rows=rows,
                 checksums=checksums,
@@ -163,6 +166,11 @@ def _read_index(folder: Path, paths: PathList | None) -> Journal | None:
                 checksum=head["journal_crc"],
             )
     return None
+
+
+def _equal(known: npt.NDArray[np.int64] | None, own: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return a column, in the memory of one that may equal it."""
+    return known if known is not None and np.array_equal(known, own) else own
 
 
 class _Lines:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from array import array
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import itemgetter
@@ -14,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcnn.data.file_columns import FACTS
+from fastcnn.data.listing_process import list_files
 from fastcnn.data.path_list import PathList
-from fastcnn.data.walk import Skipped, Stamp, files_below
+from fastcnn.data.walk import Skipped, Stamp
+from pipelines import num_cores
 
 if TYPE_CHECKING:
     from fastcnn.system.ranks import Ranks
-
-FACTS = ("sizes", "mtimes", "ctimes", "inodes")
-"""Columns of an index that are facts of files."""
 
 
 class Listing(NamedTuple):
@@ -45,11 +44,11 @@ def list_folders(
     named = sorted(
         ((_prefix(root, folder), folder, label, split) for folder, label, split in places), key=itemgetter(0)
     )
-    if ranks is None:
-        found, skipped = _list_share(root, named)
+    if ranks is None or ranks.count == 1:
+        found, skipped = _list_share(root, num_cores(), named)
     else:
         cuts = [len(named) * rank // ranks.count for rank in range(ranks.count + 1)]
-        shares = ranks.map(functools.partial(_list_share, root), [named[start:end] for start, end in pairwise(cuts)])
+        shares = ranks.map(functools.partial(_list_share, root, 1), [named[start:end] for start, end in pairwise(cuts)])
         found = join([listing for listing, _ in shares])
         skipped = functools.reduce(operator.add, (left_out for _, left_out in shares))
     if any(after.startswith(before) for before, after in pairwise(prefix for prefix, *_ in named)):
@@ -59,44 +58,22 @@ def list_folders(
     return found, skipped
 
 
-def _list_share(root: Path, named: Sequence[_Folder]) -> tuple[Listing, Skipped]:
-    """Return the photos below some folders, and what is left out.
-
-    The columns grow folder by folder, so that nothing but one folder is in memory twice.
-    """
-    skipped = Skipped()
-    letters, ends, columns, counts = bytearray(), array("q"), [array("q") for _ in FACTS], list[int]()
-    for _, folder, _, _ in named:
-        paths, facts = _files(root, folder, skipped)
-        ends.frombytes((paths.ends + len(letters)).tobytes())
-        letters += paths.letters
-        for column, values in zip(columns, facts, strict=True):
-            column.frombytes(values.tobytes())
-        counts.append(len(paths))
-    num_photos = np.array(counts, np.int64)
+def _list_share(root: Path, num_processes: int, named: Sequence[_Folder]) -> tuple[Listing, Skipped]:
+    """Return the photos below some folders, and what is left out."""
+    files = list_files(root, [folder for _, folder, _, _ in named], num_processes)
+    num_photos = np.array(files.counts, np.int64)
     found = {
         "labels": np.repeat(np.array([label for *_, label, _ in named], np.int64), num_photos),
         "folders": _repeated([split for *_, split in named], num_photos),
-        "offsets": np.broadcast_to(np.int64(-1), len(ends)),
-        **{name: np.frombuffer(column, np.int64) for name, column in zip(FACTS, columns, strict=True)},
+        "offsets": np.broadcast_to(np.int64(-1), len(files)),
+        **{name: np.frombuffer(column, np.int64) for name, column in zip(FACTS, files.facts, strict=True)},
     }
-    return Listing(PathList(bytes(letters), np.frombuffer(ends, np.int64)), found), skipped
+    return Listing(PathList(bytes(files.letters), np.frombuffer(files.ends, np.int64)), found), files.skipped
 
 
 def _prefix(root: Path, folder: Path) -> str:
     """Return how the paths of a folder begin."""
     return (folder.relative_to(root) / "_").as_posix()[:-1]
-
-
-def _files(root: Path, folder: Path, skipped: Skipped) -> tuple[PathList, npt.NDArray[np.int64]]:
-    """Return the paths of a folder, sorted, and their facts (4, n)."""
-    paths, numbers = list[str](), array("q")
-    for some, their_numbers in files_below(root, folder, skipped):
-        paths += some
-        numbers += their_numbers
-    order = sorted(range(len(paths)), key=paths.__getitem__)
-    facts = np.frombuffer(numbers, np.int64).reshape(-1, len(FACTS))[order].T
-    return PathList.of([paths[i] for i in order]), facts
 
 
 def _repeated(names: Sequence[str], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:

@@ -8,25 +8,33 @@ import numpy.typing as npt
 from fastcnn.data.index import Index
 from fastcnn.errors import DataError, UsageError
 
-_NAMES = np.array(["train", "val", "test"])
-_TRAIN, _VAL, _TEST = range(3)
+SPLITS = ("train", "val", "test", "all")
+_TRAIN, _VAL, _TEST, _ = range(len(SPLITS))
 
 
-def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
-    """Return (N,) train, val or test for each photo: the split of the folders, or a stratified one drawn by `seed`.
+def split_numbers(splits: npt.NDArray[np.str_]) -> npt.NDArray[np.uint8]:
+    """Return (N,) the position in `SPLITS` of each of some names of splits."""
+    numbers = np.zeros(len(splits), np.uint8)
+    for number, name in enumerate(SPLITS):
+        numbers[splits == name] = number
+    return numbers
+
+
+def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.uint8]:
+    """Return (N,) the position in `SPLITS` of each photo's split: that of the folders, or one drawn by `seed`.
 
     A validation and a test folder are used as they are, as is the validation set of a manifest. One folder alone is the
-    test set; the training photos are then split so that each class gives round(n * val_fraction) of its n photos, at
-    least 1 and at most n - 1, to validation. Where `val_fraction` is 0 it is the validation set instead, and no photos
-    are the test set. Raises UsageError for 0 without such a folder, DataError for a class with fewer than two training
-    photos.
+    test set; the training photos are then split, stratified: each class gives round(n * val_fraction) of its n photos,
+    at least 1 and at most n - 1, to validation. Where `val_fraction` is 0 it is the validation set instead, and no
+    photos are the test set. Raises UsageError for 0 without such a folder, DataError for a class with fewer than two
+    training photos.
     """
     check_fraction(index, val_fraction)
     held_out = {split for split in ("val", "test") if (index.folders == split).any()}
     if held_out == {"val", "test"} or (index.splits_given and "val" in held_out):
-        return index.folders.astype(_NAMES.dtype)
+        return split_numbers(index.folders)
     if val_fraction == 0:
-        return _NAMES[np.where(index.folders == "train", np.uint8(_TRAIN), np.uint8(_VAL))]
+        return np.where(index.folders == "train", np.uint8(_TRAIN), np.uint8(_VAL))
     numbers = np.where(index.folders == "train", np.uint8(_TRAIN), np.uint8(_TEST))
     for label, mine in enumerate(_by_class(index, numbers == _TRAIN)):
         if len(mine) < 2:
@@ -36,7 +44,7 @@ def draw_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.s
         num_val = min(max(1, int(len(mine) * val_fraction + 0.5)), len(mine) - 1)
         order = np.random.default_rng([seed, label]).permutation(len(mine))
         numbers[mine[order[:num_val]]] = _VAL
-    return _NAMES[numbers]
+    return numbers
 
 
 def _by_class(index: Index, chosen: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.intp]]:

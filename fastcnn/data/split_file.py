@@ -13,14 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data.arrays import Positions
+from fastcnn.data.csv_columns import Column, lines
 from fastcnn.data.index import Index
-from fastcnn.data.path_list import CHUNK
+from fastcnn.data.journal import DIGEST_BYTES, Digests
+from fastcnn.data.split import SPLITS
 from fastcnn.errors import DataError, warn
 from fastcnn.storage import files
 from fastcnn.system.text import comparable, first_few, printable
 
 NAME = "split.csv"
 MISSING = "missing_photos.csv"
+LINES = 16384
+"""Lines written at once, which bounds the memory that takes."""
 
 
 class MissingPhotos(DataError):
@@ -44,16 +48,29 @@ class Listed(NamedTuple):
     """Digest of the file's bytes, see `recognise.digests`; "" where it is not known."""
 
 
-def write_split(path: Path, index: Index, splits: npt.NDArray[np.str_], digests: Sequence[str] = ()) -> None:
-    """Write path, label, split and checksum ("" without `digests`) of every photo as CSV."""
+def write_split(path: Path, index: Index, splits: npt.NDArray[np.uint8], digests: Digests | None = None) -> None:
+    """Write path, label, split (by its position in `SPLITS`) and checksum of every photo as CSV.
+
+    digests: None: the checksums are not known.
+    """
+    digests = digests or Digests(np.zeros((len(index), DIGEST_BYTES), np.uint8))
     with files.writing(path) as file:
         file.write(files.csv_lines([Listed._fields]))
-        for start in range(0, len(index), CHUNK):
-            part = slice(start, start + CHUNK)
-            labels = map(index.classes.__getitem__, index.labels[part].tolist())
-            checksums = digests[part] if digests else [""] * len(index.labels[part])
-            rows = zip(index.paths[part], labels, splits[part].tolist(), checksums, strict=True)
-            file.write(files.csv_lines(rows))
+        for start in range(0, len(index), LINES):
+            part = slice(start, start + LINES)
+            paths, labels = index.paths[part], index.labels[part]
+            columns = [
+                Column.of_paths(paths),
+                Column.of_names(index.classes, labels),
+                Column.of_names(SPLITS, splits[part]),
+                Column.of_digests(digests[part]),
+            ]
+            if all(column.is_plain() for column in columns):
+                file.write(lines(columns))
+            else:
+                classes = map(index.classes.__getitem__, labels.tolist())
+                names = map(SPLITS.__getitem__, splits[part].tolist())
+                file.write(files.csv_lines(zip(paths, classes, names, digests[part], strict=True)))
 
 
 def read_split(
@@ -63,8 +80,8 @@ def read_split(
     *,
     moved: bool = False,
     known_sizes: Callable[[], Mapping[str, int]] = dict,
-) -> tuple[Positions, npt.NDArray[np.str_]]:
-    """Return the positions (M,) in the index of the photos that a split.csv lists, in its order, and their splits (M,).
+) -> tuple[Positions, npt.NDArray[np.uint8]]:
+    """Return (M,) each: positions in the index of the photos that a split.csv lists, in its order; their split numbers.
 
     A photo is the one at its path, or where that is gone or has another checksum, one of its class with its checksum.
     Where there is none, the changed photo at its path is taken, with a warning; not if the photos were moved, as it may
@@ -105,7 +122,7 @@ def read_split(
     splits = {found[line]: row.split for line, row in enumerate(rows)}
     if not {"train", "val"} <= set(splits.values()):
         raise DataError(f"{path} lists no photos for training or none for validation")
-    return np.array(list(splits), np.intp), np.array(list(splits.values()), "<U5")
+    return np.array(list(splits), np.intp), np.array([*map(SPLITS.index, splits.values())], np.uint8)
 
 
 @contextlib.contextmanager

@@ -83,11 +83,11 @@ def _is_own(folder: Path, depth: int = 3) -> bool:
     """Return whether a folder is a run, cache or sweep of ours, or holds nothing but such."""
     folders = []
     try:
-        if is_ours(folder):
-            return True
         info = folder.stat()
         if (key := (info.st_dev, info.st_ino, info.st_mtime_ns)) in _with_files:
             return False
+        if is_ours(folder):
+            return True
         locked = (folder / ".lock").exists()  # by a run that has only begun
         with os.scandir(folder) as entries:
             for entry in entries:

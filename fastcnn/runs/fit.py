@@ -282,7 +282,7 @@ def _record_inputs(run: RunContext, training: Training) -> None:
         console.line(f"engine {state.config.engine}: {state.engine_reason}")
     if run.ranks.first:
         write_config(run.run_dir, state.config)
-        split_file.write_split(run.run_dir / split_file.NAME, data.index, data.splits, data.cache.digests)
+        split_file.write_split(run.run_dir / split_file.NAME, data.index, data.split_numbers, data.cache.digests)
         files.write_csv(run.run_dir / "bad_images.csv", [("path", "reason"), *data.bad.items()])
     counts = ", ".join(f"{len(data.photos(split)):,} {split}" for split in ("train", "val", "test"))
     where = f"{run.device}" if run.ranks.count == 1 else f"{run.ranks.count} ranks on {run.device.type}"

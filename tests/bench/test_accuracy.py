@@ -241,7 +241,7 @@ def test_all_photos_that_are_not_trained_on_are_held_out(tmp_path: Path) -> None
 
     make(tmp_path / "photos", classes=2, photos=6, seed=0)
     index = scan(tmp_path / "photos")
-    splits = np.array(["train", "val", "test", "train", "val", "test"])
+    splits = np.array([0, 1, 2, 0, 1, 2], np.uint8)
     assert write_held_out(tmp_path / "split.csv", index, splits) == 4
     _, train, val = read_split(tmp_path / "split.csv", tmp_path / "photos")
     assert (len(train), len(val)) == (2, 4)

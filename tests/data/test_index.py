@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fastcnn import Config, fit
 from fastcnn.config import DataConfig
 from fastcnn.data.dataset import prepare
-from fastcnn.data.index import scan, scan_held_out, scan_loosely
-from fastcnn.data.split import draw_split, explain_split
+from fastcnn.data.index import Index, scan, scan_held_out, scan_loosely
+from fastcnn.data.split import SPLITS, draw_split, explain_split
 from fastcnn.errors import DataError, FastCNNWarning, UsageError
 
 
@@ -33,6 +34,11 @@ def _never(done: int, total: int) -> None:
 
 def many(root: Path, folder: str, count: int) -> Path:
     return touch(root, *(f"{folder}/{i:03}.jpg" for i in range(count)))
+
+
+def named_split(index: Index, val_fraction: float, seed: int) -> npt.NDArray[np.str_]:
+    """Return the name of each photo's split."""
+    return np.array(SPLITS)[draw_split(index, val_fraction, seed)]
 
 
 def test_flat_layout(tmp_path: Path) -> None:
@@ -59,7 +65,7 @@ def test_split_layout_is_used_as_it_is(tmp_path: Path, val: str) -> None:
     for folder in ("train/a", "train/b", f"{val}/a", f"{val}/b", "test/a", "test/b"):
         many(tmp_path, folder, 3)
     index = scan(tmp_path)
-    splits = draw_split(index, 0.2, 0)
+    splits = named_split(index, 0.2, 0)
     assert {s: int((splits == s).sum()) for s in ("train", "val", "test")} == {"train": 6, "val": 6, "test": 6}
     assert all((splits == "test") == [p.startswith("test/") for p in index.paths])
 
@@ -68,7 +74,7 @@ def test_split_layout_is_used_as_it_is(tmp_path: Path, val: str) -> None:
 def test_one_held_out_folder_is_the_test_set(tmp_path: Path, held_out: str) -> None:
     for folder in ("train/a", "train/b", f"{held_out}/a", f"{held_out}/b"):
         many(tmp_path, folder, 10)
-    splits = draw_split(scan(tmp_path), 0.2, 0)
+    splits = named_split(scan(tmp_path), 0.2, 0)
     assert {s: int((splits == s).sum()) for s in ("train", "val", "test")} == {"train": 16, "val": 4, "test": 20}
 
 
@@ -266,7 +272,7 @@ def test_a_held_out_folder_alone_may_validate(tmp_path: Path, held_out: str) -> 
         many(tmp_path, f"data/train/{name}", 5)
         many(tmp_path, f"data/{held_out}/{name}", 2)
     index = scan(tmp_path / "data")
-    splits = draw_split(index, 0, 0)
+    splits = named_split(index, 0, 0)
     assert (splits == np.where(index.folders == "train", "train", "val")).all()
     assert explain_split(index, 0) == f"training on all of train, validating on {held_out}; no test set"
     assert explain_split(index, 0.2).endswith(f"validate on {held_out}: --val-fraction 0")

@@ -17,7 +17,7 @@ from fastcnn.data.split import draw_split, explain_split
 from fastcnn.data.split_file import read_split
 from fastcnn.errors import DataError, FastCNNError, FastCNNWarning, UsageError
 from tests.cli.test_cli import run
-from tests.data.test_index import touch
+from tests.data.test_index import named_split, touch
 
 
 def table(path: Path, *lines: str, encoding: str = "utf-8") -> Path:
@@ -129,7 +129,7 @@ def test_splits_are_those_of_the_column(tmp_path: Path) -> None:
     index = scan(data)
     assert (index.classes, list(index.folders)) == (("EMU", "OWL"), ["train", "train", "val", "val"])
     assert "splits in 'data set'" in index.layout
-    assert (draw_split(index, 0.2, 0) == index.folders).all()  # val validates, as the table says
+    assert (named_split(index, 0.2, 0) == index.folders).all()  # val validates, as the table says
     assert explain_split(index, 0.2) == ""
     held_out = scan_held_out(data, ["OWL", "EMU", "JAY"])
     assert labelled(held_out) == {"valid/OWL/1.jpg": "OWL", "valid/EMU/2.jpg": "EMU"}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from fastcnn.data import split_file
 from fastcnn.data.index import scan
-from fastcnn.data.split import draw_split
+from fastcnn.data.journal import DIGEST_BYTES, Digests
+from fastcnn.data.split import SPLITS, draw_split
 from fastcnn.data.split_file import read_split, write_split
 from fastcnn.errors import DataError
-from tests.data.test_index import many, touch
+from fastcnn.storage import files
+from tests.data.test_index import many, named_split, touch
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 10, 33])
@@ -20,7 +24,7 @@ def test_split_is_stratified_to_one_photo(tmp_path: Path, count: int) -> None:
     many(tmp_path, "a", count)
     many(tmp_path, "b", 2 * count)
     index = scan(tmp_path)
-    splits = draw_split(index, 0.2, 3)
+    splits = named_split(index, 0.2, 3)
     for label, total in enumerate((count, 2 * count)):
         held = int(((splits == "val") & (index.labels == label)).sum())
         assert 1 <= held < total
@@ -40,7 +44,7 @@ def test_a_seed_draws_the_split_that_it_always_drew(tmp_path: Path) -> None:
     many(tmp_path, "a", 10)
     many(tmp_path, "b", 20)
     many(tmp_path, "c", 7)
-    assert np.flatnonzero(draw_split(scan(tmp_path), 0.2, 3) == "val").tolist() == [6, 9, 12, 17, 26, 27, 34]
+    assert np.flatnonzero(named_split(scan(tmp_path), 0.2, 3) == "val").tolist() == [6, 9, 12, 17, 26, 27, 34]
 
 
 def test_split_file_round_trip(tmp_path: Path) -> None:
@@ -79,4 +83,23 @@ def test_split_file_that_does_not_fit(tmp_path: Path) -> None:
     file.write_text("path,label,split\na/000.jpg,a,train\nb/000.jpg,b,val\n")
     photos, splits = read_split(file, index)
     assert [index.paths[i] for i in photos] == ["a/000.jpg", "b/000.jpg"]
-    assert splits.tolist() == ["train", "val"]
+    assert [SPLITS[number] for number in splits] == ["train", "val"]
+
+
+def test_split_csv_is_what_the_csv_module_writes(tmp_path: Path) -> None:
+    """Names that need quotes and those that need none, in one file of several blocks."""
+    data = tmp_path / "data"
+    for name in ("plain", "caf\u00e9", "\ud55c", 'a, "b"'):
+        many(data, name, 20)
+    index = scan(data)
+    splits = draw_split(index, 0.3, 0)
+    packed = np.random.default_rng(0).integers(0, 256, (len(index), DIGEST_BYTES), np.uint8)
+    packed[::7] = 0
+    rows = [
+        (path, index.classes[label], SPLITS[split], digest)
+        for path, label, split, digest in zip(index.paths, index.labels, splits, Digests(packed), strict=True)
+    ]
+    with mock.patch.object(split_file, "LINES", 7):
+        write_split(tmp_path / "split.csv", index, splits, Digests(packed))
+    assert (tmp_path / "split.csv").read_bytes() == files.csv_lines([("path", "label", "split", "checksum"), *rows])
+    assert "" in Digests(packed)
