@@ -49,6 +49,9 @@ def list_files(root: Path, folders: Sequence[Path], num_processes: int) -> FileC
 @contextlib.contextmanager
 def _started(root: Path, folders: Sequence[Path]) -> Iterator[subprocess.Popen[bytes] | None]:
     """Yield a process that lists folders, None where none can be started; it ends with the block."""
+    if getattr(sys, "frozen", False):  # a program that would run itself again
+        yield None
+        return
     try:
         process = subprocess.Popen(
             own_module.command(__name__),
