@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -15,8 +18,8 @@ FACTS = ("sizes", "mtimes", "ctimes", "inodes")
 """Columns of an index that are facts of files."""
 
 
-def _columns() -> list[array[int]]:
-    return [array("q") for _ in FACTS]
+def _columns(count: int = len(FACTS)) -> list[array[int]]:
+    return [array("q") for _ in range(count)]
 
 
 @dataclass
@@ -59,3 +62,21 @@ class FileColumns:
             column.extend(values)
         self.counts += later.counts
         self.skipped += later.skipped
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write the files as a line of JSON and the bytes of the columns, as `read` reads them."""
+        skipped = [self.skipped.hidden, self.skipped.unreadable, self.skipped.others]
+        head = {"files": len(self), "letters": len(self.letters), "counts": self.counts, "skipped": skipped}
+        file.write(json.dumps(head).encode() + b"\n" + self.letters)
+        for column in (self.ends, *self.facts):
+            file.write(column.tobytes())
+
+    @classmethod
+    def read(cls, file: IO[bytes]) -> FileColumns:
+        """Return what was written. Raises EOFError or ValueError where it is not whole."""
+        head = json.loads(file.readline())
+        letters, columns = bytearray(file.read(head["letters"])), _columns(1 + len(FACTS))
+        for column in columns:
+            column.fromfile(file, head["files"])
+        hidden, unreadable, others = head["skipped"]
+        return cls(letters, columns[0], columns[1:], head["counts"], Skipped(hidden, unreadable, Counter(others)))

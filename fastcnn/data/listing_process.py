@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
+import json
 import signal
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def _started(root: Path, folders: Sequence[Path]) -> Iterator[subprocess.Popen[b
         try:
             assert process.stdin
             with contextlib.suppress(OSError), process.stdin:  # of a process that ends at once
-                pickle.dump((root, folders), process.stdin)
+                process.stdin.write(json.dumps([str(root), *map(str, folders)]).encode())
             yield process
         finally:
             process.kill()
@@ -76,17 +76,17 @@ def _started(root: Path, folders: Sequence[Path]) -> Iterator[subprocess.Popen[b
 def _results(process: subprocess.Popen[bytes] | None) -> Iterator[FileColumns]:
     """Yield what a process has listed, folder by folder, as far as it came."""
     if process and process.stdout:
-        with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+        with contextlib.suppress(OSError, EOFError, ValueError):
             while True:
-                yield pickle.load(process.stdout)  # of our own process
+                yield FileColumns.read(process.stdout)
 
 
 def main() -> None:
     """Write the files of the folders that standard input names to standard output, when all of them are listed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the caller, who ends this process
-    root, folders = pickle.load(sys.stdin.buffer)
+    root, *folders = map(Path, json.load(sys.stdin.buffer))
     for found in [FileColumns.of(root, folder) for folder in folders]:
-        pickle.dump(found, sys.stdout.buffer)
+        found.write(sys.stdout.buffer)
 
 
 if __name__ == "__main__":

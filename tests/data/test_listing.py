@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fastcnn.data import listing_process
-from fastcnn.data.file_columns import FileColumns
 from fastcnn.data.listing_process import list_files
 from tests.data.test_index import many, touch
 
@@ -42,9 +41,9 @@ def test_folders_of_a_process_that_fails_are_listed_here(folders: list[Path], mo
     """It cannot be started, it ends at once, or it ends after the first of its folders."""
     root = folders[0].parent
     alone = list_files(root, folders, 1)
-    one = f"import pickle, sys; sys.stdout.buffer.write(pickle.dumps({FileColumns.__name__}.of(*x)))"
-    load = "import sys, pickle; from fastcnn.data.file_columns import FileColumns; "
-    load += "root, folders = pickle.load(sys.stdin.buffer); x = root, folders[0]; "
-    for command in (["./missing"], [sys.executable, "-c", "raise SystemExit(1)"], [sys.executable, "-c", load + one]):
+    first = "import json, sys; from pathlib import Path; from fastcnn.data.file_columns import FileColumns; "
+    first += "root, folder, *_ = map(Path, json.load(sys.stdin)); file = sys.stdout.buffer; "
+    first += "FileColumns.of(root, folder).write(file); file.write(b'{')"
+    for command in (["./missing"], [sys.executable, "-c", "raise SystemExit(1)"], [sys.executable, "-c", first]):
         monkeypatch.setattr(listing_process.own_module, "command", lambda name, command=command: command)
         assert list_files(root, folders, 2) == alone
