@@ -42,9 +42,12 @@ class Digests(Sequence[str]):
         return digest.hex() if any(digest) else ""
 
     def __iter__(self) -> Iterator[str]:
-        digits = self.packed.tobytes().hex()
-        for i, known in enumerate(np.any(self.packed, axis=1).tolist()):
-            yield digits[2 * DIGEST_BYTES * i : 2 * DIGEST_BYTES * (i + 1)] if known else ""
+        return iter(self.encoded())
+
+    def encoded(self) -> PathList:
+        """Return the digests in one buffer."""
+        known = self.packed.any(axis=1)
+        return PathList(self.packed[known].tobytes().hex().encode(), np.cumsum(known * (2 * DIGEST_BYTES)))
 
 
 @dataclass(frozen=True, kw_only=True)

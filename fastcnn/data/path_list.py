@@ -1,4 +1,4 @@
-"""Paths of photos as one buffer with offsets: a tuple of as many strings takes 60 bytes more for each."""
+"""Paths of photos, or other strings, as one buffer with offsets: a tuple of strings takes 60 bytes more for each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 CHUNK = 65536  # paths handled at once, which bounds the memory that takes
+LETTERS_CHUNK = 8192  # the same where each letter has a number
 _ANY_NAME = "surrogatepass"  # names that are no UTF-8 are strings with lone surrogates
 
 
@@ -52,7 +53,7 @@ class PathList(Sequence[str]):
     def __getitem__(self, at: int | np.integer[Any] | slice) -> str | PathList:
         """Return a path, or the list of some."""
         if isinstance(at, slice):
-            return self.take(np.arange(len(self))[at])
+            return self.take(np.arange(*at.indices(len(self))))
         i = range(len(self))[at]
         start = int(self.ends[i - 1]) if i else 0
         return self.letters[start : int(self.ends[i])].decode(errors=_ANY_NAME)
@@ -101,12 +102,19 @@ class PathList(Sequence[str]):
     def _hashes(self) -> npt.NDArray[np.int64]:
         return np.fromiter(map(hash, self.encoded()), np.int64, len(self))
 
-    def take(self, positions: npt.NDArray[np.intp]) -> PathList:
+    def take(self, positions: npt.NDArray[np.integer]) -> PathList:
         """Return the paths at some positions, in that order."""
         starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])[positions]
         ends = self.ends[positions]
-        parts = []
-        for first in range(0, len(positions), CHUNK):
-            pairs = zip(starts[first : first + CHUNK].tolist(), ends[first : first + CHUNK].tolist(), strict=True)
-            parts.append(b"".join([self.letters[start:end] for start, end in pairs]))
+        letters, parts = np.frombuffer(self.letters, np.uint8), []
+        for first in range(0, len(positions), LETTERS_CHUNK):
+            part = slice(first, first + LETTERS_CHUNK)
+            parts.append(letters[letters_at(starts[part], ends[part] - starts[part])].tobytes())
         return PathList(b"".join(parts), np.cumsum(ends - starts))
+
+
+def letters_at(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the position of each letter of strings that begin at some positions (N,), one string behind the other."""
+    before = np.cumsum(lengths) - lengths
+    positions: npt.NDArray[np.int64] = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+    return positions

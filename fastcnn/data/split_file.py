@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcnn.data.arrays import Positions
-from fastcnn.data.csv_columns import Column, lines
+from fastcnn.data.csv_columns import is_plain, lines
 from fastcnn.data.index import Index
 from fastcnn.data.journal import DIGEST_BYTES, Digests
+from fastcnn.data.path_list import PathList
 from fastcnn.data.split import SPLITS
 from fastcnn.errors import DataError, warn
 from fastcnn.storage import files
@@ -53,24 +54,20 @@ def write_split(path: Path, index: Index, splits: npt.NDArray[np.uint8], digests
 
     digests: None: the checksums are not known.
     """
+    classes, names = PathList.of(index.classes), PathList.of(SPLITS)
     digests = digests or Digests(np.zeros((len(index), DIGEST_BYTES), np.uint8))
     with files.writing(path) as file:
         file.write(files.csv_lines([Listed._fields]))
         for start in range(0, len(index), LINES):
             part = slice(start, start + LINES)
-            paths, labels = index.paths[part], index.labels[part]
             columns = [
-                Column.of_paths(paths),
-                Column.of_names(index.classes, labels),
-                Column.of_names(SPLITS, splits[part]),
-                Column.of_digests(digests[part]),
+                index.paths[part],
+                classes.take(index.labels[part]),
+                names.take(splits[part]),
+                digests[part].encoded(),
             ]
-            if all(column.is_plain() for column in columns):
-                file.write(lines(columns))
-            else:
-                classes = map(index.classes.__getitem__, labels.tolist())
-                names = map(SPLITS.__getitem__, splits[part].tolist())
-                file.write(files.csv_lines(zip(paths, classes, names, digests[part], strict=True)))
+            plain = all(map(is_plain, columns))
+            file.write(lines(columns) if plain else files.csv_lines(zip(*columns, strict=True)))
 
 
 def read_split(
